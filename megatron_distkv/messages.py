@@ -1,0 +1,175 @@
+"""Everything that crosses a process border, as msgspec structs (MessagePack on the wire).
+
+gateway <-> instance: `ToInstance` and `FromInstance`.
+rManager <-> rManager, over a transport channel: the header types below, one per `MessageKind`.
+A decoder refuses what does not fit its type, so that bytes of a peer are checked in one place.
+"""
+
+from enum import IntEnum, StrEnum
+
+import msgspec
+
+from megatron_distkv.sampling_params import SamplingParams
+
+# --------------------------------------------------------------------------------- gateway <-> instance
+
+
+class NewRequest(msgspec.Struct, frozen=True, tag="new"):
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    eos_token_ids: list[int] = []
+
+
+class AbortRequest(msgspec.Struct, frozen=True, tag="abort"):
+    request_id: str
+
+
+class StatusQuery(msgspec.Struct, frozen=True, tag="status"):
+    """Asks for an `InstanceStatus`; the answer carries the same `query_id`."""
+
+    query_id: int
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True):
+    """Natural-log probabilities at one output position, before temperature: the chosen token's and the top ones'."""
+
+    chosen: float
+    top: list[tuple[int, float]]  # (token id, log-probability), likeliest first
+
+
+class RequestKV(msgspec.Struct, frozen=True):
+    """Where a request's rBlocks lay: the most it held at one time."""
+
+    max_local_rblocks: int = 0
+    max_borrowed_rblocks: dict[str, int] = {}  # by creditor
+    num_preemptions: int = 0
+    num_recomputed_tokens: int = 0
+
+
+class TokenOutput(msgspec.Struct, frozen=True, tag="token"):
+    """New tokens of one request. `finish_reason` is set in the last one, which also carries `kv`."""
+
+    request_id: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: str | None = None
+    kv: RequestKV | None = None
+
+
+class RequestRefused(msgspec.Struct, frozen=True, tag="refused"):
+    """The instance did not take the request: `code` for programs, `message` for people."""
+
+    request_id: str
+    code: str  # "queue_full" | "too_long" | "draining" | "bad_request"
+    message: str
+
+
+class InstanceStatus(msgspec.Struct, frozen=True, tag="instance_status"):
+    query_id: int
+    instance_id: str
+    num_running: int
+    num_waiting: int
+    free_rblocks: int
+    used_rblocks: int
+    lent_rblocks: int
+    borrowed_rblocks: int
+    num_steps: int
+    num_preemptions: int
+    num_computed_tokens: int
+
+
+ToInstance = NewRequest | AbortRequest | StatusQuery
+FromInstance = TokenOutput | RequestRefused | InstanceStatus
+
+# --------------------------------------------------------------------------------- instance <-> instance
+
+
+class MessageKind(IntEnum):
+    """First field of every channel message; says which header follows."""
+
+    LEND = 1  # debtor's leader -> creditor's leader: try_move_kvcache, reserve rBlocks
+    RELEASE = 2  # debtor's leader -> creditor's leader: a loan ends
+    STORE = 3  # debtor's rank r -> creditor's rank r: KV bytes of migrated rBlocks
+    QUERY = 4  # debtor's rank r -> creditor's rank r: MicroAttention over borrowed rBlocks
+    GRANT = 5  # creditor's leader -> its own followers: a loan's rBlocks
+    REVOKE = 6  # creditor's leader -> its own followers: a loan has ended
+    STEP = 7  # an instance's leader -> its own followers: run one engine step
+    STOP = 8  # an instance's leader -> its own followers: exit
+
+
+class Refusal(StrEnum):
+    """Why a loan was not granted. The words go into logs, metrics and the ledger's replies."""
+
+    FULL = "full"  # the creditor has too few free rBlocks
+    CAP = "cap"  # the creditor already lends as much as its cap allows
+    IN_DEBT = "in_debt"  # the creditor borrows itself: no chains
+    SELF = "self"  # debtor and creditor are the same instance
+    STALE_DEBTOR = "stale_debtor"  # the debtor's epoch or lease has ended
+    STALE_CREDITOR = "stale_creditor"  # the creditor's epoch or lease has ended
+    CONFLICT = "conflict"  # the loan id is in use with other terms
+    DRAINING = "draining"  # the creditor is about to leave
+    UNKNOWN_LOAN = "unknown_loan"  # no such loan, or it has ended
+    LEDGER_DOWN = "ledger_down"  # the ledger cannot be asked: no new loans
+
+
+class LendHeader(msgspec.Struct, frozen=True):
+    loan_id: str
+    debtor: str
+    debtor_epoch: int
+    num_rblocks: int
+
+
+class LendReply(msgspec.Struct, frozen=True):
+    """Physical ids of the granted rBlocks in the creditor's pool (the same on all its ranks), or a refusal."""
+
+    block_ids: list[int] = []
+    refusal: Refusal | None = None
+
+
+class ReleaseHeader(msgspec.Struct, frozen=True):
+    loan_id: str
+    debtor: str
+
+
+class StoreHeader(msgspec.Struct, frozen=True):
+    """Payload: the rBlocks' bytes, `[num_rblocks, layers, kv_heads, 2, rblock_size, head_dim]`, in the pool's dtype."""
+
+    loan_id: str
+    block_ids: list[int]
+
+
+class QueryShare(msgspec.Struct, frozen=True):
+    """One sequence of a query: `num_queries` query rows against these rBlocks (all past: no mask)."""
+
+    loan_ids: list[str]
+    block_ids: list[int]
+    num_queries: int
+
+
+class QueryHeader(msgspec.Struct, frozen=True):
+    """MicroAttention of one layer. `shares` come with the step's first layer and hold for its other layers.
+
+    Payload: q `[T, query_heads, head_dim]` in the model's dtype, T = sum of num_queries. Reply payload: the normalised
+    output `[T, query_heads, head_dim]` in the wire dtype, then LSE `[T, query_heads]` fp32 (natural log; empty = -inf).
+    """
+
+    step: int
+    layer: int
+    shares: list[QueryShare] | None = None
+
+
+class Acknowledge(msgspec.Struct, frozen=True):
+    """Answer to STORE, QUERY, RELEASE, GRANT and REVOKE: refusal None means done."""
+
+    refusal: Refusal | None = None
+
+
+class GrantHeader(msgspec.Struct, frozen=True):
+    loan_id: str
+    debtor: str
+    block_ids: list[int]
+
+
+class RevokeHeader(msgspec.Struct, frozen=True):
+    loan_id: str

@@ -1,0 +1,22 @@
+"""Prometheus metrics of this process. One registry, so that /metrics and the instances' reports show the same names."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+REGISTRY = CollectorRegistry()
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+
+REQUESTS = Counter("distkv_requests", "Requests ended, by outcome", ["outcome"], registry=REGISTRY)
+PROMPT_TOKENS = Counter("distkv_prompt_tokens", "Prompt tokens accepted", registry=REGISTRY)
+OUTPUT_TOKENS = Counter("distkv_output_tokens", "Tokens sent to clients", registry=REGISTRY)
+TTFT_SECONDS = Histogram(
+    "distkv_time_to_first_token_seconds", "Arrival to first token", buckets=_SECONDS, registry=REGISTRY
+)
+TPOT_SECONDS = Histogram(
+    "distkv_time_per_output_token_seconds", "Mean gap between tokens of a request", buckets=_SECONDS, registry=REGISTRY
+)
+INSTANCE_RBLOCKS = Gauge(
+    "distkv_rblocks", "rBlocks of an instance, by state", ["instance", "state"], registry=REGISTRY
+)
+INSTANCE_REQUESTS = Gauge(
+    "distkv_instance_requests", "Requests in an instance, by state", ["instance", "state"], registry=REGISTRY
+)

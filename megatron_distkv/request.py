@@ -1,0 +1,78 @@
+"""One request inside an instance: its tokens, how many of them have their KV computed, and how it ended."""
+
+import time
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from megatron_distkv.sampling_params import SamplingParams
+
+
+class RequestStatus(StrEnum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class FinishReason(StrEnum):
+    """Why a request ended; the first two are OpenAI's words."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(eq=False)
+class Request:
+    """There is no prefill or decode phase: each step lets `num_computed_tokens` catch up with `num_tokens`.
+
+        |<------------- prompt ------------->|<--- output --->|
+        |<--------- num_computed_tokens -------->|<- to do -->|
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    eos_token_ids: frozenset[int] = frozenset()
+    arrival_s: float = field(default_factory=time.monotonic)
+    output_token_ids: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    status: RequestStatus = RequestStatus.WAITING
+    finish_reason: FinishReason | None = None
+    num_preemptions: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def num_to_compute(self) -> int:
+        return self.num_tokens - self.num_computed_tokens
+
+    @property
+    def max_total_tokens(self) -> int:
+        """The most tokens whose KV this request can ever need (the last sampled token's KV is never computed)."""
+        return len(self.prompt_token_ids) + self.sampling.max_tokens - 1
+
+    def token_ids(self, start: int, end: int) -> list[int]:
+        """Tokens at positions `[start, end)` of prompt and output together."""
+        num_prompt = len(self.prompt_token_ids)
+        if end <= num_prompt:
+            return self.prompt_token_ids[start:end]
+        if start >= num_prompt:
+            return self.output_token_ids[start - num_prompt : end - num_prompt]
+        return self.prompt_token_ids[start:] + self.output_token_ids[: end - num_prompt]
+
+    def append_token(self, token_id: int) -> None:
+        """Add a sampled token and finish the request where it was the last one."""
+        self.output_token_ids.append(token_id)
+        if token_id in self.sampling.stop_token_ids or (
+            token_id in self.eos_token_ids and not self.sampling.ignore_eos
+        ):
+            self.finish(FinishReason.STOP)
+        elif len(self.output_token_ids) >= self.sampling.max_tokens:
+            self.finish(FinishReason.LENGTH)
+
+    def finish(self, reason: FinishReason) -> None:
+        self.status = RequestStatus.FINISHED
+        self.finish_reason = reason
