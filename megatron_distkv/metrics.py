@@ -14,9 +14,7 @@ TTFT_SECONDS = Histogram(
 TPOT_SECONDS = Histogram(
     "distkv_time_per_output_token_seconds", "Mean gap between tokens of a request", buckets=_SECONDS, registry=REGISTRY
 )
-INSTANCE_RBLOCKS = Gauge(
-    "distkv_rblocks", "rBlocks of an instance, by state", ["instance", "state"], registry=REGISTRY
-)
+INSTANCE_RBLOCKS = Gauge("distkv_rblocks", "rBlocks of an instance, by state", ["instance", "state"], registry=REGISTRY)
 INSTANCE_REQUESTS = Gauge(
     "distkv_instance_requests", "Requests in an instance, by state", ["instance", "state"], registry=REGISTRY
 )

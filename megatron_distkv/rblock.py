@@ -1,8 +1,8 @@
 """Names of KV memory, without tensors.
 
-An rBlock is a fixed number of tokens' K and V, for all layers. A request's tokens fill rBlocks in order; rBlock `i` of a
-request holds positions `[i * rblock_size, (i + 1) * rblock_size)`. A span is a run of consecutive rBlocks of one request that
-lie at one holder; a physical id is the rBlock's index in its holder's pool.
+An rBlock is a fixed number of tokens' K and V, for all layers. A request's tokens fill rBlocks in order; rBlock `i` of
+a request holds positions `[i * rblock_size, (i + 1) * rblock_size)`. A span is a run of consecutive rBlocks of one
+request that lie at one holder; a physical id is the rBlock's index in its holder's pool.
 """
 
 from dataclasses import dataclass

@@ -26,8 +26,8 @@ class FinishReason(StrEnum):
 class Request:
     """There is no prefill or decode phase: each step lets `num_computed_tokens` catch up with `num_tokens`.
 
-        |<------------- prompt ------------->|<--- output --->|
-        |<--------- num_computed_tokens -------->|<- to do -->|
+    |<------------- prompt ------------->|<--- output --->|
+    |<--------- num_computed_tokens -------->|<- to do -->|
     """
 
     request_id: str

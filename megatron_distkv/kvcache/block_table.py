@@ -1,0 +1,124 @@
+"""Where each rBlock of one request lies: an ordered list of local and remote spans without gaps."""
+
+from collections.abc import Iterator, Sequence
+
+from megatron_distkv.errors import IntegrityError
+from megatron_distkv.rblock import InstanceId, LoanId, LocalSpan, RemoteSpan, Span
+
+
+class BlockTable:
+    """rBlocks `0 .. num_rblocks` of a request in order; neighbouring spans of one holder and loan are kept merged.
+
+    New tokens are always local, so the table grows at its end with local rBlocks; migration turns full local rBlocks
+    into remote ones, oldest first.
+    """
+
+    def __init__(self) -> None:
+        self._spans: list[Span] = []
+
+    @property
+    def spans(self) -> Sequence[Span]:
+        return self._spans
+
+    @property
+    def num_rblocks(self) -> int:
+        return sum(len(span.block_ids) for span in self._spans)
+
+    @property
+    def num_local(self) -> int:
+        return sum(len(span.block_ids) for span in self.local_spans())
+
+    @property
+    def num_remote(self) -> int:
+        return self.num_rblocks - self.num_local
+
+    def local_spans(self) -> Iterator[LocalSpan]:
+        return (span for span in self._spans if isinstance(span, LocalSpan))
+
+    def remote_spans(self) -> Iterator[RemoteSpan]:
+        return (span for span in self._spans if isinstance(span, RemoteSpan))
+
+    def local_block_ids(self) -> list[int]:
+        return [block_id for span in self.local_spans() for block_id in span.block_ids]
+
+    def remote_by_creditor(self) -> dict[InstanceId, int]:
+        """rBlocks at each creditor."""
+        counts: dict[InstanceId, int] = {}
+        for span in self.remote_spans():
+            counts[span.creditor] = counts.get(span.creditor, 0) + len(span.block_ids)
+        return counts
+
+    def append_local(self, block_ids: Sequence[int]) -> None:
+        if block_ids:
+            self._spans.append(LocalSpan(self.num_rblocks, tuple(block_ids)))
+            self._merge_neighbours()
+
+    def oldest_local(self, count: int, num_full: int) -> list[LocalSpan]:
+        """Up to `count` of the oldest local rBlocks among the first `num_full` (only full rBlocks may leave)."""
+        found: list[LocalSpan] = []
+        for span in self.local_spans():
+            take = min(count, num_full - span.first, len(span.block_ids))
+            if take > 0:
+                found.append(LocalSpan(span.first, span.block_ids[:take]))
+                count -= take
+        return found
+
+    def move_to_creditor(
+        self, first: int, block_ids: Sequence[int], creditor: InstanceId, loan_id: LoanId
+    ) -> list[int]:
+        """rBlocks `first ..` now lie at `creditor` under these physical ids; returns the local ids that they leave."""
+        moved = RemoteSpan(first, tuple(block_ids), creditor, loan_id)
+        end = first + len(block_ids)
+        left: list[int] = []
+        spans: list[Span] = []
+        for span in self._spans:
+            span_end = span.first + len(span.block_ids)
+            if span_end <= first or end <= span.first:
+                spans.append(span)
+                continue
+            if not isinstance(span, LocalSpan):
+                raise IntegrityError(f"rBlocks {first}..{end} are not all local")
+            cut_from, cut_to = max(first - span.first, 0), min(end, span_end) - span.first
+            left.extend(span.block_ids[cut_from:cut_to])
+            spans.extend(_pieces_around(span, cut_from, cut_to))
+        if len(left) != len(block_ids):
+            raise IntegrityError(f"rBlocks {first}..{end} are not all in the table")
+        self._spans = sorted([*spans, moved], key=lambda span: span.first)
+        self._merge_neighbours()
+        return left
+
+    def clear(self) -> None:
+        self._spans = []
+
+    def check_integrity(self) -> None:
+        """No gap, no overlap."""
+        expected = 0
+        for span in self._spans:
+            if span.first != expected or not span.block_ids:
+                raise IntegrityError(f"span starts at rBlock {span.first}, expected {expected}")
+            expected += len(span.block_ids)
+
+    def _merge_neighbours(self) -> None:
+        merged: list[Span] = []
+        for span in self._spans:
+            joined = _join(merged[-1], span) if merged else None
+            if joined is None:
+                merged.append(span)
+            else:
+                merged[-1] = joined
+        self._spans = merged
+
+
+def _pieces_around(span: LocalSpan, cut_from: int, cut_to: int) -> list[LocalSpan]:
+    before = LocalSpan(span.first, span.block_ids[:cut_from])
+    after = LocalSpan(span.first + cut_to, span.block_ids[cut_to:])
+    return [piece for piece in (before, after) if piece.block_ids]
+
+
+def _join(left: Span, right: Span) -> Span | None:
+    match left, right:
+        case LocalSpan(), LocalSpan():
+            return LocalSpan(left.first, left.block_ids + right.block_ids)
+        case RemoteSpan(), RemoteSpan() if left.loan_id == right.loan_id:
+            return RemoteSpan(left.first, left.block_ids + right.block_ids, left.creditor, left.loan_id)
+    return None

@@ -1,0 +1,37 @@
+"""The tensor that holds this rank's rBlocks."""
+
+import torch
+
+from megatron_distkv.errors import ConfigError
+
+
+class RBlockPool:
+    """One tensor `[num_rblocks, layers, kv_heads, 2, rblock_size, head_dim]`; K at index 0 of the fourth axis, V at 1.
+
+    Head-major, so that one rBlock of one layer is contiguous for kernels, a TP slice is a range of heads, and an rBlock
+    travels as one contiguous piece.
+    """
+
+    def __init__(
+        self,
+        num_rblocks: int,
+        num_layers: int,
+        num_kv_heads: int,
+        rblock_size: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | None = None,
+    ) -> None:
+        if min(num_rblocks, num_layers, num_kv_heads, rblock_size, head_dim) < 1:
+            raise ConfigError("an rBlock pool needs at least one rBlock, layer, KV head, token and head dimension")
+        shape = (num_rblocks, num_layers, num_kv_heads, 2, rblock_size, head_dim)
+        self.tensor_BLK2ND = torch.zeros(shape, dtype=dtype, device=device)
+        self.rblock_size = rblock_size
+
+    @property
+    def num_rblocks(self) -> int:
+        return self.tensor_BLK2ND.shape[0]
+
+    @property
+    def rblock_bytes(self) -> int:
+        return self.tensor_BLK2ND[0].numel() * self.tensor_BLK2ND.element_size()

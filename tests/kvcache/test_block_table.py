@@ -1,0 +1,71 @@
+"""A request's rBlocks stay in order, without gap or overlap, wherever they go."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_distkv.errors import IntegrityError
+from megatron_distkv.kvcache.block_table import BlockTable
+from megatron_distkv.rblock import InstanceId, LoanId, LocalSpan, RemoteSpan
+
+CREDITOR, LOAN = InstanceId("b"), LoanId("a.1.0")
+
+
+def local_table(*block_ids: int) -> BlockTable:
+    table = BlockTable()
+    table.append_local(block_ids)
+    return table
+
+
+def test_appended_rblocks_form_one_span() -> None:
+    table = local_table(7, 3)
+    table.append_local([5])
+    assert table.spans == [LocalSpan(0, (7, 3, 5))]
+
+
+def test_moving_the_oldest_gives_their_local_ids_back() -> None:
+    # Given four local rBlocks, of which three are full
+    table = local_table(7, 3, 5, 9)
+    # When the two oldest full ones move to a creditor
+    oldest = table.oldest_local(2, num_full=3)
+    left = table.move_to_creditor(0, [40, 41], CREDITOR, LOAN)
+    # Then the table names both holders, in order
+    assert oldest == [LocalSpan(0, (7, 3))]
+    assert left == [7, 3]
+    assert table.spans == [RemoteSpan(0, (40, 41), CREDITOR, LOAN), LocalSpan(2, (5, 9))]
+    assert table.remote_by_creditor() == {CREDITOR: 2}
+
+
+def test_a_partly_filled_rblock_never_leaves() -> None:
+    assert local_table(7, 3).oldest_local(5, num_full=1) == [LocalSpan(0, (7,))]
+
+
+def test_moving_what_is_not_local_is_refused() -> None:
+    table = local_table(1, 2)
+    table.move_to_creditor(0, [40], CREDITOR, LOAN)
+    with pytest.raises(IntegrityError, match="not all local"):
+        table.move_to_creditor(0, [41], CREDITOR, LOAN)
+    with pytest.raises(IntegrityError, match="not all in the table"):
+        table.move_to_creditor(1, [41, 42], CREDITOR, LOAN)
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 4)), max_size=6))
+def test_any_moves_keep_the_order(moves: list[tuple[int, int]]) -> None:
+    # Given ten local rBlocks whose physical ids are 100 + their index
+    table = local_table(*range(100, 110))
+    where = {index: 100 + index for index in range(10)}
+    # When runs of them move to loans of their own (moves of what is no longer local are refused whole)
+    for number, (first, count) in enumerate(moves):
+        count = min(count, 10 - first)
+        indices = range(first, first + count)
+        physical = [1000 * (number + 1) + index for index in indices]
+        if any(where[index] >= 1000 for index in indices):
+            with pytest.raises(IntegrityError):
+                table.move_to_creditor(first, physical, CREDITOR, LoanId(str(number)))
+        else:
+            left = table.move_to_creditor(first, physical, CREDITOR, LoanId(str(number)))
+            assert left == [where[index] for index in indices]
+            where.update(zip(indices, physical, strict=True))
+    # Then every rBlock is where it was put
+    table.check_integrity()
+    assert [block_id for span in table.spans for block_id in span.block_ids] == [where[index] for index in range(10)]
