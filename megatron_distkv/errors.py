@@ -1,4 +1,4 @@
-"""What can go wrong, named. A `UserError` is one sentence for a person; everything else is for the code that catches it."""
+"""What can go wrong, named. A `UserError` is one sentence for a person; the rest is for the code that catches it."""
 
 
 class DistkvError(Exception):
@@ -6,7 +6,7 @@ class DistkvError(Exception):
 
 
 class UserError(DistkvError):
-    """Bad input: what, where and what would work, in one sentence. The command line prints it and exits with status 2."""
+    """Bad input: what, where and what would work, in one sentence. The command line prints it, exit status 2."""
 
 
 class ConfigError(UserError):
