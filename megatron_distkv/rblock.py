@@ -5,23 +5,22 @@ a request holds positions `[i * rblock_size, (i + 1) * rblock_size)`. A span is 
 request that lie at one holder; a physical id is the rBlock's index in its holder's pool.
 """
 
-from dataclasses import dataclass
 from typing import NewType, TypeAlias
+
+import msgspec
 
 InstanceId = NewType("InstanceId", str)
 LoanId = NewType("LoanId", str)
 
 
-@dataclass(frozen=True, slots=True)
-class LocalSpan:
+class LocalSpan(msgspec.Struct, frozen=True, tag="local"):
     """rBlocks `first .. first + len(block_ids)` of a request, in this instance's own pool."""
 
     first: int
     block_ids: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class RemoteSpan:
+class RemoteSpan(msgspec.Struct, frozen=True, tag="remote"):
     """rBlocks `first .. first + len(block_ids)` of a request, in `creditor`'s pool, borrowed as `loan_id`."""
 
     first: int

@@ -1,5 +1,6 @@
 """One request inside an instance: its tokens, how many of them have their KV computed, and how it ended."""
 
+import random
 import time
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -39,7 +40,15 @@ class Request:
     num_computed_tokens: int = 0
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: FinishReason | None = None
+    sampling_seed: int = field(default_factory=lambda: random.getrandbits(63))
     num_preemptions: int = 0
+    num_recomputed_tokens: int = 0
+    max_local_rblocks: int = 0
+    max_borrowed_rblocks: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.sampling.seed is not None:
+            self.sampling_seed = self.sampling.seed
 
     @property
     def num_tokens(self) -> int:
@@ -72,6 +81,13 @@ class Request:
             self.finish(FinishReason.STOP)
         elif len(self.output_token_ids) >= self.sampling.max_tokens:
             self.finish(FinishReason.LENGTH)
+
+    def start_over(self) -> None:
+        """Its KV is gone: compute it again from the tokens, prompt and output alike."""
+        self.status = RequestStatus.WAITING
+        self.num_recomputed_tokens += self.num_computed_tokens
+        self.num_computed_tokens = 0
+        self.num_preemptions += 1
 
     def finish(self, reason: FinishReason) -> None:
         self.status = RequestStatus.FINISHED

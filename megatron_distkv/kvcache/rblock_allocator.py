@@ -41,12 +41,10 @@ class RBlockAllocator:
     def can_allocate(self, count: int) -> bool:
         return count <= len(self._free)
 
-    def allocate(self, count: int) -> list[int] | None:
-        """Take `count` rBlocks for an own request, each with one reference; None when fewer are free."""
+    def allocate_up_to(self, count: int) -> list[int]:
+        """Take as many of `count` rBlocks as are free, each with one reference."""
         with self._lock:
-            if count > len(self._free):
-                return None
-            block_ids = [self._free.pop() for _ in range(count)]
+            block_ids = [self._free.pop() for _ in range(min(count, len(self._free)))]
             self._refs.update(dict.fromkeys(block_ids, 1))
             return block_ids
 

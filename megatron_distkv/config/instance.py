@@ -1,0 +1,67 @@
+"""Configuration of one serving instance, one class per room that reads it."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from megatron_distkv.config.base import FrozenConfig
+
+
+class KVCacheConfig(FrozenConfig):
+    num_rblocks: int = Field(256, ge=2)
+    """rBlocks in this instance's pool (per TP rank: each rank keeps its own heads of every rBlock)."""
+    rblock_size: int = Field(64, ge=1)
+    """Tokens per rBlock. 64 is the smallest size at which reads run near the memory's speed: docs/experiments.md."""
+
+
+class SchedulerConfig(FrozenConfig):
+    max_batched_tokens: int = Field(512, ge=1)
+    """Tokens computed in one step, prefill chunks and decodes together."""
+    max_running_requests: int = Field(64, ge=1)
+    """Requests that hold KV at one time."""
+    max_waiting_requests: int = Field(256, ge=0)
+    """Requests queued behind them; one more is refused with 429."""
+
+
+class LendingConfig(FrozenConfig):
+    enabled: bool = True
+    """False: never borrow, never lend."""
+    lendable_fraction: float = Field(0.9, ge=0.0, le=1.0)
+    """Lending cap: the largest share of the pool that may be lent at one time; the rest protects local work."""
+    low_watermark: float = Field(0.25, ge=0.0, le=1.0)
+    """Borrowing starts when less than this share of the pool is free: ahead of need."""
+    max_moved_rblocks_per_step: int = Field(16, ge=1)
+    """rBlocks that migrate to creditors in one step at most, so that decoding does not feel it."""
+    deadline_s: float = Field(10.0, gt=0)
+    """A creditor that does not answer within this time is lost; its requests are recomputed."""
+
+
+class LedgerConfig(FrozenConfig):
+    url: str = "memory://"
+    """redis://, rediss:// (TLS) or unix:// with password and database in the URL; memory:// for one lonely instance."""
+    pool: str = Field("default", pattern=r"^[A-Za-z0-9_.-]{1,64}$")
+    """Instances of one pool lend to each other."""
+    lease_s: float = Field(10.0, gt=0)
+    """An instance silent for this long is dead: its debts are void, its credits return."""
+    heartbeat_interval_s: float = Field(0.5, gt=0)
+    """Time between two reports to the ledger."""
+
+
+class InstanceConfig(FrozenConfig):
+    instance_id: str = Field("instance-0", pattern=r"^[A-Za-z0-9_.-]{1,64}$")
+    """Unique in the pool; a restart under the same id replaces its predecessor."""
+    model: Path
+    """Directory of the checkpoint: Hugging Face safetensors or Megatron torch_dist."""
+    run_dir: Path
+    """Where the instance's sockets lie; a short path (a unix socket's path has at most 107 bytes)."""
+    dtype: Literal["fp32", "bf16"] | None = None
+    """Overrides the checkpoint's dtype."""
+    tensor_parallel: int = Field(1, ge=1)
+    """Ranks of this instance."""
+    threads: int = Field(1, ge=1)
+    """CPU threads per rank."""
+    kv_cache: KVCacheConfig = KVCacheConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    lending: LendingConfig = LendingConfig()
+    ledger: LedgerConfig = LedgerConfig()
