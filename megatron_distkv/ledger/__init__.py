@@ -1,0 +1,38 @@
+"""The debt ledger: who lent how many rBlocks to whom. The only room that talks to Redis."""
+
+from megatron_distkv.ledger.debt_ledger import DebtLedger
+from megatron_distkv.ledger.memory_ledger import MemoryLedger
+from megatron_distkv.ledger.open_ledger import open_ledger
+from megatron_distkv.ledger.pool_snapshot import PoolSnapshot, render_debts
+from megatron_distkv.ledger.records import (
+    Creditor,
+    HeartbeatReply,
+    InstanceRecord,
+    InstanceReport,
+    InstanceState,
+    Loan,
+    LoanState,
+    Move,
+    Recall,
+    Registration,
+    RequestPlacementEntry,
+)
+
+__all__ = [
+    "Creditor",
+    "DebtLedger",
+    "HeartbeatReply",
+    "InstanceRecord",
+    "InstanceReport",
+    "InstanceState",
+    "Loan",
+    "LoanState",
+    "MemoryLedger",
+    "Move",
+    "PoolSnapshot",
+    "Recall",
+    "Registration",
+    "RequestPlacementEntry",
+    "open_ledger",
+    "render_debts",
+]

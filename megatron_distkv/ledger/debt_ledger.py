@@ -1,0 +1,108 @@
+"""The global debt ledger: who lent how many rBlocks to whom.
+
+The ledger is the promise, each creditor's allocator the truth. Every operation is atomic, idempotent under retry and
+fenced: a message that carries another epoch than the live one of its instance changes nothing. Any operation may raise
+`LedgerUnavailable`.
+
+    borrow (reserve) -> accept | release -> release        by loan id
+    register -> heartbeat* -> deregister | expire          by (instance, epoch), kept alive by its lease
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from megatron_distkv.ledger.pool_snapshot import PoolSnapshot
+from megatron_distkv.ledger.records import (
+    Creditor,
+    HeartbeatReply,
+    InstanceReport,
+    Loan,
+    Move,
+    Recall,
+    Registration,
+)
+from megatron_distkv.messages import Refusal
+from megatron_distkv.rblock import InstanceId, LoanId
+
+
+class DebtLedger(Protocol):
+    def register(
+        self,
+        instance: InstanceId,
+        address: str,
+        total_rblocks: int,
+        reserved_rblocks: int,
+        lease_s: float,
+        *,
+        epoch: int = 0,
+        generation: str = "",
+        info: Mapping[str, str] | None = None,
+    ) -> Registration:
+        """Begin or renew a life of `instance`; `reserved_rblocks` are never lent.
+
+        Who was registered before passes its old epoch and generation: it keeps the epoch when the ledger has lost its
+        data since (so its loans can be restored), else gets a new one and its loans are void. Epochs only ever grow.
+        Raises SupersededError when a newer incarnation of the same id is registered.
+        """
+
+    def heartbeat(self, instance: InstanceId, epoch: int, report: InstanceReport, lease_s: float) -> HeartbeatReply:
+        """Renew the lease and report; brings back recalls (until released) and planned moves (once)."""
+
+    def recommend(self, debtor: InstanceId, num_rblocks: int, limit: int) -> list[Creditor]:
+        """Up to `limit` live, debt-free instances that would lend, freest first, until `num_rblocks` are covered."""
+
+    def borrow(
+        self,
+        loan_id: LoanId,
+        debtor: InstanceId,
+        debtor_epoch: int,
+        creditor: InstanceId,
+        creditor_epoch: int,
+        num_rblocks: int,
+        pending_s: float,
+    ) -> Refusal | None:
+        """Reserve; the creditor must accept within `pending_s`. An instance in debt is refused as a creditor.
+
+        So the debt graph has no cycles: the edge that would close one leads to an instance in debt.
+        """
+
+    def accept(self, loan_id: LoanId, creditor: InstanceId, creditor_epoch: int) -> Refusal | None:
+        """The creditor has really allocated."""
+
+    def release(self, loan_id: LoanId, instance: InstanceId, epoch: int) -> int:
+        """End a loan, by either side; returns the rBlocks given back (0: it had ended, or a stale epoch asked)."""
+
+    def reclaim(self, creditor: InstanceId, epoch: int, num_rblocks: int) -> list[Recall]:
+        """Ask debtors for `num_rblocks` back, whole loans, largest first; they hear of it with their next heartbeat."""
+
+    def restore(
+        self,
+        loan_id: LoanId,
+        debtor: InstanceId,
+        debtor_epoch: int,
+        creditor: InstanceId,
+        creditor_epoch: int,
+        num_rblocks: int,
+    ) -> Refusal | None:
+        """After a loss of the ledger: the creditor says what it lends. Debtors must be registered (STALE_DEBTOR)."""
+
+    def loans_of(self, creditor: InstanceId) -> list[Loan]: ...
+
+    def expire(self, limit: int = 64) -> list[InstanceId]:
+        """Bury instances whose lease has ended (debts void, credits returned) and drop overdue reservations."""
+
+    def deregister(self, instance: InstanceId, epoch: int) -> None:
+        """Leave: as if the lease had ended now."""
+
+    def snapshot(self) -> PoolSnapshot: ...
+
+    def lead(self, candidate: str, lease_s: float) -> bool:
+        """Take or keep the gManager's leader lease."""
+
+    def publish_moves(self, leader: str, moves: Sequence[Move]) -> bool:
+        """Hand moves to their sources' next heartbeats; False when `leader` does not lead."""
+
+    def events(self, count: int) -> list[dict[str, str]]:
+        """The last `count` events, oldest first."""
+
+    def close(self) -> None: ...

@@ -1,0 +1,53 @@
+"""The whole pool at one moment, as the ledger knows it."""
+
+from dataclasses import dataclass
+
+from megatron_distkv.ledger.records import InstanceRecord, InstanceState, Loan, RequestPlacementEntry
+from megatron_distkv.rblock import InstanceId
+
+
+@dataclass(frozen=True)
+class PoolSnapshot:
+    """One atomic read. `placements` are keyed by the instance that owns the requests."""
+
+    generation: str
+    taken_at_ms: int
+    instances: tuple[InstanceRecord, ...]
+    loans: tuple[Loan, ...]
+    placements: dict[InstanceId, tuple[RequestPlacementEntry, ...]]
+
+    def find(self, instance: InstanceId) -> InstanceRecord | None:
+        return next((record for record in self.instances if record.instance == instance), None)
+
+    @property
+    def live(self) -> tuple[InstanceRecord, ...]:
+        return tuple(record for record in self.instances if record.lease_left_ms > 0)
+
+    def lendable_to(self, instance: InstanceId) -> int:
+        """rBlocks that all other live instances together lend at most, when none of them uses its own memory."""
+        lenders = (record for record in self.live if record.instance != instance)
+        return sum(record.lendable_at_most for record in lenders if record.state is InstanceState.UP)
+
+    def longest_context_rblocks(self, instance: InstanceId) -> int:
+        """The longest context that a request of `instance` can ever have: its own pool and what others may lend."""
+        record = self.find(instance)
+        return 0 if record is None else record.total + self.lendable_to(instance)
+
+
+def render_debts(snapshot: PoolSnapshot) -> str:
+    """The debt ledger for a person: each instance's memory, then who owes how much to whom."""
+    lines = [f"{'instance':<16}{'total':>7}{'used':>7}{'lent':>7}{'borrowed':>10}{'free':>7}  state"]
+    for record in snapshot.instances:
+        state = record.state.value if record.lease_left_ms > 0 else "dead"
+        lines.append(
+            f"{record.instance:<16}{record.total:>7}{record.local_used:>7}{record.lent:>7}"
+            f"{record.borrowed:>10}{record.free:>7}  {state}"
+        )
+    lines.append("")
+    if not snapshot.loans:
+        lines.append("no debts")
+    for loan in snapshot.loans:
+        lines.append(
+            f"{loan.debtor} owes {loan.creditor} {loan.num_rblocks} rBlocks  ({loan.loan_id}, {loan.state.value})"
+        )
+    return "\n".join(lines)

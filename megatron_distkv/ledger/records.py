@@ -1,0 +1,132 @@
+"""What the ledger stores and answers, as plain frozen records."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from megatron_distkv.rblock import InstanceId, LoanId
+
+
+class InstanceState(StrEnum):
+    UP = "up"
+    DRAINING = "draining"  # lends nothing any more
+
+
+class LoanState(StrEnum):
+    PENDING = "pending"  # reserved; the creditor has not answered yet
+    ACTIVE = "active"  # the creditor has allocated
+
+
+@dataclass(frozen=True)
+class Registration:
+    """`generation` names one life of the ledger's data: it changes when the data are lost."""
+
+    epoch: int
+    generation: str
+
+
+@dataclass(frozen=True)
+class RequestPlacementEntry:
+    """`num_rblocks` rBlocks of a request lie at `holder` (the paper's [req_id, inst_id, num_blocks, local])."""
+
+    request_id: str
+    holder: InstanceId
+    num_rblocks: int
+    is_local: bool
+
+
+@dataclass(frozen=True)
+class InstanceReport:
+    """What a heartbeat says. Only local use, so that a late one cannot overwrite a reservation."""
+
+    local_used_rblocks: int
+    state: InstanceState = InstanceState.UP
+    num_running: int = 0
+    num_waiting: int = 0
+    max_request_tokens: int = 0
+    placements: tuple[RequestPlacementEntry, ...] = ()  # changed entries only; 0 rBlocks deletes
+
+
+@dataclass(frozen=True)
+class Recall:
+    """The creditor wants a loan's rBlocks back."""
+
+    loan_id: LoanId
+    debtor: InstanceId
+    num_rblocks: int
+
+
+@dataclass(frozen=True)
+class Move:
+    """A move of KV that the gManager has planned (the paper's move_kvcache)."""
+
+    request_id: str
+    source: InstanceId
+    destination: InstanceId
+    num_rblocks: int
+
+
+@dataclass(frozen=True)
+class HeartbeatReply:
+    """`known` False: this epoch is not the live one, register again; the rest is then empty."""
+
+    known: bool
+    generation: str = ""
+    lent: int = 0
+    borrowed: int = 0
+    free: int = 0
+    recalls: tuple[Recall, ...] = ()
+    moves: tuple[Move, ...] = ()
+
+
+@dataclass(frozen=True)
+class Creditor:
+    """An instance that would lend `free_rblocks` rBlocks now."""
+
+    instance: InstanceId
+    epoch: int
+    address: str
+    free_rblocks: int
+
+
+@dataclass(frozen=True)
+class Loan:
+    loan_id: LoanId
+    debtor: InstanceId
+    debtor_epoch: int
+    creditor: InstanceId
+    creditor_epoch: int
+    num_rblocks: int
+    state: LoanState
+
+
+@dataclass(frozen=True)
+class InstanceRecord:
+    instance: InstanceId
+    epoch: int
+    address: str
+    total: int
+    reserved: int
+    local_used: int
+    lent: int
+    borrowed: int
+    state: InstanceState
+    num_running: int
+    num_waiting: int
+    max_request_tokens: int
+    lease_left_ms: int
+    info: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def lendable_at_most(self) -> int:
+        """The lending cap."""
+        return self.total - self.reserved
+
+    @property
+    def free_to_lend(self) -> int:
+        return self.total - self.reserved - self.local_used - self.lent
+
+    @property
+    def free(self) -> int:
+        """rBlocks that neither its own requests nor debtors use."""
+        return max(0, self.total - self.local_used - self.lent)

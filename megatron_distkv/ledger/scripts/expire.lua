@@ -1,0 +1,2 @@
+-- limit -> {buried instance, ...}
+return expire(number(ARGV[2]))

@@ -1,0 +1,13 @@
+-- loan, debtor, debtor_epoch, creditor, creditor_epoch, num_rblocks -> "" | the refusal's name
+local id, debtor, debtor_epoch, creditor, creditor_epoch = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
+local num = number(ARGV[7])
+local known = read_loan(id)
+if known then
+  return has_terms(known, debtor, debtor_epoch, creditor, creditor_epoch, num) and '' or 'conflict'
+end
+local refusal = why_not_fenced(debtor, debtor_epoch, creditor, creditor_epoch, num)
+if refusal then return refusal end
+local r = call('HMGET', instance_key(creditor), 'total', 'reserved', 'lent')
+if number(r[1]) - number(r[2]) < number(r[3]) + num then return 'cap' end
+add_loan(id, debtor, debtor_epoch, creditor, creditor_epoch, num, 'active')
+return ''
