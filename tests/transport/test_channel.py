@@ -1,0 +1,192 @@
+"""Channels between real processes: tensors arrive whole, and every way for a peer to fail ends in PeerLost."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megatron_distkv.errors import PeerLost, UserError
+from megatron_distkv.transport import (
+    PROTOCOL_VERSION,
+    Answer,
+    Hello,
+    Listener,
+    Request,
+    TensorSpec,
+    connect,
+    read_tensors,
+)
+from megatron_distkv.transport.channel import RequestFailed
+from megatron_distkv.transport.mailbox import MessageTooLong
+from megatron_distkv.transport.tensors import PayloadMismatch
+
+ECHO, DOUBLE, FAIL = 1, 2, 3
+
+
+def hello(**changes: object) -> Hello:
+    values = {
+        "protocol_version": PROTOCOL_VERSION, "pool": "p", "instance_id": "a", "epoch": 1, "rank": 0,
+        "request_bytes": 1 << 16, "reply_bytes": 1 << 16,
+    }  # fmt: skip
+    return Hello(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def answer(_: Hello, request: Request) -> Answer:
+    if request.kind == FAIL:
+        raise ValueError("no such thing")
+    data = torch.frombuffer(request.payload, dtype=torch.uint8).clone() if len(request.payload) else torch.empty(0)
+    return Answer(request.header, [data.view(torch.float32) * 2] if request.kind == DOUBLE else [data])
+
+
+@pytest.fixture
+def address(tmp_path: Path) -> Iterator[str]:
+    listener = Listener(f"unix:{tmp_path}/a.sock", "p", answer)
+    yield f"unix:{tmp_path}/a.sock"
+    listener.close()
+    assert not (tmp_path / "a.sock").exists()
+
+
+OTHER_PROCESS = """
+import sys, time, torch
+from megatron_distkv.transport import *
+def answer(hello, request):
+    if request.kind == 3: time.sleep(60)
+    (x,) = read_tensors(request.payload, [TensorSpec((4, 8), torch.float32)])
+    return Answer(request.header, [x * 2])
+listener = Listener(sys.argv[1], "p", answer)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    address = f"unix:{tmp_path}/b.sock"
+    process = subprocess.Popen([sys.executable, "-c", OTHER_PROCESS, address], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    yield address, process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def test_a_tensor_goes_to_another_process_and_comes_back(other: tuple[str, subprocess.Popen[str]]) -> None:
+    channel = connect(other[0], hello(), peer="b", timeout_s=5)
+    for step in range(50):
+        x = torch.full((4, 8), float(step))
+        reply = channel.call(DOUBLE, b"h%d" % step, [x], deadline_s=5)
+        (doubled,) = read_tensors(reply.payload, [TensorSpec((4, 8), torch.float32)])
+        assert reply.header == b"h%d" % step
+        assert torch.equal(doubled, x * 2)
+    channel.close()
+
+
+def test_a_killed_peer_is_lost_while_we_wait(other: tuple[str, subprocess.Popen[str]]) -> None:
+    # Given a peer that is busy with our question
+    channel = connect(other[0], hello(), peer="b", timeout_s=5)
+    channel.post(FAIL, b"", [torch.zeros(4, 8)])
+
+    # When it is killed with -9
+    threading.Timer(0.2, other[1].kill).start()
+
+    # Then we hear of it long before the deadline, and the channel stays closed
+    with pytest.raises(PeerLost, match="lost b"):
+        channel.wait(deadline_s=50)
+    with pytest.raises(PeerLost, match="closed"):
+        channel.post(DOUBLE, b"")
+
+
+def test_a_stopped_peer_is_lost_at_the_deadline(other: tuple[str, subprocess.Popen[str]]) -> None:
+    channel = connect(other[0], hello(), peer="b", timeout_s=5)
+    os.kill(other[1].pid, signal.SIGSTOP)
+    channel.post(DOUBLE, b"", [torch.zeros(4, 8)])
+    with pytest.raises(PeerLost, match="deadline"):
+        channel.wait(deadline_s=0.2)
+    assert not channel.is_open
+
+
+def test_nobody_at_the_address(tmp_path: Path) -> None:
+    with pytest.raises(PeerLost, match="no channel"):
+        connect(f"unix:{tmp_path}/nobody.sock", hello(), peer="x", timeout_s=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"pool": "other"}, "this is pool 'p', not 'other'"),
+        ({"protocol_version": 99}, "protocol version 99 meets"),
+        ({"request_bytes": 1 << 40}, "at most"),
+        ({"reply_bytes": 0}, "at least one byte"),
+    ],
+)
+def test_a_wrong_hello_is_refused_with_a_reason(address: str, changes: dict[str, object], reason: str) -> None:
+    with pytest.raises(PeerLost, match=reason):
+        connect(address, hello(**changes), peer="a", timeout_s=5)
+
+
+def test_an_error_of_the_peer_is_a_sentence_and_the_channel_lives_on(address: str) -> None:
+    channel = connect(address, hello(), peer="a", timeout_s=5)
+    with pytest.raises(RequestFailed, match="ValueError: no such thing"):
+        channel.call(FAIL, b"", deadline_s=5)
+    assert channel.call(ECHO, b"still here", deadline_s=5).header == b"still here"
+    channel.close()
+
+
+def test_a_message_that_does_not_fit_is_refused_before_it_is_sent(address: str) -> None:
+    channel = connect(address, hello(), peer="a", timeout_s=5)
+    with pytest.raises(MessageTooLong):
+        channel.post(ECHO, b"", [torch.zeros(1 << 16)])
+    assert channel.call(ECHO, b"next", deadline_s=5).header == b"next"
+    channel.close()
+
+
+def test_a_payload_of_another_size_is_refused() -> None:
+    with pytest.raises(PayloadMismatch):
+        read_tensors(memoryview(b"\0" * 64), [TensorSpec((17,), torch.float32)])
+
+
+def test_a_disconnect_is_told(tmp_path: Path) -> None:
+    gone = threading.Event()
+    listener = Listener(f"unix:{tmp_path}/d.sock", "p", answer, on_disconnect=lambda _: gone.set())
+    connect(f"unix:{tmp_path}/d.sock", hello(), peer="d", timeout_s=5).close()
+    assert gone.wait(5)
+    listener.close()
+
+
+def test_a_socket_path_that_is_too_long_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="choose a shorter run_dir"):
+        Listener(f"unix:{tmp_path}/{'x' * 120}", "p", answer)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(garbage=st.binary(min_size=1, max_size=80), frame=st.binary(min_size=1, max_size=40))
+def test_garbage_neither_kills_nor_blocks_the_listener(address: str, garbage: bytes, frame: bytes) -> None:
+    # Given garbage as a hello, and garbage as a doorbell after a good hello
+    for first, then in ((garbage, None), (None, frame)):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as raw:
+            raw.connect(address.removeprefix("unix:"))
+            if first is not None:
+                raw.send(first)
+            else:
+                import msgspec
+
+                raw.send(msgspec.msgpack.encode(hello()))
+                _, fds, _, _ = socket.recv_fds(raw, 4096, 1)
+                for fd in fds:
+                    os.close(fd)
+                raw.send(then or b"")
+
+    # Then an honest peer is still answered
+    channel = connect(address, hello(), peer="a", timeout_s=5)
+    assert channel.call(ECHO, b"x", deadline_s=5).header == b"x"
+    channel.close()
