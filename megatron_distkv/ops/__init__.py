@@ -1,0 +1,22 @@
+"""The only door to kernels/: torch ops with fake kernels, dispatched to the backend in use.
+
+Legend for shape suffixes: T query tokens, H query heads, K KV heads, D head dim, L layers, B rBlocks in the pool,
+N tokens per rBlock, M rBlocks listed, P partials, R rotated dims.
+"""
+
+from megatron_distkv.ops.backend import available_backends, backend_in_use, use_backend
+from megatron_distkv.ops.micro_attention import merge, micro_attention
+from megatron_distkv.ops.move_rblocks import gather_rblocks, scatter_rblocks
+from megatron_distkv.ops.store_kv import apply_rope, store_kv
+
+__all__ = [
+    "apply_rope",
+    "available_backends",
+    "backend_in_use",
+    "gather_rblocks",
+    "merge",
+    "micro_attention",
+    "scatter_rblocks",
+    "store_kv",
+    "use_backend",
+]

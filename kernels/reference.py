@@ -1,0 +1,114 @@
+"""Every op in plain torch: the backend that runs anywhere, and the contract that faster ones are checked against.
+
+Legend: T query tokens, H query heads, K KV heads, G = H / K, D head dim, L layers, B rBlocks, N tokens per rBlock,
+S sequences, M rBlocks listed, P partials.
+"""
+
+import torch
+
+# Scores of this many key tokens are held at one time, so that a long context needs no memory of its length squared.
+KEY_TOKENS_AT_ONCE = 4096
+
+
+def micro_attention(
+    q_THD: torch.Tensor,
+    pool_BLK2ND: torch.Tensor,
+    layer: int,
+    block_ids_M: torch.Tensor,
+    block_starts_M: torch.Tensor,
+    cu_blocks: torch.Tensor,
+    cu_queries: torch.Tensor,
+    positions_T: torch.Tensor,
+    scale: float,
+    causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    num_tokens, num_heads, head_dim = q_THD.shape
+    out_THD = torch.zeros(num_tokens, num_heads, head_dim, dtype=torch.float32, device=q_THD.device)
+    lse_TH = torch.full((num_tokens, num_heads), float("-inf"), dtype=torch.float32, device=q_THD.device)
+    blocks, queries = cu_blocks.tolist(), cu_queries.tolist()
+    for s in range(len(blocks) - 1):
+        rows, listed = slice(queries[s], queries[s + 1]), slice(blocks[s], blocks[s + 1])
+        if rows.start == rows.stop or listed.start == listed.stop:
+            continue
+        positions = positions_T[rows] if causal else None
+        out_THD[rows], lse_TH[rows] = _one_sequence(
+            q_THD[rows], pool_BLK2ND, layer, block_ids_M[listed], block_starts_M[listed], positions, scale
+        )
+    return out_THD, lse_TH
+
+
+def _one_sequence(
+    q_THD: torch.Tensor,
+    pool_BLK2ND: torch.Tensor,
+    layer: int,
+    block_ids: torch.Tensor,
+    block_starts: torch.Tensor,
+    positions: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    blocks_at_once = max(1, KEY_TOKENS_AT_ONCE // pool_BLK2ND.shape[4])
+    outs, lses = [], []
+    for ids, starts in zip(block_ids.split(blocks_at_once), block_starts.split(blocks_at_once), strict=True):
+        kv_MK2ND = pool_BLK2ND[ids, layer].to(torch.float32)
+        out, lse = _over_blocks(q_THD, kv_MK2ND, starts, positions, scale)
+        outs.append(out)
+        lses.append(lse)
+    return (outs[0], lses[0]) if len(outs) == 1 else merge(torch.stack(outs), torch.stack(lses))
+
+
+def _over_blocks(
+    q_THD: torch.Tensor, kv_MK2ND: torch.Tensor, starts: torch.Tensor, positions: torch.Tensor | None, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    num_tokens, num_heads, head_dim = q_THD.shape
+    num_blocks, kv_heads, _, rblock_size, _ = kv_MK2ND.shape
+    group = num_heads // kv_heads
+    # Queries of one KV head side by side: [K, T * G, D]
+    q_KRD = q_THD.to(torch.float32).view(num_tokens, kv_heads, group, head_dim).permute(1, 0, 2, 3)
+    q_KRD = q_KRD.reshape(kv_heads, num_tokens * group, head_dim)
+    k_KXD, v_KXD = (
+        kv_MK2ND[:, :, part].transpose(0, 1).reshape(kv_heads, num_blocks * rblock_size, head_dim) for part in (0, 1)
+    )
+    scores_KRX = torch.bmm(q_KRD, k_KXD.transpose(1, 2)).mul_(scale)
+    if positions is not None:
+        key_positions_X = (starts[:, None] + torch.arange(rblock_size, device=starts.device)).flatten()
+        is_future_TX = key_positions_X[None, :] > positions[:, None]
+        scores_KRX.view(kv_heads, num_tokens, group, -1).masked_fill_(is_future_TX[None, :, None, :], float("-inf"))
+    top_KR1 = scores_KRX.amax(dim=-1, keepdim=True)
+    top_KR1 = top_KR1.masked_fill(top_KR1 == float("-inf"), 0.0)  # a row without any key stays empty, not NaN
+    weights_KRX = scores_KRX.sub_(top_KR1).exp_()
+    sum_KR1 = weights_KRX.sum(dim=-1, keepdim=True)
+    out_KRD = torch.bmm(weights_KRX, v_KXD) / sum_KR1.clamp_min(torch.finfo(torch.float32).tiny)
+    lse_KR = (sum_KR1.log() + top_KR1).squeeze(-1)
+    out_THD = out_KRD.view(kv_heads, num_tokens, group, head_dim).permute(1, 0, 2, 3).reshape_as(q_THD)
+    return out_THD, lse_KR.view(kv_heads, num_tokens, group).permute(1, 0, 2).reshape(num_tokens, num_heads)
+
+
+def merge(outs_PTHD: torch.Tensor, lses_PTH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    lse_TH = torch.logsumexp(lses_PTH, dim=0)
+    weights_PTH = (lses_PTH - lse_TH.masked_fill(lse_TH == float("-inf"), 0.0)).exp()
+    return (outs_PTHD * weights_PTH.unsqueeze(-1)).sum(dim=0), lse_TH
+
+
+def store_kv(
+    k_TKD: torch.Tensor, v_TKD: torch.Tensor, pool_BLK2ND: torch.Tensor, layer: int, slot_mapping_T: torch.Tensor
+) -> None:
+    rblock_size = pool_BLK2ND.shape[4]
+    blocks, slots = slot_mapping_T // rblock_size, slot_mapping_T % rblock_size
+    pool_BLK2ND[blocks, layer, :, 0, slots] = k_TKD.to(pool_BLK2ND.dtype)
+    pool_BLK2ND[blocks, layer, :, 1, slots] = v_TKD.to(pool_BLK2ND.dtype)
+
+
+def apply_rope(x_THD: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor) -> torch.Tensor:
+    rotated = cos_TR.shape[-1]
+    x = x_THD[..., :rotated].to(torch.float32)
+    left, right = x.chunk(2, dim=-1)
+    turned = x * cos_TR[:, None] + torch.cat((-right, left), dim=-1) * sin_TR[:, None]
+    return torch.cat((turned.to(x_THD.dtype), x_THD[..., rotated:]), dim=-1)
+
+
+def gather_rblocks(pool_BLK2ND: torch.Tensor, block_ids: torch.Tensor) -> torch.Tensor:
+    return pool_BLK2ND.index_select(0, block_ids)
+
+
+def scatter_rblocks(data_MLK2ND: torch.Tensor, pool_BLK2ND: torch.Tensor, block_ids: torch.Tensor) -> None:
+    pool_BLK2ND.index_copy_(0, block_ids, data_MLK2ND)

@@ -1,0 +1,69 @@
+"""MicroAttention over a list of rBlocks, and the exact merge of partial results by log-sum-exp.
+
+Over any partition of the keys into parts p, with out_p = softmax(q k_p) v_p and lse_p = log sum exp(q k_p):
+
+    lse = log sum_p exp(lse_p)        out = sum_p exp(lse_p - lse) out_p
+
+which is associative and commutative; (0, -inf) is its neutral element. Source: Infinite-LLM (arXiv 2401.02669), its
+MicroAttention, in the normalised form of FlashDecoding.
+"""
+
+import torch
+
+from megatron_distkv.ops.backend import kernels
+
+
+@torch.library.custom_op("distkv::micro_attention", mutates_args=())
+def micro_attention(
+    q_THD: torch.Tensor,
+    pool_BLK2ND: torch.Tensor,
+    layer: int,
+    block_ids_M: torch.Tensor,
+    block_starts_M: torch.Tensor,
+    cu_blocks: torch.Tensor,
+    cu_queries: torch.Tensor,
+    positions_T: torch.Tensor,
+    scale: float,
+    causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of S packed sequences, each over its own list of rBlocks of one layer.
+
+    Sequence s has query rows `cu_queries[s] : cu_queries[s + 1]` and rBlocks `cu_blocks[s] : cu_blocks[s + 1]` of
+    `block_ids_M` (indices into the pool); rBlock i holds positions from `block_starts_M[i]` on. All index tensors are
+    int64. With `causal` a query at `positions_T` sees keys at its own position and before; without, all of them (then
+    every listed rBlock must be full). H is a multiple of K; query heads of one KV head are neighbours.
+
+    Returns out `[T, H, D]` and lse `[T, H]`, fp32, natural log; a query without any key gets (0, -inf).
+    """
+    out, lse = kernels().micro_attention(
+        q_THD, pool_BLK2ND, layer, block_ids_M, block_starts_M, cu_blocks, cu_queries, positions_T, scale, causal
+    )
+    return out, lse
+
+
+@micro_attention.register_fake
+def _(
+    q_THD: torch.Tensor,
+    pool_BLK2ND: torch.Tensor,
+    layer: int,
+    block_ids_M: torch.Tensor,
+    block_starts_M: torch.Tensor,
+    cu_blocks: torch.Tensor,
+    cu_queries: torch.Tensor,
+    positions_T: torch.Tensor,
+    scale: float,
+    causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return q_THD.new_empty(q_THD.shape, dtype=torch.float32), q_THD.new_empty(q_THD.shape[:2], dtype=torch.float32)
+
+
+@torch.library.custom_op("distkv::merge", mutates_args=())
+def merge(outs_PTHD: torch.Tensor, lses_PTH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """One partial out of P (fp32): out `[T, H, D]` and lse `[T, H]`."""
+    out, lse = kernels().merge(outs_PTHD, lses_PTH)
+    return out, lse
+
+
+@merge.register_fake
+def _(outs_PTHD: torch.Tensor, lses_PTH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return outs_PTHD.new_empty(outs_PTHD.shape[1:]), lses_PTH.new_empty(lses_PTH.shape[1:])

@@ -1,0 +1,34 @@
+"""Rotary position embedding, and writing new tokens' K and V into rBlocks."""
+
+import torch
+
+from megatron_distkv.ops.backend import kernels
+
+
+@torch.library.custom_op("distkv::store_kv", mutates_args={"pool_BLK2ND"})
+def store_kv(
+    k_TKD: torch.Tensor, v_TKD: torch.Tensor, pool_BLK2ND: torch.Tensor, layer: int, slot_mapping_T: torch.Tensor
+) -> None:
+    """Token t goes to slot `slot_mapping_T[t]` = physical rBlock id * N + offset, cast to the pool's dtype."""
+    kernels().store_kv(k_TKD, v_TKD, pool_BLK2ND, layer, slot_mapping_T)
+
+
+@store_kv.register_fake
+def _(
+    k_TKD: torch.Tensor, v_TKD: torch.Tensor, pool_BLK2ND: torch.Tensor, layer: int, slot_mapping_T: torch.Tensor
+) -> None:
+    return None
+
+
+@torch.library.custom_op("distkv::apply_rope", mutates_args=())
+def apply_rope(x_THD: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor) -> torch.Tensor:
+    """Rotate the first R of D dims of every head by each token's angles (rotate-half, as Hugging Face's Llama).
+
+    `cos_TR` and `sin_TR` are fp32, their two halves equal; the other D - R dims pass (partial RoPE).
+    """
+    return kernels().apply_rope(x_THD, cos_TR, sin_TR)
+
+
+@apply_rope.register_fake
+def _(x_THD: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x_THD)

@@ -1,0 +1,21 @@
+"""An independent reference: dense attention in float64, written from the definition."""
+
+import torch
+
+
+def dense_attention(
+    q_THD: torch.Tensor, k_XKD: torch.Tensor, v_XKD: torch.Tensor, positions_T: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal attention of queries at `positions_T` over keys at positions 0..X-1; returns out and LSE in float64."""
+    group = q_THD.shape[1] // k_XKD.shape[1]
+    k, v = (x.double().repeat_interleave(group, dim=1) for x in (k_XKD, v_XKD))
+    scores = torch.einsum("thd,xhd->thx", q_THD.double(), k) * scale
+    future = torch.arange(len(k_XKD))[None] > positions_T[:, None]
+    scores = scores.masked_fill(future[:, None], float("-inf"))
+    return torch.einsum("thx,xhd->thd", scores.softmax(-1), v), scores.logsumexp(-1)
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest relative L2 error per token and head."""
+    gap = (actual.double() - expected.double()).norm(dim=-1)
+    return float((gap / expected.double().norm(dim=-1).clamp_min(1e-12)).max())
