@@ -1,0 +1,119 @@
+"""The answering side: MicroAttention over rBlocks that others borrowed, and taking in the rBlocks that they send."""
+
+import threading
+from dataclasses import dataclass
+
+import msgspec
+import torch
+
+from megatron_distkv.attention.debtor import wire_dtype
+from megatron_distkv.attention.loan_table import LoanTable
+from megatron_distkv.messages import Acknowledge, QueryHeader, QueryShare, Refusal, StoreHeader
+from megatron_distkv.ops import micro_attention, scatter_rblocks
+from megatron_distkv.transport import Answer, Hello, Request, TensorSpec, read_tensors
+
+
+@dataclass
+class _PreparedQuery:
+    """A step's question, checked once and used by all its layers."""
+
+    step: int
+    shares: list[QueryShare]
+    version: int  # of the loan table when it was checked
+    block_ids_M: torch.Tensor
+    cu_blocks: torch.Tensor
+    cu_queries: torch.Tensor
+
+
+class Creditor:
+    """Called by channel threads, one per debtor. Reads only rBlocks that the loan table grants to who asks."""
+
+    def __init__(
+        self,
+        pool_BLK2ND: torch.Tensor,
+        loan_table: LoanTable,
+        num_query_heads: int,
+        model_dtype: torch.dtype,
+        scale: float,
+    ) -> None:
+        self._pool = pool_BLK2ND
+        self._loans = loan_table
+        self._num_query_heads = num_query_heads
+        self._model_dtype = model_dtype
+        self._scale = scale
+        self._prepared: dict[tuple[str, int], _PreparedQuery] = {}
+        self._lock = threading.Lock()
+
+    def query(self, hello: Hello, request: Request) -> Answer:
+        """MicroAttention of one layer over the debtor's rBlocks here (contract: messages.QueryHeader)."""
+        header = msgspec.msgpack.decode(request.header, type=QueryHeader)
+        prepared = self._prepare(hello, header)
+        if isinstance(prepared, Refusal):
+            return _acknowledge(prepared)
+        num_rows = int(prepared.cu_queries[-1])
+        head_dim = self._pool.shape[-1]
+        spec = TensorSpec((num_rows, self._num_query_heads, head_dim), self._model_dtype)
+        (q_THD,) = read_tensors(request.payload, [spec])
+        out, lse = micro_attention(
+            q_THD,
+            self._pool,
+            header.layer,
+            prepared.block_ids_M,
+            torch.zeros_like(prepared.block_ids_M),
+            prepared.cu_blocks,
+            prepared.cu_queries,
+            torch.zeros(num_rows, dtype=torch.int64, device=q_THD.device),
+            self._scale,
+            causal=False,
+        )
+        if self._loans.version != prepared.version and not self._covers(hello, prepared.shares):
+            return _acknowledge(Refusal.UNKNOWN_LOAN)  # a loan ended while we computed: the rBlocks may be another's
+        return Answer(msgspec.msgpack.encode(Acknowledge()), [out.to(wire_dtype(self._model_dtype)), lse])
+
+    def store(self, hello: Hello, request: Request) -> Answer:
+        """Take in migrated rBlocks (contract: messages.StoreHeader)."""
+        header = msgspec.msgpack.decode(request.header, type=StoreHeader)
+        spec = TensorSpec((len(header.block_ids), *self._pool.shape[1:]), self._pool.dtype)
+        (data,) = read_tensors(request.payload, [spec])
+        with self._loans.held():
+            if not self._loans.covers(hello.instance_id, [header.loan_id], header.block_ids):
+                return _acknowledge(Refusal.UNKNOWN_LOAN)
+            scatter_rblocks(data, self._pool, torch.tensor(header.block_ids, dtype=torch.int64))
+        return _acknowledge(None)
+
+    def forget(self, hello: Hello) -> None:
+        """The debtor's channel is gone."""
+        with self._lock:
+            self._prepared.pop((hello.instance_id, hello.epoch), None)
+
+    def _prepare(self, hello: Hello, header: QueryHeader) -> _PreparedQuery | Refusal:
+        key = (hello.instance_id, hello.epoch)
+        with self._lock:
+            prepared = self._prepared.get(key)
+        if header.shares is None:
+            is_known = prepared is not None and prepared.step == header.step
+            return prepared if is_known and prepared is not None else Refusal.UNKNOWN_LOAN
+        version = self._loans.version
+        if not self._covers(hello, header.shares):
+            return Refusal.UNKNOWN_LOAN
+        prepared = _index(header.step, header.shares, version)
+        with self._lock:
+            self._prepared[key] = prepared
+        return prepared
+
+    def _covers(self, hello: Hello, shares: list[QueryShare]) -> bool:
+        return all(self._loans.covers(hello.instance_id, share.loan_ids, share.block_ids) for share in shares)
+
+
+def _index(step: int, shares: list[QueryShare], version: int) -> _PreparedQuery:
+    cu_blocks, cu_queries, block_ids = [0], [0], []
+    for share in shares:
+        block_ids.extend(share.block_ids)
+        cu_blocks.append(len(block_ids))
+        cu_queries.append(cu_queries[-1] + share.num_queries)
+    ids, blocks, queries = (torch.tensor(x, dtype=torch.int64) for x in (block_ids, cu_blocks, cu_queries))
+    return _PreparedQuery(step, shares, version, ids, blocks, queries)
+
+
+def _acknowledge(refusal: Refusal | None) -> Answer:
+    return Answer(msgspec.msgpack.encode(Acknowledge(refusal)))

@@ -1,0 +1,93 @@
+"""The asking side: one message per creditor and layer for the whole batch, answered while local work goes on."""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import msgspec
+import torch
+
+from megatron_distkv.attention.metadata import RemoteShare
+from megatron_distkv.attention.partial import Partial
+from megatron_distkv.errors import DistkvError, PeerLost
+from megatron_distkv.messages import Acknowledge, MessageKind, QueryHeader
+from megatron_distkv.transport import Reply, TensorSpec, read_tensors
+
+
+class Exchange(Protocol):
+    """What a debtor needs of a transport channel."""
+
+    def post(self, kind: int, header: bytes, payload: Sequence[torch.Tensor] = ()) -> None: ...
+    def wait(self, deadline_s: float) -> Reply: ...
+
+
+def wire_dtype(model_dtype: torch.dtype) -> torch.dtype:
+    """Outputs travel in fp32 for an fp32 model, else in fp16: closer than bf16 for values of a softmax's size."""
+    return torch.float32 if model_dtype == torch.float32 else torch.float16
+
+
+class Debtor:
+    """One step's questions. A lost creditor never raises here: it is noted in `lost` and its keys are left out.
+
+    So all tensor-parallel ranks come to the same collectives; the leader then computes the requests concerned again.
+    """
+
+    def __init__(self, channels: Mapping[str, Exchange], deadline_s: float) -> None:
+        self._channels = channels
+        self._deadline_s = deadline_s
+        self._step = 0
+        self._remote: dict[str, RemoteShare] = {}
+        self._posted: list[str] = []
+        self._spec: tuple[TensorSpec, ...] = ()
+        self.lost: dict[str, str] = {}
+
+    def begin_step(self, step: int, remote: dict[str, RemoteShare]) -> None:
+        self._step = step
+        self._remote = remote
+        self.lost = {}
+
+    def ask(self, layer: int, q_THD: torch.Tensor) -> None:
+        """Send each creditor its query rows."""
+        self._posted = []
+        self._heads = q_THD.shape[1:]
+        self._dtype = wire_dtype(q_THD.dtype)
+        for creditor, remote in self._remote.items():
+            if creditor in self.lost:
+                continue
+            header = QueryHeader(self._step, layer, remote.shares if layer == 0 else None)
+            try:
+                channel = self._channels[creditor]
+                channel.post(MessageKind.QUERY, msgspec.msgpack.encode(header), [q_THD[remote.rows_R]])
+                self._posted.append(creditor)
+            except KeyError:
+                self.lost[creditor] = "no channel"
+            except DistkvError as error:
+                self._note_lost(creditor, error)
+
+    def answers(self) -> list[Partial]:
+        """The partials of all creditors that answered."""
+        partials = []
+        for creditor in self._posted:
+            try:
+                partials.append(self._answer(creditor))
+            except DistkvError as error:
+                self._note_lost(creditor, error)
+        return partials
+
+    def _answer(self, creditor: str) -> Partial:
+        reply = self._channels[creditor].wait(self._deadline_s)
+        refusal = msgspec.msgpack.decode(reply.header, type=Acknowledge).refusal
+        if refusal is not None:
+            raise PeerLost(creditor, f"refused a query: {refusal.value}")
+        rows_R = self._remote[creditor].rows_R
+        num_heads, head_dim = self._heads
+        out, lse = read_tensors(
+            reply.payload,
+            [
+                TensorSpec((len(rows_R), num_heads, head_dim), self._dtype),
+                TensorSpec((len(rows_R), num_heads), torch.float32),
+            ],
+        )
+        return Partial(rows_R, out.to(torch.float32), lse.clone())
+
+    def _note_lost(self, creditor: str, error: DistkvError) -> None:
+        self.lost[creditor] = error.reason if isinstance(error, PeerLost) else str(error)

@@ -1,0 +1,107 @@
+"""DistAttention: what takes the place of Megatron's core attention, and the only thing that does."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from megatron_distkv.attention.forward_context import ForwardContext, current_context
+from megatron_distkv.attention.partial import merge_partials
+from megatron_distkv.attention.rotary import RotaryConfig, RotaryTable, sequence_table
+from megatron_distkv.ops import apply_rope, micro_attention, store_kv
+
+
+class DistAttention(torch.nn.Module):
+    """Built by Megatron's SelfAttention with these keywords; `rotary` is bound by our layer spec.
+
+    Inside a forward context: packed tokens of many requests, over rBlocks here and at creditors. Outside: dense causal
+    attention over whole sequences, with autograd.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: Any = None,
+        attention_type: str = "self",
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
+        *,
+        rotary: RotaryConfig,
+    ) -> None:
+        super().__init__()
+        if attention_type != "self":
+            raise ValueError(f"DistAttention is self-attention, not {attention_type!r}")
+        self.layer = layer_number - 1
+        self.rotary = rotary
+        self.head_dim: int = config.kv_channels
+        self.scale = softmax_scale if softmax_scale is not None else self.head_dim**-0.5
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> torch.Tensor:
+        """q `[s, b, H, D]`, k and v `[s, b, K, D]` -> `[s, b, H * D]`; serving packs its T tokens as s = T, b = 1."""
+        if attention_bias is not None or packed_seq_params is not None:
+            raise NotImplementedError("DistAttention takes no attention bias and no packed_seq_params")
+        context = current_context()
+        if context is None:
+            return self._dense(query, key, value)
+        out_THD = self._paged(query.squeeze(1), key.squeeze(1), value.squeeze(1), context)
+        return out_THD.to(query.dtype).reshape(query.shape[0], 1, -1)
+
+    def _paged(
+        self, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, context: ForwardContext
+    ) -> torch.Tensor:
+        """Store the new tokens, ask every creditor, compute what lies here meanwhile, merge."""
+        metadata, pool, debtor = context.metadata, context.pool_BLK2ND, context.debtor
+        if self.rotary.rotated_dims(self.head_dim):
+            table = metadata.rotary_table(self.rotary, self.head_dim)
+            q_THD, k_TKD = apply_rope(q_THD, *table), apply_rope(k_TKD, *table)
+        store_kv(k_TKD, v_TKD, pool, self.layer, metadata.slot_mapping_T)
+        if debtor is not None:
+            debtor.ask(self.layer, q_THD)
+        out_THD, lse_TH = micro_attention(
+            q_THD,
+            pool,
+            self.layer,
+            metadata.block_ids_M,
+            metadata.block_starts_M,
+            metadata.cu_blocks,
+            metadata.cu_queries,
+            metadata.positions_T,
+            self.scale,
+            causal=True,
+        )
+        return out_THD if debtor is None else merge_partials(out_THD, lse_TH, debtor.answers())
+
+    def _dense(self, q_SBHD: torch.Tensor, k_SBKD: torch.Tensor, v_SBKD: torch.Tensor) -> torch.Tensor:
+        num_tokens, batch, num_heads, _ = q_SBHD.shape
+        if self.rotary.rotated_dims(self.head_dim):
+            table = sequence_table(num_tokens, self.rotary, self.head_dim, q_SBHD.device)
+            q_SBHD, k_SBKD = _rotate(q_SBHD, table), _rotate(k_SBKD, table)
+        # torch's CPU flash kernel is ten times as fast on repeated heads as with enable_gqa.
+        group = num_heads // k_SBKD.shape[2]
+        q, k, v = (
+            x.permute(1, 2, 0, 3)
+            for x in (q_SBHD, k_SBKD.repeat_interleave(group, 2), v_SBKD.repeat_interleave(group, 2))
+        )
+        out_BHSD = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
+        return out_BHSD.permute(2, 0, 1, 3).reshape(num_tokens, batch, -1)
+
+
+def _rotate(x_SBHD: torch.Tensor, table: RotaryTable) -> torch.Tensor:
+    """RoPE with autograd, for `[s, b, heads, D]`."""
+    rotated = table.cos_TR.shape[-1]
+    cos, sin = (part[:, None, None].to(x_SBHD.dtype) for part in table)
+    x, rest = x_SBHD[..., :rotated], x_SBHD[..., rotated:]
+    left, right = x.chunk(2, dim=-1)
+    return torch.cat((x * cos + torch.cat((-right, left), dim=-1) * sin, rest), dim=-1)

@@ -1,0 +1,121 @@
+"""What one forward pass needs to know about where its tokens' keys lie. Built once per step, the same on all ranks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from megatron_distkv.attention.rotary import RotaryConfig, RotaryTable, rotary_table
+from megatron_distkv.errors import IntegrityError
+from megatron_distkv.messages import QueryShare
+from megatron_distkv.rblock import LocalSpan, RemoteSpan, Span
+
+
+class SequenceSlice(Protocol):
+    """Tokens at positions `[start, end)` of one request; `spans` cover positions `[0, end)`."""
+
+    @property
+    def start(self) -> int: ...
+    @property
+    def end(self) -> int: ...
+    @property
+    def spans(self) -> Sequence[Span]: ...
+
+
+@dataclass
+class RemoteShare:
+    """What one creditor is asked: which of the batch's query rows, and the rBlocks of each sequence among them."""
+
+    rows_R: torch.Tensor
+    shares: list[QueryShare]
+
+
+@dataclass
+class AttentionMetadata:
+    """T tokens of S sequences, packed one after the other; the index tensors are int64 (contract: ops.micro_attention).
+
+    a sequence's keys = | remote spans: full, all in the past | local rBlocks: causal, end with its tokens |
+    """
+
+    positions_T: torch.Tensor
+    slot_mapping_T: torch.Tensor
+    cu_queries: torch.Tensor
+    block_ids_M: torch.Tensor
+    block_starts_M: torch.Tensor
+    cu_blocks: torch.Tensor
+    remote: dict[str, RemoteShare]  # by creditor
+    _tables: dict[tuple[RotaryConfig, int], RotaryTable] = field(default_factory=dict)
+
+    def rotary_table(self, rotary: RotaryConfig, head_dim: int) -> RotaryTable:
+        """Angles of this batch's positions: computed in the first layer, used by all."""
+        key = (rotary, head_dim)
+        if key not in self._tables:
+            self._tables[key] = rotary_table(self.positions_T, rotary, head_dim)
+        return self._tables[key]
+
+
+def build_metadata(
+    slices: Sequence[SequenceSlice], rblock_size: int, device: torch.device | None = None
+) -> AttentionMetadata:
+    """Raises IntegrityError when a new token has no local rBlock."""
+    build = _Build(rblock_size)
+    for piece in slices:
+        build.add(piece)
+
+    def int64(values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=device)
+
+    return AttentionMetadata(
+        positions_T=int64(build.positions),
+        slot_mapping_T=int64(build.slots),
+        cu_queries=int64(build.cu_queries),
+        block_ids_M=int64(build.block_ids),
+        block_starts_M=int64(build.block_starts),
+        cu_blocks=int64(build.cu_blocks),
+        remote={name: RemoteShare(int64(build.rows[name]), build.shares[name]) for name in build.shares},
+    )
+
+
+class _Build:
+    def __init__(self, rblock_size: int) -> None:
+        self._rblock_size = rblock_size
+        self.positions: list[int] = []
+        self.slots: list[int] = []
+        self.cu_queries = [0]
+        self.block_ids: list[int] = []
+        self.block_starts: list[int] = []
+        self.cu_blocks = [0]
+        self.rows: dict[str, list[int]] = {}
+        self.shares: dict[str, list[QueryShare]] = {}
+
+    def add(self, piece: SequenceSlice) -> None:
+        first_row, num_queries = len(self.positions), piece.end - piece.start
+        local: dict[int, int] = {}
+        remote: dict[str, list[RemoteSpan]] = {}
+        for span in piece.spans:
+            if isinstance(span, LocalSpan):
+                local.update(enumerate(span.block_ids, start=span.first))
+            else:
+                remote.setdefault(span.creditor, []).append(span)
+        self._add_tokens(piece, local)
+        self.block_ids.extend(local.values())
+        self.block_starts.extend(index * self._rblock_size for index in local)
+        self.cu_blocks.append(len(self.block_ids))
+        self.cu_queries.append(len(self.positions))
+        for creditor, spans in remote.items():
+            self.rows.setdefault(creditor, []).extend(range(first_row, first_row + num_queries))
+            self.shares.setdefault(creditor, []).append(_share(spans, num_queries))
+
+    def _add_tokens(self, piece: SequenceSlice, local: dict[int, int]) -> None:
+        size = self._rblock_size
+        for position in range(piece.start, piece.end):
+            if position // size not in local:
+                raise IntegrityError(f"the token at position {position} has no local rBlock")
+            self.positions.append(position)
+            self.slots.append(local[position // size] * size + position % size)
+
+
+def _share(spans: list[RemoteSpan], num_queries: int) -> QueryShare:
+    block_ids = [block_id for span in spans for block_id in span.block_ids]
+    return QueryShare(sorted({span.loan_id for span in spans}), block_ids, num_queries)

@@ -1,0 +1,239 @@
+"""DistAttention with rBlocks at creditors behind real channels, against dense attention in float64."""
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_distkv.attention import (
+    Creditor,
+    Debtor,
+    DistAttention,
+    ForwardContext,
+    LoanTable,
+    RotaryConfig,
+    build_metadata,
+    forward_context,
+)
+from megatron_distkv.errors import IntegrityError
+from megatron_distkv.messages import MessageKind, StoreHeader
+from megatron_distkv.rblock import InstanceId, LoanId, LocalSpan, RemoteSpan, Span
+from megatron_distkv.transport import PROTOCOL_VERSION, Answer, Channel, Hello, Listener, Request, connect
+from tests.ops.dense import dense_attention, relative_error
+
+H, K, D, N, L, SCALE = 4, 2, 16, 8, 1, 16**-0.5
+NO_ROTARY = RotaryConfig(percent=0.0)
+
+
+@dataclass
+class Slice:
+    start: int
+    end: int
+    spans: list[Span]
+
+
+def attention(rotary: RotaryConfig = NO_ROTARY) -> DistAttention:
+    return DistAttention(SimpleNamespace(kv_channels=D), layer_number=1, rotary=rotary)
+
+
+def pool(count: int = 16, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.full((count, L, K, 2, N, D), 1e3, dtype=dtype)
+
+
+class Lender:
+    """A creditor with its own pool behind a real listener."""
+
+    def __init__(self, path: Path, dtype: torch.dtype = torch.float32) -> None:
+        self.pool = pool(dtype=dtype)
+        self.loans = LoanTable()
+        self.creditor = Creditor(self.pool, self.loans, H, dtype, SCALE)
+        self.address = f"unix:{path}"
+        self.listener = Listener(self.address, "p", self._answer)
+
+    def _answer(self, hello: Hello, request: Request) -> Answer:
+        kind = {MessageKind.QUERY: self.creditor.query, MessageKind.STORE: self.creditor.store}
+        return kind[MessageKind(request.kind)](hello, request)
+
+    def channel(self, debtor: str = "me") -> Channel:
+        hello = Hello(PROTOCOL_VERSION, "p", debtor, 1, 0, 1 << 18, 1 << 18)
+        return connect(self.address, hello, peer="lender", timeout_s=5)
+
+
+@pytest.fixture
+def lenders(tmp_path: Path) -> Iterator[dict[str, Lender]]:
+    both = {name: Lender(tmp_path / f"{name}.sock") for name in ("x", "y")}
+    yield both
+    for lender in both.values():
+        lender.listener.close()
+
+
+def store(lender: Lender, channel: Channel, loan: str, block_ids: list[int], data: torch.Tensor) -> bytes:
+    import msgspec
+
+    header = msgspec.msgpack.encode(StoreHeader(loan, block_ids))
+    return channel.call(MessageKind.STORE, header, [data], deadline_s=5).header
+
+
+@pytest.mark.parametrize("rotary", [NO_ROTARY, RotaryConfig(0.5, 100.0), RotaryConfig()])
+def test_a_mixed_batch_over_three_holders_is_dense_attention(lenders: dict[str, Lender], rotary: RotaryConfig) -> None:
+    # Given two requests whose tokens are computed in chunks, on one pool
+    torch.manual_seed(0)
+    lengths = {"a": 45, "b": 20}
+    qkv = {name: [torch.randn(n, h, D) for h in (H, K, K)] for name, n in lengths.items()}
+    mine, layer = pool(), attention(rotary)
+    tables: dict[str, list[Span]] = {
+        "a": [LocalSpan(0, (3, 1, 4, 15, 9, 2))],
+        "b": [LocalSpan(0, (6, 5, 8))],
+    }
+
+    def run(parts: dict[str, tuple[int, int]], debtor: Debtor | None) -> dict[str, torch.Tensor]:
+        metadata = build_metadata([Slice(s, e, tables[name]) for name, (s, e) in parts.items()], N)
+        if debtor is not None:
+            debtor.begin_step(7, metadata.remote)
+        packed = [torch.cat([qkv[name][i][s:e] for name, (s, e) in parts.items()])[:, None] for i in range(3)]
+        with forward_context(ForwardContext(metadata, mine, debtor)):
+            out = layer(*packed, None)
+        sizes = [e - s for s, e in parts.values()]
+        return dict(zip(parts, out.view(-1, H, D).split(sizes), strict=True))
+
+    run({"a": (0, 24), "b": (0, 10)}, None)
+    run({"a": (24, 44)}, None)
+
+    # When the first full rBlocks of `a` move to x and y, those of `b` to y
+    with ExitStack() as stack:
+        channels = {name: lender.channel() for name, lender in lenders.items()}
+        for channel in channels.values():
+            stack.callback(channel.close)
+        for lender, loan, ids, local in (("x", "1", [0, 7], [3, 1]), ("y", "2", [5, 2], [4, 15]), ("y", "3", [9], [6])):
+            lenders[lender].loans.grant(loan, "me", ids)
+            store(lenders[lender], channels[lender], loan, ids, mine[local])
+            mine[local] = float("nan")
+        tables["a"] = [
+            RemoteSpan(0, (0, 7), InstanceId("x"), LoanId("1")),
+            RemoteSpan(2, (5, 2), InstanceId("y"), LoanId("2")),
+            LocalSpan(4, (9, 2)),
+        ]
+        tables["b"] = [RemoteSpan(0, (9,), InstanceId("y"), LoanId("3")), LocalSpan(1, (5, 8))]
+        debtor = Debtor(channels, deadline_s=5)
+        outs = run({"a": (44, 45), "b": (10, 20)}, debtor)
+
+    # Then a decode of `a` and a chunk of `b` in one step are dense attention
+    assert debtor.lost == {}
+    for name, (start, end) in {"a": (44, 45), "b": (10, 20)}.items():
+        q, k, v = qkv[name]
+        if rotary.percent:
+            q, k = rotate(q, rotary), rotate(k, rotary)
+        expected, _ = dense_attention(q[start:end], k[:end], v[:end], torch.arange(start, end), SCALE)
+        assert relative_error(outs[name], expected) < 1e-5
+
+
+def rotate(x: torch.Tensor, rotary: RotaryConfig) -> torch.Tensor:
+    """RoPE by complex numbers, in float64."""
+    r = rotary.rotated_dims(D)
+    angles = torch.outer(torch.arange(len(x)).double(), rotary.base ** (-torch.arange(0, r, 2).double() / r))
+    turned = torch.complex(x[..., : r // 2].double(), x[..., r // 2 : r].double()) * torch.exp(1j * angles)[:, None]
+    return torch.cat((turned.real, turned.imag, x[..., r:].double()), -1)
+
+
+@pytest.mark.parametrize("rotary", [NO_ROTARY, RotaryConfig(0.5, 100.0)])
+def test_without_a_context_it_is_dense_and_differentiable(rotary: RotaryConfig) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(9, 2, h, D, requires_grad=True) for h in (H, K, K))
+    out = attention(rotary)(q, k, v, None)
+    for b in range(2):
+        qb, kb = (rotate(x[:, b].detach(), rotary) if rotary.percent else x[:, b] for x in (q, k))
+        expected, _ = dense_attention(qb, kb, v[:, b], torch.arange(9), SCALE)
+        assert relative_error(out[:, b].view(9, H, D), expected) < 1e-5
+    out.sum().backward()
+    assert all(x.grad is not None and x.grad.abs().sum() > 0 for x in (q, v))
+
+
+def prepared_question(lenders: dict[str, Lender], debtor_name: str = "me") -> tuple[Debtor, torch.Tensor, list]:
+    """A one-token question to x and y about one rBlock each."""
+    channels = {name: lender.channel(debtor_name) for name, lender in lenders.items()}
+    for index, lender in enumerate(lenders.values()):
+        lender.loans.grant(f"loan-{index}", "me", [3])
+        lender.pool[3] = torch.randn(lender.pool[3].shape)
+    spans: list[Span] = [
+        RemoteSpan(0, (3,), InstanceId("x"), LoanId("loan-0")),
+        RemoteSpan(1, (3,), InstanceId("y"), LoanId("loan-1")),
+        LocalSpan(2, (0,)),
+    ]
+    debtor = Debtor(channels, deadline_s=0.5)
+    metadata = build_metadata([Slice(16, 17, spans)], N)
+    debtor.begin_step(1, metadata.remote)
+    return debtor, torch.randn(1, H, D), list(channels.values())
+
+
+def test_a_lost_creditor_is_noted_and_the_other_still_answers(lenders: dict[str, Lender]) -> None:
+    debtor, q, channels = prepared_question(lenders)
+    channels[0].close()
+    debtor.ask(0, q)
+    assert len(debtor.answers()) == 1
+    assert set(debtor.lost) == {"x"}
+    for channel in channels:
+        channel.close()
+
+
+def test_a_query_for_anothers_rblocks_is_refused(lenders: dict[str, Lender]) -> None:
+    # Given loans of `me`, and a thief who knows their ids
+    debtor, q, channels = prepared_question(lenders, debtor_name="thief")
+    debtor.ask(0, q)
+    assert debtor.answers() == []
+    assert all("unknown_loan" in reason for reason in debtor.lost.values())
+    for channel in channels:
+        channel.close()
+
+
+def test_after_a_revocation_nothing_is_read_and_nothing_written(lenders: dict[str, Lender]) -> None:
+    debtor, q, channels = prepared_question(lenders)
+    debtor.ask(0, q)
+    assert len(debtor.answers()) == 2
+    lenders["x"].loans.revoke("loan-0")
+    before = lenders["x"].pool.clone()
+    debtor.ask(0, q)
+    assert len(debtor.answers()) == 1
+    assert b"unknown_loan" in store(lenders["x"], channels[0], "loan-0", [3], torch.zeros(1, L, K, 2, N, D))
+    assert torch.equal(lenders["x"].pool, before)
+    for channel in channels:
+        channel.close()
+
+
+def test_contexts_do_not_nest_and_end_with_an_error() -> None:
+    context = ForwardContext(build_metadata([], N), pool())
+    with pytest.raises(RuntimeError, match="already running"), forward_context(context), forward_context(context):
+        pass
+    with forward_context(context):
+        pass
+
+
+def test_a_new_token_without_a_local_rblock_is_a_bug() -> None:
+    with pytest.raises(IntegrityError, match="position 8"):
+        build_metadata([Slice(7, 9, [LocalSpan(0, (1,))])], N)
+
+
+def test_half_precision_wire_is_within_its_rounding(tmp_path: Path) -> None:
+    lender = Lender(tmp_path / "h.sock", torch.bfloat16)
+    torch.manual_seed(0)
+    data = torch.randn(1, L, K, 2, N, D).to(torch.bfloat16)
+    lender.loans.grant("1", "me", [2])
+    channel = lender.channel()
+    store(lender, channel, "1", [2], data)
+    debtor = Debtor({"x": channel}, deadline_s=5)
+    spans: list[Span] = [RemoteSpan(0, (2,), InstanceId("x"), LoanId("1")), LocalSpan(1, (0,))]
+    debtor.begin_step(0, build_metadata([Slice(N, N + 1, spans)], N).remote)
+    q = torch.randn(1, H, D).to(torch.bfloat16)
+    debtor.ask(0, q)
+    (partial,) = debtor.answers()
+    k, v = (data[0, 0, :, i].transpose(0, 1) for i in (0, 1))
+    expected, lse = dense_attention(q, k, v, torch.tensor([N]), SCALE)
+    assert relative_error(partial.out_RHD, expected) < 1e-3
+    assert (partial.lse_RH - lse).abs().max() < 1e-4
+    channel.close()
+    lender.listener.close()
+    assert not os.path.exists(tmp_path / "h.sock")
