@@ -1,0 +1,86 @@
+"""From a ModelConfig to Megatron-core's GPTModel, and its forward pass over a packed batch."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_distkv.attention import RotaryConfig
+from megatron_distkv.config.model import ModelConfig
+from megatron_distkv.errors import ConfigError
+from megatron_distkv.model.layer_spec import layer_spec
+from megatron_distkv.model.parallel import TensorParallel, gather_vocabulary
+
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def build_gpt(config: ModelConfig, parallel: TensorParallel, *, init_std: float = 0.02) -> GPTModel:
+    """This rank's part of the model, randomly initialised (the same on every layout for one torch seed).
+
+    Raises ConfigError when the heads cannot be split over the ranks.
+    """
+    if config.num_kv_heads % parallel.size:
+        raise ConfigError(
+            f"tensor_parallel {parallel.size} does not divide the model's {config.num_kv_heads} KV heads; "
+            f"use {math.gcd(config.num_kv_heads, parallel.size)}"
+        )
+    gpt = GPTModel(
+        config=_transformer_config(config, parallel, init_std),
+        transformer_layer_spec=layer_spec(RotaryConfig(config.rotary_percent, config.rotary_base)),
+        vocab_size=padded_vocab_size(config, parallel.size),
+        max_sequence_length=config.max_context_tokens or 1,  # read by learned positions only
+        position_embedding_type="none",
+        parallel_output=True,
+        share_embeddings_and_output_weights=config.tie_embeddings,
+    )
+    return gpt.to(TORCH_DTYPES[config.dtype])  # params_dtype alone leaves the norms in fp32
+
+
+def padded_vocab_size(config: ModelConfig, tensor_parallel: int) -> int:
+    """Every rank holds the same number of rows."""
+    return -(-config.vocab_size // tensor_parallel) * tensor_parallel
+
+
+def _transformer_config(config: ModelConfig, parallel: TensorParallel, init_std: float) -> TransformerConfig:
+    return TransformerConfig(
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.ffn_hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        num_query_groups=config.num_kv_heads,
+        kv_channels=config.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=config.norm_epsilon,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=init_std,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        params_dtype=TORCH_DTYPES[config.dtype],
+        bf16=config.dtype == "bf16",
+        tensor_model_parallel_size=parallel.size,
+    )
+
+
+class GPT:
+    """The forward pass of serving: packed tokens in, logits of the wanted rows out, inside a forward context."""
+
+    def __init__(self, gpt: GPTModel, config: ModelConfig) -> None:
+        self._gpt = gpt.eval()
+        self._vocab_size = config.vocab_size
+        self._output_weight = gpt.shared_embedding_or_output_weight() if config.tie_embeddings else None
+
+    @torch.inference_mode()
+    def __call__(self, ids_T: torch.Tensor, rows_R: torch.Tensor) -> torch.Tensor:
+        """Logits `[R, vocabulary]`, on every rank. R = 0 still runs the layers: they write KV."""
+        hidden_T1h = self._gpt.embedding(ids_T[None], None)
+        hidden_T1h = self._gpt.decoder(hidden_states=hidden_T1h, attention_mask=None)
+        logits_R1V, _ = self._gpt.output_layer(hidden_T1h[rows_R], weight=self._output_weight)
+        return gather_vocabulary(logits_R1V[:, 0])[:, : self._vocab_size]

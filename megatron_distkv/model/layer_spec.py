@@ -1,0 +1,15 @@
+"""Megatron's local layer spec with one submodule replaced: core attention is DistAttention."""
+
+from functools import partial
+
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.spec_utils import ModuleSpec
+
+from megatron_distkv.attention import DistAttention, RotaryConfig
+
+
+def layer_spec(rotary: RotaryConfig) -> ModuleSpec:
+    """RoPE moves into DistAttention: Megatron's own knows no per-token positions, which packed batches need."""
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    spec.submodules.self_attention.submodules.core_attention = partial(DistAttention, rotary=rotary)
+    return spec

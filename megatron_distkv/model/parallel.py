@@ -1,0 +1,58 @@
+"""Tensor parallelism of this process: torch.distributed, Megatron's groups, and gathering the vocabulary's parts."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch._C._distributed_c10d import HashStore
+
+from megatron_distkv.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """This process's place among the ranks that share each layer."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_leader(self) -> bool:
+        return self.rank == 0
+
+
+def init_tensor_parallel(size: int) -> TensorParallel:
+    """Join the launcher's process group (or make one of this process alone) and split it into groups of `size`.
+
+    Raises ConfigError when the launcher started a number of ranks that `size` does not divide.
+    """
+    if not dist.is_initialized():
+        _init_process_group()
+    world = dist.get_world_size()
+    if world % size:
+        raise ConfigError(f"tensor_parallel {size} does not divide the {world} processes that the launcher started")
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=size)
+    return TensorParallel(
+        parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
+    )
+
+
+def _init_process_group() -> None:
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+
+
+def gather_vocabulary(logits_RV: torch.Tensor) -> torch.Tensor:
+    """Each rank's slice of the vocabulary `[R, V / TP]` -> all of it `[R, V]`, on every rank."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    if group.size() == 1:
+        return logits_RV
+    parts = [torch.empty_like(logits_RV) for _ in range(group.size())]
+    dist.all_gather(parts, logits_RV.contiguous(), group=group)
+    return torch.cat(parts, dim=-1)
