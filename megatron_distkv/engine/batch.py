@@ -1,0 +1,41 @@
+"""What one engine step does, as every tensor-parallel rank of the instance is told."""
+
+import msgspec
+
+from megatron_distkv.rblock import Span
+from megatron_distkv.rmanager.move import Move
+
+
+class Slice(msgspec.Struct, frozen=True):
+    """Tokens at positions `[start, end)` of one request; `spans` already covers them."""
+
+    start: int
+    end: int
+    spans: list[Span]
+    needs_logits: bool  # the last row is sampled from
+
+
+class StepPlan(msgspec.Struct, frozen=True):
+    """One step: first the moves, then a forward pass over the slices' tokens, one after the other."""
+
+    step: int
+    token_ids: list[int]
+    slices: list[Slice]
+    moves: list[Move]
+    creditors: dict[str, str]  # address by creditor, for each that some span names
+
+    @property
+    def logit_rows(self) -> list[int]:
+        """Rows of the packed batch whose logits are wanted: the last row of each slice that needs them."""
+        rows, end = [], 0
+        for piece in self.slices:
+            end += piece.end - piece.start
+            if piece.needs_logits:
+                rows.append(end - 1)
+        return rows
+
+
+class StepReply(msgspec.Struct, frozen=True):
+    """A follower's answer to a step: creditors that it lost, with the reason."""
+
+    lost: dict[str, str]

@@ -1,0 +1,64 @@
+"""The leader's side of its own tensor-parallel ranks: one channel per follower for steps, one for grants."""
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from megatron_distkv.engine.addresses import rank_address
+from megatron_distkv.engine.batch import StepPlan, StepReply
+from megatron_distkv.messages import GrantHeader, MessageKind, RevokeHeader
+from megatron_distkv.rblock import InstanceId
+from megatron_distkv.transport import PROTOCOL_VERSION, Channel, Hello, connect
+
+# Steps carry the tokens and spans of a whole batch; nothing but a header travels.
+STEP_BYTES = 16 << 20
+REPLY_BYTES = 1 << 20
+# A follower computes what the leader computes: only a dead one takes longer than this.
+STEP_DEADLINE_S = 600.0
+GRANT_DEADLINE_S = 30.0
+
+
+class FollowerRanks:
+    """Ranks 1 .. size - 1. A lost follower raises PeerLost, and the instance ends: no rank can go on alone."""
+
+    def __init__(self, run_dir: Path, instance: InstanceId, pool: str, size: int) -> None:
+        self._lock = threading.Lock()  # grants come from channel threads
+        self._steps = [_connect(run_dir, instance, pool, rank) for rank in range(1, size)]
+        self._grants = [_connect(run_dir, instance, pool, rank) for rank in range(1, size)]
+
+    def begin_step(self, plan: StepPlan) -> None:
+        header = msgspec.msgpack.encode(plan)
+        for channel in self._steps:
+            channel.post(MessageKind.STEP, header)
+
+    def end_step(self) -> dict[str, str]:
+        """Creditors that any follower lost."""
+        lost: dict[str, str] = {}
+        for channel in self._steps:
+            reply = channel.wait(STEP_DEADLINE_S)
+            lost.update(msgspec.msgpack.decode(reply.header, type=StepReply).lost)
+        return lost
+
+    def grant(self, loan_id: str, debtor: str, block_ids: Sequence[int]) -> None:
+        self._tell(MessageKind.GRANT, GrantHeader(loan_id, debtor, list(block_ids)))
+
+    def revoke(self, loan_id: str) -> None:
+        self._tell(MessageKind.REVOKE, RevokeHeader(loan_id))
+
+    def stop(self) -> None:
+        self._tell(MessageKind.STOP, RevokeHeader(""))
+        for channel in (*self._steps, *self._grants):
+            channel.close()
+
+    def _tell(self, kind: MessageKind, header: msgspec.Struct) -> None:
+        with self._lock:
+            for channel in self._grants:
+                channel.call(kind, msgspec.msgpack.encode(header), deadline_s=GRANT_DEADLINE_S)
+
+
+def _connect(run_dir: Path, instance: InstanceId, pool: str, rank: int) -> Channel:
+    hello = Hello(PROTOCOL_VERSION, pool, instance, 0, 0, STEP_BYTES, REPLY_BYTES)
+    address = rank_address(run_dir, instance, rank)
+    return connect(address, hello, peer=f"{instance} rank {rank}", timeout_s=GRANT_DEADLINE_S)

@@ -1,0 +1,263 @@
+"""One serving instance: the composition root, and the loop that is the architecture."""
+
+import time
+from collections.abc import Callable
+
+import torch.distributed as dist
+
+from megatron_distkv.config.instance import InstanceConfig
+from megatron_distkv.engine.addresses import rank_address, request_socket
+from megatron_distkv.engine.batch import Slice, StepPlan
+from megatron_distkv.engine.followers import FollowerRanks
+from megatron_distkv.engine.lender_desk import LenderDesk
+from megatron_distkv.engine.model_runner import StepResult
+from megatron_distkv.engine.rank import Rank
+from megatron_distkv.engine.sampler import SampledToken, sample
+from megatron_distkv.engine.scheduler import Scheduled, Scheduler
+from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
+from megatron_distkv.ledger import DebtLedger, InstanceReport, Move, Recall, RequestPlacementEntry
+from megatron_distkv.log import get_logger
+from megatron_distkv.messages import InstanceStatus, RequestRefused, TokenOutput
+from megatron_distkv.request import FinishReason, Request
+from megatron_distkv.rmanager import Borrowing, Heartbeat, Lending, NoFollowers, PoolOutlook, RManager
+from megatron_distkv.transport import Listener
+
+logger = get_logger(__name__)
+# A step without any room gives creditors and debtors this long before the next try.
+NO_ROOM_PAUSE_S = 0.002
+
+
+class Instance:
+    """Rank 0 of an instance. `step()` computes tokens; `serve()` (serving.py) feeds it from a socket."""
+
+    def __init__(self, rank: Rank, ledger: DebtLedger) -> None:
+        config = rank.config
+        self.config: InstanceConfig = config
+        self.model = rank.model
+        self._rank = rank
+        self._ledger = ledger
+        cache, lending = config.kv_cache, config.lending
+        max_lent = int(cache.num_rblocks * lending.lendable_fraction) if lending.enabled else 0
+        self._allocator = RBlockAllocator(cache.num_rblocks, max_lent)
+        self._followers = self._connect_followers()
+        self._borrowing = Borrowing(ledger, rank.identity, rank.peers, lending.deadline_s)
+        self._lending = Lending(
+            self._allocator,
+            ledger,
+            rank.identity,
+            rank.loan_table,
+            self._followers or NoFollowers(),
+            in_debt=lambda: self._borrowing.num_borrowed > 0,
+        )
+        outlook = PoolOutlook(ledger, rank.identity, enabled=lending.enabled)
+        self.rmanager = RManager(self._allocator, self._borrowing, outlook, lending, cache.rblock_size)
+        self.scheduler = Scheduler(config.scheduler, self.rmanager)
+        self._desk = LenderDesk(self._lending, rank.creditor)
+        self._listener = Listener(
+            rank_address(config.run_dir, config.instance_id, 0),
+            config.ledger.pool,
+            self._desk.answer,
+            on_disconnect=rank.creditor.forget,
+        )
+        self._heartbeat = Heartbeat(
+            ledger, rank.identity, config.ledger, self._lending, self._register, lambda: self._report
+        )
+        self.num_steps = 0
+        self.num_computed_tokens = 0
+        self._report = InstanceReport(0)
+        self._register()
+        self._heartbeat.start()
+
+    # ------------------------------------------------------------------ requests
+
+    def refuse(self, request: Request) -> RequestRefused | None:
+        """Why this request cannot be taken, before any work is done."""
+        longest = self.rmanager.longest_context_tokens()
+        if self.model.max_context_tokens is not None:
+            longest = min(longest, self.model.max_context_tokens)
+        if request.max_total_tokens > longest:
+            return RequestRefused(
+                request.request_id,
+                "too_long",
+                f"prompt ({len(request.prompt_token_ids)} tokens) and max_tokens ({request.sampling.max_tokens}) need "
+                f"a context of {request.max_total_tokens} tokens; the longest that fits now is {longest}",
+            )
+        if any(not 0 <= token < self.model.vocab_size for token in request.prompt_token_ids):
+            sentence = f"a token id of the prompt is outside of the vocabulary of {self.model.vocab_size}"
+            return RequestRefused(request.request_id, "bad_request", sentence)
+        if not request.prompt_token_ids:
+            return RequestRefused(request.request_id, "bad_request", "the prompt is empty: it needs at least one token")
+        if self.scheduler.is_full:
+            sentence = f"{len(self.scheduler.waiting)} requests wait already; try again later"
+            return RequestRefused(request.request_id, "queue_full", sentence)
+        return None
+
+    def add(self, request: Request) -> None:
+        self.scheduler.add(request)
+
+    def abort(self, request_id: str) -> None:
+        request = self.scheduler.find(request_id)
+        if request is not None:
+            self.scheduler.finish(request, FinishReason.ABORT)
+
+    # ------------------------------------------------------------------ a step
+
+    def step(self) -> list[TokenOutput]:
+        """Compute the next tokens of the running requests; returns what came out."""
+        self._raise_if_superseded()
+        self._follow_orders()
+        scheduled = self.scheduler.schedule()
+        plan = self._plan(scheduled)
+        result = self._run(plan)
+        self.rmanager.end_step()
+        self._recompute_lost(result.lost)
+        outputs = self.scheduler.update(scheduled, self._sample(scheduled, result))
+        self._update_report()
+        return outputs
+
+    def _plan(self, scheduled: list[Scheduled]) -> StepPlan:
+        token_ids: list[int] = []
+        slices: list[Slice] = []
+        creditors: dict[str, str] = {}
+        for item in scheduled:
+            request = item.request
+            start = request.num_computed_tokens
+            end = start + item.num_tokens
+            token_ids.extend(request.token_ids(start, end))
+            slices.append(Slice(start, end, list(self.rmanager.table(request).spans), item.needs_logits))
+            creditors.update({x.creditor: x.address for x in self._borrowing.loans_of(request.request_id)})
+        return StepPlan(self.num_steps, token_ids, slices, self.rmanager.take_moves(), creditors)
+
+    def _run(self, plan: StepPlan) -> StepResult:
+        if not plan.token_ids and not plan.moves:
+            time.sleep(0 if self.scheduler.is_idle else NO_ROOM_PAUSE_S)
+            return StepResult(None, {})
+        self.num_steps += 1
+        self.num_computed_tokens += len(plan.token_ids)
+        if self._followers is None:
+            return self._rank.runner.run(plan)
+        self._followers.begin_step(plan)
+        result = self._rank.runner.run(plan)
+        return StepResult(result.logits_RV, {**result.lost, **self._followers.end_step()})
+
+    def _sample(self, scheduled: list[Scheduled], result: StepResult) -> dict[str, SampledToken]:
+        wanted = [item.request for item in scheduled if item.needs_logits]
+        if result.logits_RV is None or not wanted:
+            return {}
+        tokens = sample(result.logits_RV, wanted)
+        return {request.request_id: token for request, token in zip(wanted, tokens, strict=True)}
+
+    def _recompute_lost(self, lost: dict[str, str]) -> None:
+        """Requests with rBlocks at a lost creditor start over; their clients see a pause, and the same tokens."""
+        for creditor, reason in lost.items():
+            requests = self.rmanager.requests_at(creditor)
+            logger.warning("lost creditor %s (%s): %d requests start over", creditor, reason, len(requests))
+            self._rank.peers.shun(creditor, self.config.ledger.lease_s)
+            for request in requests:
+                self.scheduler.preempt(request)
+
+    def _follow_orders(self) -> None:
+        while not self._heartbeat.orders.empty():
+            order = self._heartbeat.orders.get()
+            if isinstance(order, Move):
+                self.rmanager.move_to(order.request_id, order.num_rblocks, order.destination)
+            else:
+                self._give_back(order)
+
+    def _give_back(self, recall: Recall) -> None:
+        request = self.rmanager.request_with_loan(recall.loan_id)
+        if request is not None:
+            logger.info("the creditor wants loan %s back: %s starts over", recall.loan_id, request.request_id)
+            self.scheduler.preempt(request)
+
+    # ------------------------------------------------------------------ the pool
+
+    def _connect_followers(self) -> FollowerRanks | None:
+        if self._rank.parallel.size == 1:
+            return None
+        dist.barrier()  # the followers listen before this
+        config = self.config
+        return FollowerRanks(config.run_dir, self._rank.identity.instance, config.ledger.pool, self._rank.parallel.size)
+
+    def _register(self) -> None:
+        config, identity = self.config, self._rank.identity
+        registration = self._ledger.register(
+            identity.instance,
+            rank_address(config.run_dir, config.instance_id),
+            self._allocator.num_rblocks,
+            self._allocator.num_rblocks - self._allocator.max_lent,
+            config.ledger.lease_s,
+            epoch=identity.epoch,
+            generation=identity.generation,
+            info={
+                "requests": str(request_socket(config.run_dir, config.instance_id)),
+                "rblock_size": str(config.kv_cache.rblock_size),
+                "tensor_parallel": str(config.tensor_parallel),
+            },
+        )
+        identity.epoch, identity.generation = registration.epoch, registration.generation
+
+    def _raise_if_superseded(self) -> None:
+        if self._heartbeat.superseded is not None:
+            raise self._heartbeat.superseded
+
+    def _update_report(self) -> None:
+        scheduler = self.scheduler
+        self._report = InstanceReport(
+            local_used_rblocks=self._allocator.num_used,
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            max_request_tokens=max((request.num_computed_tokens for request in scheduler.running), default=0),
+            placements=tuple(entry for request in scheduler.running for entry in self._placements(request)),
+        )
+
+    def _placements(self, request: Request) -> list[RequestPlacementEntry]:
+        table, me = self.rmanager.table(request), self._rank.identity.instance
+        lent = [RequestPlacementEntry(request.request_id, x, n, False) for x, n in table.remote_by_creditor().items()]
+        return [RequestPlacementEntry(request.request_id, me, table.num_local, True), *lent]
+
+    def status(self, query_id: int) -> InstanceStatus:
+        return InstanceStatus(
+            query_id=query_id,
+            instance_id=self.config.instance_id,
+            num_running=len(self.scheduler.running),
+            num_waiting=len(self.scheduler.waiting),
+            free_rblocks=self._allocator.num_free,
+            used_rblocks=self._allocator.num_used,
+            lent_rblocks=self._allocator.num_lent,
+            borrowed_rblocks=self._borrowing.num_borrowed,
+            num_steps=self.num_steps,
+            num_preemptions=self.scheduler.num_preemptions,
+            num_computed_tokens=self.num_computed_tokens,
+        )
+
+    def check_integrity(self) -> None:
+        self.rmanager.check_integrity()
+
+    def note_idle(self) -> None:
+        """Let the next heartbeat say that nothing runs."""
+        self._update_report()
+
+    def close(self) -> None:
+        """Give back what is borrowed, leave the ledger, stop the followers, remove the sockets."""
+        closing: list[Callable[[], None]] = [
+            self._heartbeat.stop,
+            self._finish_all,
+            self._leave_ledger,
+            self._listener.close,
+            *([self._followers.stop] if self._followers is not None else []),
+            self._rank.peers.close,
+            self._ledger.close,
+        ]
+        for close in closing:
+            try:
+                close()
+            except Exception as error:
+                logger.warning("while closing: %s", error)
+
+    def _finish_all(self) -> None:
+        for request in [*self.scheduler.running, *self.scheduler.waiting]:
+            self.scheduler.finish(request, FinishReason.ABORT)
+
+    def _leave_ledger(self) -> None:
+        self._ledger.deregister(self._rank.identity.instance, self._rank.identity.epoch)

@@ -1,0 +1,68 @@
+"""Offline use in one process: prompts in, tokens out. No gateway, no socket."""
+
+from collections.abc import Sequence
+
+from megatron_distkv.config.instance import InstanceConfig
+from megatron_distkv.engine.instance import Instance
+from megatron_distkv.engine.rank import build_rank
+from megatron_distkv.errors import UserError
+from megatron_distkv.ledger import open_ledger
+from megatron_distkv.messages import TokenLogprobs, TokenOutput
+from megatron_distkv.model import init_tensor_parallel
+from megatron_distkv.request import Request
+from megatron_distkv.sampling_params import SamplingParams
+
+
+class Completion:
+    """Output tokens of one prompt, with the reason for its end and, where asked for, log-probabilities."""
+
+    def __init__(self) -> None:
+        self.token_ids: list[int] = []
+        self.logprobs: list[TokenLogprobs] = []
+        self.finish_reason = ""
+
+    def add(self, output: TokenOutput) -> None:
+        self.token_ids.extend(output.token_ids)
+        self.logprobs.extend(output.logprobs or [])
+        self.finish_reason = output.finish_reason or ""
+
+
+class LLM:
+    """`with LLM(config) as llm: llm.generate([[1, 2, 3]], SamplingParams())`."""
+
+    def __init__(self, config: InstanceConfig) -> None:
+        parallel = init_tensor_parallel(config.tensor_parallel)
+        if parallel.size > 1:
+            raise UserError("the offline LLM runs on one rank; serve tensor-parallel models with `distkv serve`")
+        self.instance = Instance(build_rank(config, parallel), open_ledger(config.ledger.url, config.ledger.pool))
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams | Sequence[SamplingParams]
+    ) -> list[Completion]:
+        """Completions in the prompts' order; raises UserError for a prompt that can never fit."""
+        each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
+        eos = frozenset(self.instance.model.eos_token_ids)
+        pairs = enumerate(zip(prompts, each, strict=True))
+        requests = [Request(f"offline-{i}", list(prompt), params, eos) for i, (prompt, params) in pairs]
+        for request in requests:
+            refused = self.instance.refuse(request)
+            if refused is not None and refused.code != "queue_full":
+                raise UserError(refused.message)
+        for request in requests:
+            self.instance.add(request)
+        completions = {request.request_id: Completion() for request in requests}
+        while not self.instance.scheduler.is_idle:
+            for output in self.instance.step():
+                completions[output.request_id].add(output)
+        self.instance.check_integrity()
+        self.instance.note_idle()
+        return list(completions.values())
+
+    def close(self) -> None:
+        self.instance.close()
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,51 @@
+"""Carries out a step's plan on one rank: moves, then one forward pass over the packed batch."""
+
+from typing import NamedTuple
+
+import torch
+
+from megatron_distkv.attention import Debtor, ForwardContext, build_metadata, forward_context
+from megatron_distkv.engine.batch import StepPlan
+from megatron_distkv.errors import PeerLost
+from megatron_distkv.kvcache.rblock_pool import RBlockPool
+from megatron_distkv.model import GPT
+from megatron_distkv.rmanager import Migration, Peers
+
+
+class StepResult(NamedTuple):
+    """Logits `[R, vocabulary]` of the plan's logit rows, and the creditors that this rank lost, with the reason."""
+
+    logits_RV: torch.Tensor | None
+    lost: dict[str, str]
+
+
+class ModelRunner:
+    def __init__(self, gpt: GPT, pool: RBlockPool, peers: Peers, migration: Migration, debtor: Debtor) -> None:
+        self._gpt = gpt
+        self._pool = pool
+        self._peers = peers
+        self._migration = migration
+        self._debtor = debtor
+
+    def run(self, plan: StepPlan) -> StepResult:
+        """The same collectives on every rank, whatever is lost on the way."""
+        lost = self._migration.carry_out(plan.moves)
+        lost.update(self._open_channels(plan, lost))
+        if not plan.token_ids:
+            return StepResult(None, lost)
+        metadata = build_metadata(plan.slices, self._pool.rblock_size)
+        self._debtor.begin_step(plan.step, {name: r for name, r in metadata.remote.items() if name not in lost})
+        context = ForwardContext(metadata, self._pool.tensor_BLK2ND, self._debtor if metadata.remote else None)
+        with forward_context(context):
+            logits_RV = self._gpt(torch.tensor(plan.token_ids), torch.tensor(plan.logit_rows, dtype=torch.int64))
+        return StepResult(logits_RV, {**lost, **self._debtor.lost})
+
+    def _open_channels(self, plan: StepPlan, lost: dict[str, str]) -> dict[str, str]:
+        unreachable = {}
+        for creditor, address in plan.creditors.items():
+            if creditor not in lost:
+                try:
+                    self._peers.reach(creditor, address)
+                except PeerLost as error:
+                    unreachable[creditor] = error.reason
+        return unreachable

@@ -1,0 +1,72 @@
+"""What every tensor-parallel rank of an instance has: its part of the model, its pool, its channels."""
+
+from dataclasses import dataclass
+
+import torch
+
+from megatron_distkv.attention import Creditor, Debtor, LoanTable
+from megatron_distkv.config.instance import InstanceConfig
+from megatron_distkv.config.model import ModelConfig
+from megatron_distkv.engine.model_runner import ModelRunner
+from megatron_distkv.kvcache.rblock_pool import RBlockPool
+from megatron_distkv.model import GPT, TensorParallel, build_gpt, find_checkpoint, load_weights
+from megatron_distkv.model.gpt import TORCH_DTYPES
+from megatron_distkv.rblock import InstanceId
+from megatron_distkv.rmanager import Identity, MailboxSizes, Migration, Peers
+
+# Migrated rBlocks travel in messages of about this size: large enough for full bandwidth, small enough for a mailbox.
+STORE_MESSAGE_BYTES = 8 << 20
+# Room for a message's header: the physical ids of a hundred thousand rBlocks.
+HEADER_BYTES = 512 << 10
+
+
+@dataclass
+class Rank:
+    config: InstanceConfig
+    model: ModelConfig
+    parallel: TensorParallel
+    identity: Identity
+    peers: Peers
+    loan_table: LoanTable
+    creditor: Creditor
+    runner: ModelRunner
+
+
+def build_rank(config: InstanceConfig, parallel: TensorParallel) -> Rank:
+    """Load the checkpoint and make this rank's pool; raises UserError (one sentence) when it cannot serve."""
+    checkpoint = find_checkpoint(config.model)
+    model = checkpoint.model if config.dtype is None else checkpoint.model.model_copy(update={"dtype": config.dtype})
+    module = build_gpt(model, parallel)
+    load_weights(module, checkpoint, model)
+    dtype = TORCH_DTYPES[model.dtype]
+    pool = RBlockPool(
+        config.kv_cache.num_rblocks,
+        model.num_layers,
+        model.num_kv_heads // parallel.size,
+        config.kv_cache.rblock_size,
+        model.head_dim,
+        dtype,
+    )
+    num_query_heads = model.num_attention_heads // parallel.size
+    per_message = min(config.lending.max_moved_rblocks_per_step, max(1, STORE_MESSAGE_BYTES // pool.rblock_bytes))
+    sizes = _mailbox_sizes(config.scheduler.max_batched_tokens, num_query_heads, model.head_dim, dtype)
+    sizes = MailboxSizes(max(sizes.request_bytes, HEADER_BYTES + per_message * pool.rblock_bytes), sizes.reply_bytes)
+    identity = Identity(InstanceId(config.instance_id))
+    deadline_s = config.lending.deadline_s
+    peers = Peers(config.ledger.pool, identity, parallel.rank, sizes, deadline_s)
+    loan_table = LoanTable()
+    tensor = pool.tensor_BLK2ND
+    runner = ModelRunner(
+        GPT(module, model),
+        pool,
+        peers,
+        Migration(tensor, peers, per_message, deadline_s),
+        Debtor(peers, deadline_s),
+    )
+    creditor = Creditor(tensor, loan_table, num_query_heads, dtype, model.head_dim**-0.5)
+    return Rank(config, model, parallel, identity, peers, loan_table, creditor, runner)
+
+
+def _mailbox_sizes(max_tokens: int, num_heads: int, head_dim: int, dtype: torch.dtype) -> MailboxSizes:
+    rows = max_tokens * num_heads
+    return MailboxSizes(HEADER_BYTES + rows * head_dim * dtype.itemsize, 4096 + rows * (head_dim + 1) * 4)

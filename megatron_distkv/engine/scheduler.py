@@ -1,0 +1,198 @@
+"""Chooses what each step computes.
+
+There is no prefill or decode phase: every step only lets each request's computed tokens catch up with its tokens,
+within a token budget. A decode is one token behind, a new prompt is its whole length behind.
+"""
+
+import random
+import time
+from collections import deque
+from typing import NamedTuple
+
+from megatron_distkv.config.instance import SchedulerConfig
+from megatron_distkv.engine.sampler import SampledToken
+from megatron_distkv.log import get_logger
+from megatron_distkv.messages import RequestKV, TokenLogprobs, TokenOutput
+from megatron_distkv.request import FinishReason, Request, RequestStatus
+from megatron_distkv.rmanager.rmanager import RManager
+
+logger = get_logger(__name__)
+# A request without room waits this long before a younger one is preempted for it: moves and repayments take some steps.
+PREEMPT_AFTER_S = 0.2
+# The youngest, without room, gives up its own memory after this long (times 1 to 2, at random): two instances that each
+# hold half of what both need would otherwise wait for each other for ever.
+GIVE_UP_AFTER_S = 2.0
+# Nobody overtakes a waiting request that has waited this long.
+NO_OVERTAKING_AFTER_S = 20.0
+# The oldest unfinished prompt gets at least this share of the token budget, so that short prompts cannot starve it.
+OLDEST_PROMPT_SHARE = 0.25
+
+
+class Scheduled(NamedTuple):
+    """The next `num_tokens` tokens of a request are computed in this step."""
+
+    request: Request
+    num_tokens: int
+
+    @property
+    def needs_logits(self) -> bool:
+        return self.request.num_computed_tokens + self.num_tokens == self.request.num_tokens
+
+
+class Scheduler:
+    def __init__(self, config: SchedulerConfig, rmanager: RManager) -> None:
+        self._config = config
+        self._rmanager = rmanager
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []  # oldest first
+        self.num_preemptions = 0
+        self._no_room_since_s: dict[str, float] = {}
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.waiting) >= self._config.max_waiting_requests + self._num_free_places
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.waiting and not self.running
+
+    @property
+    def _num_free_places(self) -> int:
+        return self._config.max_running_requests - len(self.running)
+
+    def add(self, request: Request) -> None:
+        self.waiting.append(request)
+
+    def find(self, request_id: str) -> Request | None:
+        return next((x for x in (*self.running, *self.waiting) if x.request_id == request_id), None)
+
+    # ------------------------------------------------------------------ schedule
+
+    def schedule(self) -> list[Scheduled]:
+        """Requests and token counts of the next step. The rManager has made room for exactly these tokens."""
+        self._rmanager.begin_step()
+        chosen: dict[str, Scheduled] = {}
+        budget = self._config.max_batched_tokens
+        for request, share in self._by_urgency(budget):
+            if request.status is RequestStatus.RUNNING and budget > 0:
+                self._choose(request, min(share, budget), chosen)
+                budget = self._config.max_batched_tokens - sum(item.num_tokens for item in chosen.values())
+        self._admit(budget, chosen)
+        self._rmanager.borrow_ahead()
+        self._note_memory(chosen)
+        return list(chosen.values())
+
+    def _by_urgency(self, budget: int) -> list[tuple[Request, int]]:
+        """Decodes first, then a share for the oldest prompt, then the prompts with least left."""
+        prompts = [request for request in self.running if request.num_to_compute > 1]
+        order = [(request, 1) for request in self.running if request.num_to_compute == 1]
+        if len(prompts) > 1:
+            order.append((prompts[0], max(1, int(budget * OLDEST_PROMPT_SHARE))))
+        order += [(request, budget) for request in sorted(prompts, key=lambda request: request.num_to_compute)]
+        return order
+
+    def _choose(self, request: Request, budget: int, chosen: dict[str, Scheduled]) -> None:
+        wanted = min(request.num_to_compute, budget)
+        granted = self._rmanager.grow(request, wanted)
+        if granted > 0:
+            self._no_room_since_s.pop(request.request_id, None)
+            chosen[request.request_id] = Scheduled(request, granted)
+        elif request.request_id not in chosen:
+            self._without_room(request, chosen)
+
+    def _without_room(self, request: Request, chosen: dict[str, Scheduled]) -> None:
+        """Wait a little; then take the room of the youngest, which may be the request itself."""
+        self._rmanager.reclaim()
+        waited_s = time.monotonic() - self._no_room_since_s.setdefault(request.request_id, time.monotonic())
+        youngest = self.running[-1]
+        patience_s = GIVE_UP_AFTER_S * (1 + random.random()) if youngest is request else PREEMPT_AFTER_S
+        if waited_s > patience_s:
+            chosen.pop(youngest.request_id, None)
+            self.preempt(youngest)
+
+    def _admit(self, budget: int, chosen: dict[str, Scheduled]) -> None:
+        for request in list(self.waiting):
+            if budget <= 0 or self._num_free_places <= 0:
+                return
+            if self._rmanager.can_admit(request):
+                granted = self._rmanager.grow(request, min(request.num_to_compute, budget))
+                self._start(request)
+                if granted > 0:
+                    chosen[request.request_id] = Scheduled(request, granted)
+                    budget -= granted
+            elif time.monotonic() - request.arrival_s > NO_OVERTAKING_AFTER_S:
+                return
+
+    def _start(self, request: Request) -> None:
+        self.waiting.remove(request)
+        request.status = RequestStatus.RUNNING
+        self.running.append(request)
+        self.running.sort(key=lambda other: other.arrival_s)
+
+    def _note_memory(self, chosen: dict[str, Scheduled]) -> None:
+        for item in chosen.values():
+            request, table = item.request, self._rmanager.table(item.request)
+            request.max_local_rblocks = max(request.max_local_rblocks, table.num_local)
+            for creditor, count in table.remote_by_creditor().items():
+                request.max_borrowed_rblocks[creditor] = max(request.max_borrowed_rblocks.get(creditor, 0), count)
+
+    # ------------------------------------------------------------------ endings
+
+    def preempt(self, request: Request) -> None:
+        """Give up a running request's memory; it will be computed again from its tokens."""
+        logger.info("preempting %s after %d tokens", request.request_id, request.num_computed_tokens)
+        self._leave(request)
+        request.start_over()
+        self.num_preemptions += 1
+        self.waiting.appendleft(request)
+
+    def finish(self, request: Request, reason: FinishReason) -> TokenOutput:
+        """End a request at once; returns its last message."""
+        if request in self.waiting:
+            self.waiting.remove(request)
+        else:
+            self._leave(request)
+        request.finish(reason)
+        return _output(request, [], [])
+
+    def _leave(self, request: Request) -> None:
+        self.running.remove(request)
+        self._no_room_since_s.pop(request.request_id, None)
+        self._rmanager.release(request)
+
+    # ------------------------------------------------------------------ update
+
+    def update(self, done: list[Scheduled], sampled: dict[str, SampledToken]) -> list[TokenOutput]:
+        """The step is done: count its tokens, append what was sampled, end what is complete."""
+        outputs = []
+        for request, num_tokens in done:
+            if request.status is not RequestStatus.RUNNING:
+                continue  # preempted because a creditor was lost: its tokens of this step mean nothing
+            request.num_computed_tokens += num_tokens
+            token = sampled.get(request.request_id)
+            if token is not None:
+                request.append_token(token.token_id)
+                if request.finish_reason is not None:
+                    self._leave(request)
+                outputs.append(_output(request, [token.token_id], [token.logprobs] if token.logprobs else []))
+        return outputs
+
+
+def _output(request: Request, token_ids: list[int], logprobs: list[TokenLogprobs]) -> TokenOutput:
+    is_last = request.finish_reason is not None
+    return TokenOutput(
+        request_id=request.request_id,
+        token_ids=token_ids,
+        logprobs=logprobs or None,
+        finish_reason=request.finish_reason.value if request.finish_reason is not None else None,
+        kv=_receipt(request) if is_last else None,
+    )
+
+
+def _receipt(request: Request) -> RequestKV:
+    return RequestKV(
+        max_local_rblocks=request.max_local_rblocks,
+        max_borrowed_rblocks=request.max_borrowed_rblocks,
+        num_preemptions=request.num_preemptions,
+        num_recomputed_tokens=request.num_recomputed_tokens,
+    )

@@ -1,0 +1,85 @@
+"""Feeds an instance from its request socket, and sends back what it computes."""
+
+import queue
+import threading
+import time
+
+from megatron_distkv.engine.addresses import request_socket
+from megatron_distkv.engine.instance import Instance
+from megatron_distkv.engine.request_io import Inbound, RequestIO
+from megatron_distkv.log import get_logger
+from megatron_distkv.messages import AbortRequest, FromInstance, NewRequest, StatusQuery
+from megatron_distkv.request import Request
+
+logger = get_logger(__name__)
+# An idle instance looks for the word to stop this often.
+IDLE_WAIT_S = 0.2
+
+
+class Serving:
+    """The engine's thread: take requests, step, send tokens."""
+
+    def __init__(self, instance: Instance) -> None:
+        self._instance = instance
+        self._io = RequestIO(request_socket(instance.config.run_dir, instance.config.instance_id))
+        self._client_of: dict[str, int] = {}
+        self._was_busy = False
+
+    def run(self, stop: threading.Event) -> None:
+        try:
+            while not stop.is_set():
+                self._take_messages()
+                if not self._instance.scheduler.is_idle:
+                    self._was_busy = True
+                    for output in self._instance.step():
+                        self._send(output.request_id, output, is_last=output.finish_reason is not None)
+        finally:
+            self._io.close()
+
+    def _take_messages(self) -> None:
+        """All that wait; an idle instance waits for one, after checking its accounts."""
+        try:
+            while True:
+                if self._instance.scheduler.is_idle:
+                    self._when_idle()
+                    self._take(self._io.inbox.get(timeout=IDLE_WAIT_S))
+                else:
+                    self._take(self._io.inbox.get_nowait())
+        except queue.Empty:
+            return
+
+    def _when_idle(self) -> None:
+        if self._was_busy:
+            self._was_busy = False
+            self._instance.check_integrity()
+            self._instance.note_idle()
+
+    def _take(self, inbound: Inbound) -> None:
+        match inbound.message:
+            case NewRequest() as new:
+                self._take_request(inbound.client, new)
+            case AbortRequest(request_id):
+                if self._client_of.get(request_id) == inbound.client:
+                    del self._client_of[request_id]
+                    self._instance.abort(request_id)
+            case StatusQuery(query_id):
+                self._io.send(inbound.client, self._instance.status(query_id))
+
+    def _take_request(self, client: int, new: NewRequest) -> None:
+        request = Request(
+            new.request_id, new.prompt_token_ids, new.sampling, frozenset(new.eos_token_ids), arrival_s=time.monotonic()
+        )
+        refused = self._instance.refuse(request)
+        if refused is not None:
+            logger.info("refusing %s: %s", new.request_id, refused.message)
+            self._io.send(client, refused)
+            return
+        self._client_of[new.request_id] = client
+        self._instance.add(request)
+
+    def _send(self, request_id: str, message: FromInstance, *, is_last: bool) -> None:
+        client = self._client_of.get(request_id)
+        if client is not None:
+            self._io.send(client, message)
+            if is_last:
+                del self._client_of[request_id]

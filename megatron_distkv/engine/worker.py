@@ -1,0 +1,77 @@
+"""A follower: a tensor-parallel rank that does what its leader says, and answers other instances' same ranks."""
+
+import queue
+import threading
+
+import msgspec
+import torch.distributed as dist
+
+from megatron_distkv.engine.addresses import rank_address
+from megatron_distkv.engine.batch import StepPlan, StepReply
+from megatron_distkv.engine.rank import Rank
+from megatron_distkv.errors import DistkvError
+from megatron_distkv.log import get_logger
+from megatron_distkv.messages import Acknowledge, GrantHeader, MessageKind, RevokeHeader
+from megatron_distkv.transport import Answer, Hello, Listener, Request
+
+logger = get_logger(__name__)
+_DONE = msgspec.msgpack.encode(Acknowledge())
+
+
+class Worker:
+    """Channel threads take messages; the main thread runs the steps, because collectives belong to one thread."""
+
+    def __init__(self, rank: Rank) -> None:
+        self._rank = rank
+        self._plans: queue.SimpleQueue[StepPlan | None] = queue.SimpleQueue()
+        self._replies: queue.SimpleQueue[StepReply] = queue.SimpleQueue()
+        self._has_ended = threading.Event()
+        config = rank.config
+        self._listener = Listener(
+            rank_address(config.run_dir, config.instance_id, rank.parallel.rank),
+            config.ledger.pool,
+            self._answer,
+            on_disconnect=self._on_disconnect,
+        )
+        dist.barrier()  # the leader connects after this
+
+    def run(self) -> None:
+        """Until the leader says stop, or is gone."""
+        try:
+            while (plan := self._plans.get()) is not None:
+                self._replies.put(StepReply(self._rank.runner.run(plan).lost))
+        finally:
+            self._has_ended.set()
+            self._listener.close()
+            self._rank.peers.close()
+
+    def _answer(self, hello: Hello, request: Request) -> Answer:
+        kind = MessageKind(request.kind)
+        if kind is MessageKind.QUERY:
+            return self._rank.creditor.query(hello, request)
+        if kind is MessageKind.STORE:
+            return self._rank.creditor.store(hello, request)
+        if hello.instance_id != self._rank.config.instance_id:
+            raise DistkvError(f"{kind.name} is for this instance's own leader, not for {hello.instance_id}")
+        return self._obey(kind, request)
+
+    def _obey(self, kind: MessageKind, request: Request) -> Answer:
+        if kind is MessageKind.STEP:
+            self._plans.put(msgspec.msgpack.decode(request.header, type=StepPlan))
+            return Answer(msgspec.msgpack.encode(self._replies.get()))
+        if kind is MessageKind.GRANT:
+            grant = msgspec.msgpack.decode(request.header, type=GrantHeader)
+            self._rank.loan_table.grant(grant.loan_id, grant.debtor, grant.block_ids)
+        elif kind is MessageKind.REVOKE:
+            self._rank.loan_table.revoke(msgspec.msgpack.decode(request.header, type=RevokeHeader).loan_id)
+        elif kind is MessageKind.STOP:
+            self._plans.put(None)
+        else:
+            raise DistkvError(f"a follower does not take {kind.name}")
+        return Answer(_DONE)
+
+    def _on_disconnect(self, hello: Hello) -> None:
+        self._rank.creditor.forget(hello)
+        if hello.instance_id == self._rank.config.instance_id and not self._has_ended.is_set():
+            logger.warning("the leader is gone")
+            self._plans.put(None)

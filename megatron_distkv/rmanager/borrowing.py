@@ -1,0 +1,140 @@
+"""The debtor's side: loans that this instance has taken, one request each.
+
+A loan begins in the ledger (reserve: atomic, fenced, idempotent by loan id) and becomes real when the creditor's
+rManager allocates. It ends with its request.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import msgspec
+
+from megatron_distkv.errors import LedgerUnavailable, PeerLost
+from megatron_distkv.ledger import Creditor, DebtLedger
+from megatron_distkv.log import get_logger
+from megatron_distkv.messages import LendHeader, LendReply, MessageKind, Refusal, ReleaseHeader
+from megatron_distkv.rblock import InstanceId, LoanId
+from megatron_distkv.rmanager.identity import Identity
+from megatron_distkv.rmanager.peers import Peers
+
+logger = get_logger(__name__)
+# A creditor that has not accepted within this time never will: the ledger drops the reservation.
+PENDING_S = 5.0
+# How many creditors one attempt may ask, freest first.
+MAX_CREDITORS_ASKED = 8
+
+
+@dataclass
+class HeldLoan:
+    """A loan of `num_rblocks` rBlocks; those not used yet wait in `unused`."""
+
+    loan_id: LoanId
+    request_id: str
+    creditor: InstanceId
+    address: str
+    num_rblocks: int
+    unused: deque[int] = field(default_factory=deque)
+
+    def take(self, count: int) -> list[int]:
+        """Up to `count` physical ids in the creditor's pool, to be filled now."""
+        return [self.unused.popleft() for _ in range(min(count, len(self.unused)))]
+
+
+class Borrowing:
+    """Takes, hands out and ends loans. Only the engine's thread changes it."""
+
+    def __init__(self, ledger: DebtLedger, identity: Identity, peers: Peers, deadline_s: float) -> None:
+        self._ledger = ledger
+        self._identity = identity
+        self._peers = peers
+        self._deadline_s = deadline_s
+        self._loans: dict[str, list[HeldLoan]] = {}
+        self._num_asked = 0
+        self.num_borrowed = 0  # rBlocks of all loans; other threads read it
+
+    def loans_of(self, request_id: str) -> list[HeldLoan]:
+        return self._loans.get(request_id, [])
+
+    def request_of(self, loan_id: str) -> str | None:
+        """Which request holds this loan."""
+        for request_id, loans in self._loans.items():
+            if any(loan.loan_id == loan_id for loan in loans):
+                return request_id
+        return None
+
+    def debtors_of(self, creditor: str) -> list[str]:
+        """Requests that have a loan from `creditor`."""
+        return [request_id for request_id, loans in self._loans.items() if any(x.creditor == creditor for x in loans)]
+
+    def num_unused(self, request_id: str) -> int:
+        return sum(len(loan.unused) for loan in self.loans_of(request_id))
+
+    def borrow(self, request_id: str, count: int, only_from: str | None = None) -> int:
+        """Try to borrow `count` rBlocks for a request, over several creditors if need be; returns how many came."""
+        try:
+            creditors = self._ledger.recommend(self._identity.instance, count, MAX_CREDITORS_ASKED)
+        except LedgerUnavailable:
+            return 0
+        missing = count
+        for creditor in creditors:
+            if missing <= 0:
+                break
+            if only_from in (None, creditor.instance):
+                missing -= self._borrow_from(creditor, request_id, min(missing, creditor.free_rblocks))
+        return count - missing
+
+    def release_all(self, request_id: str) -> None:
+        """End every loan of a request. A creditor that cannot be told learns it from the ledger."""
+        for loan in self._loans.pop(request_id, []):
+            self.num_borrowed -= loan.num_rblocks
+            self._release(loan)
+
+    def _borrow_from(self, creditor: Creditor, request_id: str, count: int) -> int:
+        loan_id = self._next_loan_id()
+        try:
+            refusal = self._reserve(loan_id, creditor, count)
+            reply = LendReply(refusal=refusal) if refusal else self._ask(loan_id, creditor, count)
+        except LedgerUnavailable:
+            return 0
+        if reply.refusal is not None:
+            logger.info("%s refuses %d rBlocks: %s", creditor.instance, count, reply.refusal.value)
+            return 0
+        loan = HeldLoan(loan_id, request_id, creditor.instance, creditor.address, count, deque(reply.block_ids))
+        self._loans.setdefault(request_id, []).append(loan)
+        self.num_borrowed += count
+        return count
+
+    def _next_loan_id(self) -> LoanId:
+        self._num_asked += 1
+        return LoanId(f"{self._identity.instance}.{self._identity.epoch}.{self._num_asked}")
+
+    def _reserve(self, loan_id: LoanId, creditor: Creditor, count: int) -> Refusal | None:
+        me = self._identity
+        return self._ledger.borrow(loan_id, me.instance, me.epoch, creditor.instance, creditor.epoch, count, PENDING_S)
+
+    def _ask(self, loan_id: LoanId, creditor: Creditor, count: int) -> LendReply:
+        header = LendHeader(loan_id, self._identity.instance, self._identity.epoch, count)
+        try:
+            channel = self._peers.reach(creditor.instance, creditor.address)
+            reply = channel.call(MessageKind.LEND, msgspec.msgpack.encode(header), deadline_s=self._deadline_s)
+            answer = msgspec.msgpack.decode(reply.header, type=LendReply)
+        except PeerLost as lost:
+            logger.warning("%s", lost)
+            answer = LendReply(refusal=Refusal.STALE_CREDITOR)
+        if answer.refusal is not None:
+            self._ledger.release(loan_id, self._identity.instance, self._identity.epoch)
+        return answer
+
+    def _release(self, loan: HeldLoan) -> None:
+        header = msgspec.msgpack.encode(ReleaseHeader(loan.loan_id, self._identity.instance))
+        try:
+            channel = self._peers.reach(loan.creditor, loan.address)
+            channel.call(MessageKind.RELEASE, header, deadline_s=self._deadline_s)
+        except PeerLost:
+            self._release_in_ledger(loan)
+
+    def _release_in_ledger(self, loan: HeldLoan) -> None:
+        try:
+            self._ledger.release(loan.loan_id, self._identity.instance, self._identity.epoch)
+        except LedgerUnavailable:
+            logger.warning("loan %s ends with this instance's lease: ledger and creditor are away", loan.loan_id)

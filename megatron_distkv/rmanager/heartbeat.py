@@ -1,0 +1,101 @@
+"""Reports this instance to the ledger, renews its lease, and brings back what the ledger has for it."""
+
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+
+from megatron_distkv.config.instance import LedgerConfig
+from megatron_distkv.errors import LedgerUnavailable, SupersededError
+from megatron_distkv.ledger import DebtLedger, HeartbeatReply, InstanceReport, Move, Recall, RequestPlacementEntry
+from megatron_distkv.log import get_logger
+from megatron_distkv.rmanager.identity import Identity
+from megatron_distkv.rmanager.lending import Lending
+
+logger = get_logger(__name__)
+
+
+class Heartbeat:
+    """A thread. `orders` collects recalls and planned moves for the engine's thread; `superseded` says: stop."""
+
+    def __init__(
+        self,
+        ledger: DebtLedger,
+        identity: Identity,
+        config: LedgerConfig,
+        lending: Lending,
+        register: Callable[[], None],
+        report: Callable[[], InstanceReport],
+    ) -> None:
+        """`report` says everything; only the placements that changed since the last answered report travel."""
+        self._ledger = ledger
+        self._identity = identity
+        self._config = config
+        self._lending = lending
+        self._register = register
+        self._report = report
+        self._stop = threading.Event()
+        self._ledger_is_away = False
+        self._told: tuple[RequestPlacementEntry, ...] = ()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        self.orders: queue.SimpleQueue[Recall | Move] = queue.SimpleQueue()
+        self.superseded: SupersededError | None = None
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def beat(self) -> None:
+        """One report; registers again where the ledger has lost this epoch. Raises LedgerUnavailable, Superseded."""
+        report = self._report()
+        changed = _changes(self._told, report.placements)
+        reply = self._ledger.heartbeat(
+            self._identity.instance, self._identity.epoch, replace(report, placements=changed), self._config.lease_s
+        )
+        if reply.known:
+            self._told = report.placements
+            self._lending.reconcile()
+            self._take_orders(reply)
+        else:
+            logger.warning("the ledger has forgotten this instance: registering again")
+            self._told = ()
+            self._register()
+            self._lending.begin_restore(self._config.lease_s)
+            self._lending.reconcile()
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._config.heartbeat_interval_s):
+            try:
+                self.beat()
+                self._note_ledger(is_away=False)
+            except LedgerUnavailable:
+                self._note_ledger(is_away=True)
+            except SupersededError as error:
+                self.superseded = error
+                return
+            except Exception:
+                logger.exception("heartbeat failed")
+
+    def _take_orders(self, reply: HeartbeatReply) -> None:
+        for recall in reply.recalls:
+            self.orders.put(recall)
+        for move in reply.moves:
+            self.orders.put(move)
+
+    def _note_ledger(self, *, is_away: bool) -> None:
+        if is_away != self._ledger_is_away:
+            self._ledger_is_away = is_away
+            logger.warning("the ledger is away: no new loans" if is_away else "the ledger is back")
+
+
+def _changes(
+    told: tuple[RequestPlacementEntry, ...], now: tuple[RequestPlacementEntry, ...]
+) -> tuple[RequestPlacementEntry, ...]:
+    """New and changed entries, and those that are gone with 0 rBlocks."""
+    still_there = {(entry.request_id, entry.holder) for entry in now}
+    gone = [replace(entry, num_rblocks=0) for entry in told if (entry.request_id, entry.holder) not in still_there]
+    known = set(told)
+    return (*(entry for entry in now if entry not in known), *gone)

@@ -1,0 +1,52 @@
+"""Carries out a step's moves on one rank: gather rBlocks from the pool, send them to the creditor's same rank."""
+
+from collections.abc import Iterator, Sequence
+
+import msgspec
+import torch
+
+from megatron_distkv.errors import PeerLost
+from megatron_distkv.messages import Acknowledge, MessageKind, StoreHeader
+from megatron_distkv.ops import gather_rblocks
+from megatron_distkv.rmanager.move import Move
+from megatron_distkv.rmanager.peers import Peers
+
+
+class Migration:
+    """`rblocks_per_message` rBlocks fit in one message."""
+
+    def __init__(self, pool_BLK2ND: torch.Tensor, peers: Peers, rblocks_per_message: int, deadline_s: float) -> None:
+        self._pool = pool_BLK2ND
+        self._peers = peers
+        self._rblocks_per_message = rblocks_per_message
+        self._deadline_s = deadline_s
+
+    def carry_out(self, moves: Sequence[Move]) -> dict[str, str]:
+        """Do all moves; returns the creditors that were lost, with the reason.
+
+        Never raises for a lost peer: with tensor parallelism every rank must come to the same next collective.
+        """
+        lost: dict[str, str] = {}
+        for move in moves:
+            if move.creditor in lost:
+                continue
+            try:
+                self._push(move)
+            except PeerLost as error:
+                lost[move.creditor] = error.reason
+        return lost
+
+    def _push(self, move: Move) -> None:
+        channel = self._peers.reach(move.creditor, move.address)
+        for local_ids, remote_ids in self._portions(move):
+            header = msgspec.msgpack.encode(StoreHeader(move.loan_id, remote_ids))
+            data = gather_rblocks(self._pool, torch.tensor(local_ids, dtype=torch.int64))
+            reply = channel.call(MessageKind.STORE, header, [data], deadline_s=self._deadline_s)
+            refusal = msgspec.msgpack.decode(reply.header, type=Acknowledge).refusal
+            if refusal is not None:
+                raise PeerLost(move.creditor, f"refused rBlocks of loan {move.loan_id}: {refusal.value}")
+
+    def _portions(self, move: Move) -> Iterator[tuple[list[int], list[int]]]:
+        size = self._rblocks_per_message
+        for start in range(0, len(move.local_ids), size):
+            yield move.local_ids[start : start + size], move.remote_ids[start : start + size]

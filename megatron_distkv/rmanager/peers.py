@@ -1,0 +1,83 @@
+"""Channels of one rank to the same rank of other instances, opened when first needed."""
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from megatron_distkv.errors import DistkvError, PeerLost
+from megatron_distkv.log import get_logger
+from megatron_distkv.rmanager.identity import Identity
+from megatron_distkv.transport import Channel, Hello, connect
+from megatron_distkv.transport.hello import PROTOCOL_VERSION
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class MailboxSizes:
+    """Bytes that one message to a creditor, and its answer, may need."""
+
+    request_bytes: int
+    reply_bytes: int
+
+
+class Peers(Mapping[str, Channel]):
+    """Open channels by peer. Only the engine's thread uses them. A peer's address holds the placeholder `{rank}`."""
+
+    def __init__(self, pool: str, identity: Identity, rank: int, sizes: MailboxSizes, deadline_s: float) -> None:
+        self._pool = pool
+        self._identity = identity
+        self._rank = rank
+        self._sizes = sizes
+        self._deadline_s = deadline_s
+        self._channels: dict[str, Channel] = {}
+        self._shunned_until_s: dict[str, float] = {}
+
+    def reach(self, peer: str, address: str) -> Channel:
+        """The channel to `peer`, opened if there is none; raises PeerLost, at once for a shunned peer."""
+        if self._shunned_until_s.get(peer, 0.0) > time.monotonic():
+            raise PeerLost(peer, "lost a moment ago")
+        channel = self._channels.get(peer)
+        if channel is not None and channel.is_open:
+            return channel
+        hello = Hello(
+            protocol_version=PROTOCOL_VERSION,
+            pool=self._pool,
+            instance_id=self._identity.instance,
+            epoch=self._identity.epoch,
+            rank=self._rank,
+            request_bytes=self._sizes.request_bytes,
+            reply_bytes=self._sizes.reply_bytes,
+        )
+        try:
+            channel = connect(address.format(rank=self._rank), hello, peer=peer, timeout_s=self._deadline_s)
+        except PeerLost:
+            raise
+        except (OSError, DistkvError) as error:
+            raise PeerLost(peer, f"cannot connect: {error}") from error
+        logger.info("connected to %s", peer)
+        self._channels[peer] = channel
+        return channel
+
+    def shun(self, peer: str, for_s: float) -> None:
+        """Leave a lost peer alone for a while: one that hangs must not cost a deadline at every attempt."""
+        self._shunned_until_s[peer] = time.monotonic() + for_s
+        self._drop(peer)
+
+    def _drop(self, peer: str) -> None:
+        channel = self._channels.pop(peer, None)
+        if channel is not None:
+            channel.close()
+
+    def close(self) -> None:
+        for peer in list(self._channels):
+            self._drop(peer)
+
+    def __getitem__(self, peer: str) -> Channel:
+        return self._channels[peer]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._channels)
+
+    def __len__(self) -> int:
+        return len(self._channels)

@@ -1,0 +1,71 @@
+"""What this instance may expect from the pool: how much it could borrow now, and at most. Asks the ledger sparingly."""
+
+import contextlib
+import time
+
+from megatron_distkv.errors import LedgerUnavailable
+from megatron_distkv.ledger import DebtLedger
+from megatron_distkv.rmanager.identity import Identity
+
+# A view of the pool this old is still good enough to admit requests by.
+VIEW_AGE_S = 0.2
+# After a refusal the same question is not asked again at every step.
+RETRY_S = 0.05
+# Debtors need a heartbeat to hear of a reclaim: asking more often only repeats it.
+RECLAIM_INTERVAL_S = 1.0
+MAX_CREDITORS = 64
+# More rBlocks than any pool has: `recommend` then names every creditor.
+EVERYTHING = 1 << 40
+
+
+class PoolOutlook:
+    """Only the engine's thread calls it. With `enabled` False nothing is ever borrowed."""
+
+    def __init__(self, ledger: DebtLedger, identity: Identity, *, enabled: bool) -> None:
+        self._enabled = enabled
+        self._ledger = ledger
+        self._identity = identity
+        self._borrowable = 0
+        self._most_borrowable = 0
+        self._viewed_at_s = float("-inf")
+        self._most_viewed_at_s = float("-inf")
+        self._ask_again_at_s = float("-inf")
+        self._reclaim_again_at_s = float("-inf")
+
+    def borrowable_rblocks(self) -> int:
+        """rBlocks that all creditors together would lend now; 0 while the ledger is away."""
+        if self._enabled and time.monotonic() - self._viewed_at_s > VIEW_AGE_S:
+            self._borrowable = self._ask_borrowable()
+            self._viewed_at_s = time.monotonic()
+        return self._borrowable
+
+    def most_borrowable_rblocks(self) -> int:
+        """rBlocks that all others together may lend at most; the last known figure while the ledger is away."""
+        if self._enabled and time.monotonic() - self._most_viewed_at_s > VIEW_AGE_S:
+            with contextlib.suppress(LedgerUnavailable):
+                self._most_borrowable = self._ledger.snapshot().lendable_to(self._identity.instance)
+            self._most_viewed_at_s = time.monotonic()
+        return self._most_borrowable
+
+    def may_ask(self) -> bool:
+        return self._enabled and time.monotonic() >= self._ask_again_at_s
+
+    def note_answer(self, *, got_all: bool) -> None:
+        self._viewed_at_s = float("-inf")
+        if not got_all:
+            self._ask_again_at_s = time.monotonic() + RETRY_S
+
+    def reclaim(self, num_rblocks: int) -> None:
+        """Ask this instance's debtors for `num_rblocks` back, through the ledger."""
+        if num_rblocks <= 0 or time.monotonic() < self._reclaim_again_at_s:
+            return
+        self._reclaim_again_at_s = time.monotonic() + RECLAIM_INTERVAL_S
+        with contextlib.suppress(LedgerUnavailable):
+            self._ledger.reclaim(self._identity.instance, self._identity.epoch, num_rblocks)
+
+    def _ask_borrowable(self) -> int:
+        try:
+            creditors = self._ledger.recommend(self._identity.instance, EVERYTHING, MAX_CREDITORS)
+        except LedgerUnavailable:
+            return 0
+        return sum(creditor.free_rblocks for creditor in creditors)

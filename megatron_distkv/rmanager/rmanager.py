@@ -1,0 +1,182 @@
+"""The rManager of one instance: one API over local and borrowed rBlocks. The engine's thread calls it.
+
+A request's new tokens always get local rBlocks. When those run short, the oldest full rBlocks of the longest request
+move to creditors, a bounded number per step, so that a context may be longer than this instance's memory.
+"""
+
+from collections.abc import Iterable
+
+from megatron_distkv.config.instance import LendingConfig
+from megatron_distkv.errors import IntegrityError
+from megatron_distkv.kvcache.block_table import BlockTable
+from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
+from megatron_distkv.log import get_logger
+from megatron_distkv.rblock import InstanceId, LoanId, num_rblocks_for
+from megatron_distkv.request import Request
+from megatron_distkv.rmanager.borrowing import Borrowing, HeldLoan
+from megatron_distkv.rmanager.move import Move
+from megatron_distkv.rmanager.pool_outlook import PoolOutlook
+
+logger = get_logger(__name__)
+
+
+class RManager:
+    """Knows where every rBlock of every running request lies.
+
+        pool = | free | tables of running requests | vacated in this step | lent |
+
+    Vacated rBlocks are on their way to a creditor: the step copies them out before it writes anything, so an own
+    request may take them at once, but they return to the allocator (and so to debtors) only after the step.
+    """
+
+    def __init__(
+        self,
+        allocator: RBlockAllocator,
+        borrowing: Borrowing,
+        outlook: PoolOutlook,
+        config: LendingConfig,
+        rblock_size: int,
+    ) -> None:
+        self._allocator = allocator
+        self._borrowing = borrowing
+        self._outlook = outlook
+        self._config = config
+        self.rblock_size = rblock_size
+        self._requests: dict[str, Request] = {}
+        self._tables: dict[str, BlockTable] = {}
+        self._vacated: list[int] = []
+        self._moves: list[Move] = []
+        self._moves_left = config.max_moved_rblocks_per_step
+
+    def table(self, request: Request) -> BlockTable:
+        return self._tables[request.request_id]
+
+    # ------------------------------------------------------------------ capacity
+
+    @property
+    def num_local_free(self) -> int:
+        return self._allocator.num_free + len(self._vacated)
+
+    def can_admit(self, request: Request) -> bool:
+        """Whether the tokens that this request has now, and one more, fit beside what running requests still need."""
+        needed = num_rblocks_for(request.num_tokens + 1, self.rblock_size)
+        promised = sum(self._growth(other, other.num_tokens + 1) for other in self._requests.values())
+        missing = needed + promised - self.num_local_free
+        return missing <= 0 or missing <= self._outlook.borrowable_rblocks()
+
+    def longest_context_tokens(self) -> int:
+        """The longest context that this instance could hold now, with every creditor at its lending cap."""
+        return (self._allocator.num_rblocks + self._outlook.most_borrowable_rblocks()) * self.rblock_size
+
+    # ------------------------------------------------------------------ a step
+
+    def begin_step(self) -> None:
+        self._moves_left = self._config.max_moved_rblocks_per_step
+
+    def grow(self, request: Request, wanted: int) -> int:
+        """Make room for the next `wanted` tokens after those computed; returns for how many there is room (0: none)."""
+        self._requests[request.request_id] = request
+        table = self._tables.setdefault(request.request_id, BlockTable())
+        count = num_rblocks_for(request.num_computed_tokens + wanted, self.rblock_size) - table.num_rblocks
+        if count > self.num_local_free:
+            self._make_room(count - self.num_local_free)
+        table.append_local(self._take_local(count))
+        return min(wanted, table.num_rblocks * self.rblock_size - request.num_computed_tokens)
+
+    def borrow_ahead(self) -> None:
+        """Below the watermark, and where running requests will still grow, move rBlocks out before there is need."""
+        growth = sum(self._growth(request, request.max_total_tokens) for request in self._requests.values())
+        target = min(int(self._config.low_watermark * self._allocator.num_rblocks), growth)
+        if self.num_local_free < target:
+            self._make_room(target - self.num_local_free)
+
+    def take_moves(self) -> list[Move]:
+        """The moves that the step must do first."""
+        moves, self._moves = self._moves, []
+        return moves
+
+    def end_step(self) -> None:
+        """The step has done its moves: vacated rBlocks are free."""
+        self._allocator.free(self._vacated)
+        self._vacated = []
+
+    def move_to(self, request_id: str, count: int, creditor: str) -> None:
+        """Carry out a move that the gManager has planned, as far as it is still possible."""
+        request = self._requests.get(request_id)
+        if request is not None:
+            self._move_oldest(request, min(count, self._moves_left), only_to=creditor)
+
+    # ------------------------------------------------------------------ endings
+
+    def release(self, request: Request) -> None:
+        """Give back everything that a request holds, here and with creditors."""
+        table = self._tables.pop(request.request_id, None)
+        self._requests.pop(request.request_id, None)
+        if table is not None:
+            self._moves = [move for move in self._moves if move.request_id != request.request_id]
+            self._allocator.free(table.local_block_ids())
+        self._borrowing.release_all(request.request_id)
+
+    def requests_at(self, creditor: str) -> list[Request]:
+        """Requests that have a loan from this creditor: what must be recomputed when it is lost."""
+        return [self._requests[request_id] for request_id in self._borrowing.debtors_of(creditor)]
+
+    def request_with_loan(self, loan_id: str) -> Request | None:
+        request_id = self._borrowing.request_of(loan_id)
+        return self._requests.get(request_id) if request_id is not None else None
+
+    def reclaim(self) -> None:
+        """Ask debtors for memory back: this instance's own requests need it."""
+        self._outlook.reclaim(self._allocator.num_lent)
+
+    def check_integrity(self) -> None:
+        """Between steps: tables in order, and every used rBlock in exactly one of them."""
+        if self._vacated or self._moves:
+            raise IntegrityError(f"{len(self._vacated)} vacated rBlocks, {len(self._moves)} moves outlived their step")
+        for table in self._tables.values():
+            table.check_integrity()
+        self._allocator.check_integrity([b for table in self._tables.values() for b in table.local_block_ids()])
+
+    # ------------------------------------------------------------------ inside
+
+    def _growth(self, request: Request, num_tokens: int) -> int:
+        return max(0, num_rblocks_for(num_tokens, self.rblock_size) - self._tables[request.request_id].num_rblocks)
+
+    def _take_local(self, count: int) -> list[int]:
+        vacated = self._vacated[:count] if count > 0 else []
+        del self._vacated[: len(vacated)]
+        return vacated + self._allocator.allocate_up_to(max(0, count - len(vacated)))
+
+    def _make_room(self, count: int) -> None:
+        """Move up to `count` rBlocks out: the oldest full ones of the longest request first."""
+        count = min(count, self._moves_left)
+        for request in self._longest_first():
+            if count <= 0:
+                return
+            count -= self._move_oldest(request, count)
+
+    def _longest_first(self) -> Iterable[Request]:
+        return sorted(self._requests.values(), key=lambda request: request.num_computed_tokens, reverse=True)
+
+    def _move_oldest(self, request: Request, count: int, only_to: str | None = None) -> int:
+        table = self._tables[request.request_id]
+        num_full = request.num_computed_tokens // self.rblock_size
+        movable = sum(len(span.block_ids) for span in table.oldest_local(count, num_full))
+        missing = movable - self._borrowing.num_unused(request.request_id)
+        if missing > 0 and self._outlook.may_ask():
+            borrowed = self._borrowing.borrow(request.request_id, missing, only_to)
+            self._outlook.note_answer(got_all=borrowed >= missing)
+        moved = 0
+        for loan in self._borrowing.loans_of(request.request_id):
+            while loan.unused and moved < movable:
+                moved += self._move_into(loan, table, movable - moved, num_full)
+        self._moves_left -= moved
+        return moved
+
+    def _move_into(self, loan: HeldLoan, table: BlockTable, count: int, num_full: int) -> int:
+        span = table.oldest_local(count, num_full)[0]
+        remote_ids = loan.take(len(span.block_ids))
+        left = table.move_to_creditor(span.first, remote_ids, InstanceId(loan.creditor), LoanId(loan.loan_id))
+        self._vacated.extend(left)
+        self._moves.append(Move(loan.request_id, loan.creditor, loan.address, loan.loan_id, left, remote_ids))
+        return len(left)

@@ -1,0 +1,50 @@
+"""Small models and configurations for the tests of whole instances."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_distkv.config.instance import InstanceConfig
+from megatron_distkv.engine.llm import LLM
+from megatron_distkv.ledger.embedded_server import EmbeddedServer
+from tests.model.llamas import save_llama
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture
+def server() -> Iterator[EmbeddedServer]:
+    with EmbeddedServer() as running:
+        yield running
+
+
+MakeConfig = Callable[..., InstanceConfig]
+
+
+@pytest.fixture
+def make_config(llama: Path, tmp_path: Path) -> MakeConfig:
+    def make(
+        name: str = "a", *, num_rblocks: int = 64, url: str = "memory://", **rooms: dict[str, Any]
+    ) -> InstanceConfig:
+        values: dict[str, Any] = {
+            "instance_id": name,
+            "model": llama,
+            "run_dir": tmp_path,
+            "kv_cache": {"num_rblocks": num_rblocks, "rblock_size": 8},
+            "ledger": {"url": url, "heartbeat_interval_s": 0.1, "lease_s": 2.0},
+            **rooms,
+        }
+        return InstanceConfig.model_validate(values)
+
+    return make
+
+
+@pytest.fixture
+def llm(make_config: MakeConfig) -> Iterator[LLM]:
+    with LLM(make_config()) as one:
+        yield one
