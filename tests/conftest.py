@@ -17,6 +17,12 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_llama(tmp_path_factory.mktemp("llama"))
 
 
+@pytest.fixture(scope="session")
+def byte_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A vocabulary of bytes: the gateway needs no tokenizer.json for it."""
+    return save_llama(tmp_path_factory.mktemp("byte-llama"), vocab_size=272)
+
+
 @pytest.fixture
 def server() -> Iterator[EmbeddedServer]:
     with EmbeddedServer() as running:

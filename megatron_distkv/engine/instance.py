@@ -1,5 +1,6 @@
 """One serving instance: the composition root, and the loop that is the architecture."""
 
+import json
 import time
 from collections.abc import Callable
 
@@ -193,6 +194,9 @@ class Instance:
                 "requests": str(request_socket(config.run_dir, config.instance_id)),
                 "rblock_size": str(config.kv_cache.rblock_size),
                 "tensor_parallel": str(config.tensor_parallel),
+                "model": str(config.model.resolve()),
+                "vocab_size": str(self.model.vocab_size),
+                "eos_token_ids": json.dumps(self.model.eos_token_ids),
             },
         )
         identity.epoch, identity.generation = registration.epoch, registration.generation

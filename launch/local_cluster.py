@@ -1,0 +1,139 @@
+"""A whole pool on this host: ledger server, gManager, instances, gateway; all end together."""
+
+import os
+import shutil
+import signal
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+
+from megatron_distkv.launch.commands import command_line, instance_command
+from megatron_distkv.launch.processes import Child
+
+from megatron_distkv.config.cluster import ClusterConfig
+from megatron_distkv.config.instance import InstanceConfig
+from megatron_distkv.errors import UserError
+from megatron_distkv.ledger import DebtLedger, open_ledger
+from megatron_distkv.ledger.embedded_server import EmbeddedServer
+from megatron_distkv.log import get_logger
+
+logger = get_logger(__name__)
+EMBEDDED = "embedded://"
+# One thread per process on a small host: libraries must not each start as many as there are cores.
+_ENVIRONMENT = {"PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false"}
+
+
+class LocalCluster:
+    """`with LocalCluster(config) as cluster:` returns when the gateway serves; raises UserError, all ended again."""
+
+    def __init__(self, config: ClusterConfig) -> None:
+        self.config = config
+        self.base_url = ""
+        self._stack = ExitStack()
+        self._children: dict[str, Child] = {}
+
+    def __enter__(self) -> "LocalCluster":
+        with ExitStack() as stack:
+            self.run_dir = Path(tempfile.mkdtemp(prefix="distkv-"))
+            stack.callback(shutil.rmtree, self.run_dir, ignore_errors=True)
+            self.ledger_url = self._start_ledger(stack)
+            self.ledger: DebtLedger = open_ledger(self.ledger_url, self.config.ledger.pool)
+            stack.callback(self.ledger.close)
+            stack.callback(self._end_children)
+            self._start_children()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    # ------------------------------------------------------------------ for tests and demos
+
+    @property
+    def instance_ids(self) -> list[str]:
+        return [f"instance-{number}" for number in range(self.config.instances)]
+
+    def child(self, name: str) -> Child:
+        return self._children[name]
+
+    def kill(self, name: str) -> None:
+        """kill -9 of a part and all its processes."""
+        os.killpg(self._children[name].process.pid, signal.SIGKILL)
+        self._children[name].process.wait()
+
+    def dead_parts(self) -> list[str]:
+        return [name for name, child in self._children.items() if not child.is_running]
+
+    # ------------------------------------------------------------------ inside
+
+    def _start_ledger(self, stack: ExitStack) -> str:
+        if self.config.ledger.url != EMBEDDED:
+            return self.config.ledger.url
+        return stack.enter_context(EmbeddedServer()).url
+
+    def _start_children(self) -> None:
+        self._start("gmanager", command_line("gmanager", *self._pool_arguments(), "--interval", self._interval()))
+        for name in self.instance_ids:
+            config = self._instance_config(name)
+            file = self.run_dir / f"{name}.json"
+            file.write_text(config.model_dump_json())
+            self._start(name, instance_command(config, file, self.config.launcher))
+        self._wait_for(self.instance_ids)
+        gateway = command_line(
+            "gateway", *self._pool_arguments(), "--host", self.config.host, "--port", str(self.config.port),
+            "--served-model-name", self.config.served_model_name,
+        )  # fmt: skip
+        self._start("gateway", gateway)
+        self._wait_for(["gateway"])
+        ready = self._children["gateway"].ready_line() or ""
+        self.base_url = ready.split()[-1]
+
+    def _pool_arguments(self) -> list[str]:
+        return ["--ledger", self.ledger_url, "--pool", self.config.ledger.pool]
+
+    def _interval(self) -> str:
+        return str(self.config.plan_interval_s)
+
+    def _instance_config(self, name: str) -> InstanceConfig:
+        config = self.config
+        return InstanceConfig(
+            instance_id=name,
+            model=config.model.resolve(),
+            run_dir=self.run_dir,
+            dtype=config.dtype,
+            tensor_parallel=config.tensor_parallel,
+            threads=config.threads,
+            kv_cache=config.kv_cache,
+            scheduler=config.scheduler,
+            lending=config.lending,
+            ledger=config.ledger.model_copy(update={"url": self.ledger_url}),
+        )
+
+    def _start(self, name: str, command: list[str]) -> None:
+        env = {**_ENVIRONMENT, "OMP_NUM_THREADS": str(self.config.threads)}
+        self._children[name] = Child(name, command, self.run_dir / f"{name}.log", env)
+
+    def _wait_for(self, names: list[str]) -> None:
+        deadline = time.monotonic() + self.config.start_timeout_s
+        missing = list(names)
+        while missing:
+            for name in list(missing):
+                child = self._children[name]
+                if child.ready_line() is not None:
+                    missing.remove(name)
+                elif not child.is_running:
+                    raise UserError(f"{name} did not start: {child.error_line()}")
+            if missing and time.monotonic() > deadline:
+                raise UserError(f"{', '.join(missing)} did not start within {self.config.start_timeout_s:.0f} s")
+            time.sleep(0.05)
+
+    def _end_children(self) -> None:
+        """The gateway first, so that no request meets a dying instance."""
+        for child in reversed(list(self._children.values())):
+            child.terminate()
+        for child in reversed(list(self._children.values())):
+            child.end()

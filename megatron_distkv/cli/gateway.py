@@ -1,0 +1,41 @@
+"""`distkv gateway`: the OpenAI-compatible HTTP server of a pool."""
+
+import argparse
+import socket
+
+import uvicorn
+
+from megatron_distkv.cli.pool_arguments import add_pool_arguments
+from megatron_distkv.errors import UserError
+from megatron_distkv.ledger import open_ledger
+from megatron_distkv.log import setup_logging
+from megatron_distkv.server.app import Gateway
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_pool_arguments(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on; 0 takes a free one and prints it")
+    parser.add_argument("--served-model-name", default="distkv", help="the model's name in the API")
+
+
+def run(args: argparse.Namespace) -> int:
+    setup_logging("gateway")
+    gateway = Gateway(open_ledger(args.ledger, args.pool), args.served_model_name)
+    listening = _bind(args.host, args.port)
+    host, port = listening.getsockname()[:2]
+    print(f"READY gateway http://{host}:{port}/v1", flush=True)
+    config = uvicorn.Config(gateway.app(), log_level="warning", access_log=False, timeout_graceful_shutdown=2)
+    uvicorn.Server(config).run(sockets=[listening])
+    return 0
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    listening = socket.socket()
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+    except OSError as error:
+        listening.close()
+        raise UserError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from None
+    return listening

@@ -1,0 +1,45 @@
+"""`distkv serve`: one serving instance, as a deepspeed job (or, on one rank, as this process)."""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+from megatron_distkv.config.base import load_config, parse_config
+from megatron_distkv.config.instance import InstanceConfig
+from megatron_distkv.launch.commands import instance_command
+from megatron_distkv.launch.processes import run_until_end
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, help="YAML or JSON file of an InstanceConfig; the options below win")
+    parser.add_argument("--model", type=Path, help="checkpoint: Hugging Face safetensors or Megatron torch_dist")
+    parser.add_argument("--instance-id", help="unique in the pool")
+    parser.add_argument("--run-dir", type=Path, help="where sockets lie; shared by the instances of a host")
+    parser.add_argument("--tensor-parallel", type=int, help="ranks of this instance")
+    parser.add_argument("--num-rblocks", type=int, help="rBlocks in this instance's pool")
+    parser.add_argument("--ledger", metavar="URL", help="redis://, rediss:// or unix:// of the ledger server")
+    parser.add_argument("--pool", help="name of the pool in the ledger")
+    parser.add_argument("--launcher", choices=("deepspeed", "python"), default="deepspeed", help="how ranks start")
+
+
+def run(args: argparse.Namespace) -> int:
+    config = _config(args)
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", suffix=".json", prefix="distkv-") as file:
+        file.write(config.model_dump_json())
+        file.flush()
+        return int(run_until_end(instance_command(config, Path(file.name), args.launcher)))
+
+
+def _config(args: argparse.Namespace) -> InstanceConfig:
+    values = load_config(InstanceConfig, args.config).model_dump() if args.config else {}
+    top = {"model": args.model, "instance_id": args.instance_id, "run_dir": args.run_dir,
+           "tensor_parallel": args.tensor_parallel}  # fmt: skip
+    values.update({key: value for key, value in top.items() if value is not None})
+    values.setdefault("run_dir", Path(tempfile.gettempdir()) / "distkv")
+    nested = {"kv_cache": {"num_rblocks": args.num_rblocks}, "ledger": {"url": args.ledger, "pool": args.pool}}
+    for room, settings in nested.items():
+        given = {key: value for key, value in settings.items() if value is not None}
+        values[room] = {**values.get(room, {}), **given}
+    return parse_config(InstanceConfig, values, str(args.config or f"distkv {' '.join(sys.argv[1:2])}"))

@@ -1,0 +1,175 @@
+"""Answers in OpenAI's shape, whole or as server-sent events, from the pieces of all choices."""
+
+import asyncio
+import contextlib
+import json
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from megatron_distkv.messages import RequestKV, TokenLogprobs
+from megatron_distkv.server.errors import ApiError
+from megatron_distkv.server.generation import Piece
+from megatron_distkv.server.tokenizer import Tokenizer
+
+PieceStream = AsyncGenerator[Piece, None]
+
+
+@dataclass
+class Choice:
+    """What has come of one choice so far."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: str | None = None
+    instance_id: str = ""
+    kv: RequestKV | None = None
+
+    def add(self, piece: Piece) -> None:
+        self.text += piece.text
+        self.token_ids += piece.token_ids
+        self.logprobs += piece.logprobs
+        self.finish_reason = piece.finish_reason
+        self.instance_id = piece.instance_id
+        self.kv = piece.kv or self.kv
+
+
+class Shape(Protocol):
+    """How an endpoint lays out its answer."""
+
+    object_name: str
+    chunk_name: str
+    id_prefix: str
+
+    def choice(self, choice: Choice, tokenizer: Tokenizer) -> dict[str, Any]: ...
+    def first_chunk(self, index: int) -> dict[str, Any] | None: ...
+    def chunk(self, piece: Piece, text_so_far: str, tokenizer: Tokenizer) -> dict[str, Any]: ...
+
+
+@dataclass
+class Answer:
+    """One answer to one HTTP request."""
+
+    shape: Shape
+    tokenizer: Tokenizer
+    model: str
+    num_prompt_tokens: int
+    streams: Sequence[PieceStream]
+    id: str = ""
+    created: int = 0
+
+    def __post_init__(self) -> None:
+        self.id = f"{self.shape.id_prefix}-{uuid.uuid4().hex}"
+        self.created = int(time.time())
+        self._choices = [Choice(index) for index in range(len(self.streams))]
+
+    async def whole(self) -> dict[str, Any]:
+        async with contextlib.aclosing(merge_streams(self.streams)) as pieces:
+            async for piece in pieces:
+                self._choices[piece.choice].add(piece)
+        return {
+            **self._head(self.shape.object_name),
+            "choices": [self.shape.choice(choice, self.tokenizer) for choice in self._choices],
+            "usage": self._usage(),
+        }
+
+    async def events(self, *, with_usage: bool) -> AsyncGenerator[str, None]:
+        """Server-sent events. Raises ApiError before the first; a later error is the last event before [DONE]."""
+        has_begun = False
+        try:
+            async with contextlib.aclosing(merge_streams(self.streams)) as pieces:
+                async for piece in pieces:
+                    if not has_begun:
+                        has_begun = True
+                        for event in self._first_events():
+                            yield event
+                    so_far = self._choices[piece.choice].text
+                    self._choices[piece.choice].add(piece)
+                    yield self._event([self.shape.chunk(piece, so_far, self.tokenizer)])
+            if with_usage:
+                yield self._event([], usage=self._usage())
+        except ApiError as error:
+            if not has_begun:
+                raise
+            yield f"data: {json.dumps(error.body())}\n\n"
+        yield "data: [DONE]\n\n"
+
+    def _first_events(self) -> list[str]:
+        chunks = [self.shape.first_chunk(index) for index in range(len(self.streams))]
+        return [self._event([chunk]) for chunk in chunks if chunk is not None]
+
+    def _head(self, name: str) -> dict[str, Any]:
+        return {"id": self.id, "object": name, "created": self.created, "model": self.model}
+
+    def _event(self, choices: list[dict[str, Any]], **more: Any) -> str:
+        return f"data: {json.dumps({**self._head(self.shape.chunk_name), 'choices': choices, **more})}\n\n"
+
+    def _usage(self) -> dict[str, Any]:
+        """OpenAI's counts and, ours, where the rBlocks of each choice lay."""
+        num_output = sum(len(choice.token_ids) for choice in self._choices)
+        return {
+            "prompt_tokens": self.num_prompt_tokens,
+            "completion_tokens": num_output,
+            "total_tokens": self.num_prompt_tokens + num_output,
+            "kv": [_receipt(choice) for choice in self._choices],
+        }
+
+
+def _receipt(choice: Choice) -> dict[str, Any]:
+    kv = choice.kv or RequestKV()
+    return {
+        "instance": choice.instance_id,
+        "max_local_rblocks": kv.max_local_rblocks,
+        "max_borrowed_rblocks": kv.max_borrowed_rblocks,
+        "num_preemptions": kv.num_preemptions,
+        "num_recomputed_tokens": kv.num_recomputed_tokens,
+    }
+
+
+async def merge_streams(streams: Sequence[PieceStream]) -> AsyncGenerator[Piece, None]:
+    """Pieces of all streams as they come. An error of one, or leaving early, ends them all."""
+    queue: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue()
+
+    async def pump(stream: PieceStream) -> None:
+        try:
+            async for piece in stream:
+                queue.put_nowait(piece)
+            queue.put_nowait(None)
+        except ApiError as error:
+            queue.put_nowait(error)
+        except Exception as error:
+            queue.put_nowait(error)
+            raise
+        finally:
+            await stream.aclose()
+
+    tasks = [asyncio.create_task(pump(stream)) for stream in streams]
+    try:
+        num_running = len(tasks)
+        while num_running:
+            item = await queue.get()
+            if isinstance(item, BaseException):
+                raise item
+            if item is None:
+                num_running -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def or_disconnect(work: "asyncio.Future[Any]", is_disconnected: Callable[[], Any]) -> Any | None:
+    """The result of `work`, or None (and `work` cancelled) when the client leaves first."""
+    while not work.done():
+        await asyncio.wait([work], timeout=0.2)
+        if not work.done() and await is_disconnected():
+            work.cancel()
+            await asyncio.gather(work, return_exceptions=True)
+            return None
+    return work.result()

@@ -1,0 +1,86 @@
+"""One choice of an answer: tokens from the router become text, cut at stop strings."""
+
+import time
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+
+from megatron_distkv import metrics
+from megatron_distkv.messages import RequestKV, TokenLogprobs
+from megatron_distkv.sampling_params import SamplingParams
+from megatron_distkv.server.errors import ApiError, InstanceLost
+from megatron_distkv.server.router import Router
+from megatron_distkv.server.stop_strings import StopStrings
+from megatron_distkv.server.tokenizer import Tokenizer
+
+
+@dataclass
+class Piece:
+    """The next bit of one choice. The last has a finish reason."""
+
+    choice: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: str | None = None
+    instance_id: str = ""
+    kv: RequestKV | None = None
+
+
+async def generate(
+    router: Router,
+    tokenizer: Tokenizer,
+    prompt_token_ids: list[int],
+    sampling: SamplingParams,
+    stops: Sequence[str],
+    *,
+    choice: int = 0,
+    pinned: str | None = None,
+) -> AsyncGenerator[Piece, None]:
+    """Pieces of one choice; raises ApiError."""
+    detokenizer, stop_strings, clock = tokenizer.detokenizer(), StopStrings(stops), _Clock()
+    metrics.PROMPT_TOKENS.inc(len(prompt_token_ids))
+    outputs = router.generate(prompt_token_ids, sampling, pinned)
+    try:
+        async for instance_id, output in outputs:
+            clock.note(len(output.token_ids))
+            reason = output.finish_reason
+            ends_in_stop_token = reason == "stop"
+            shown = output.token_ids[:-1] if ends_in_stop_token else output.token_ids
+            text = stop_strings.add("".join(detokenizer.add(token_id) for token_id in shown))
+            if reason is not None and not stop_strings.has_stopped:
+                text += stop_strings.add(detokenizer.flush()) + stop_strings.flush()
+            if stop_strings.has_stopped:
+                reason = "stop"
+            yield Piece(choice, text, output.token_ids, output.logprobs or [], reason, instance_id, output.kv)
+            if reason is not None:
+                clock.finish(reason)
+                return
+    except InstanceLost as lost:
+        clock.finish("lost")
+        raise ApiError(502, f"{lost} in the middle of this answer", kind="server_error", code="instance_lost") from None
+    except ApiError as error:
+        clock.finish(error.code or "refused")
+        raise
+    finally:
+        await outputs.aclose()
+
+
+class _Clock:
+    """Times of one choice, for the metrics."""
+
+    def __init__(self) -> None:
+        self._start_s = time.monotonic()
+        self._first_s = 0.0
+        self._num_tokens = 0
+
+    def note(self, num_tokens: int) -> None:
+        metrics.OUTPUT_TOKENS.inc(num_tokens)
+        if self._num_tokens == 0 and num_tokens:
+            self._first_s = time.monotonic()
+            metrics.TTFT_SECONDS.observe(self._first_s - self._start_s)
+        self._num_tokens += num_tokens
+
+    def finish(self, outcome: str) -> None:
+        metrics.REQUESTS.labels(outcome).inc()
+        if self._num_tokens > 1:
+            metrics.TPOT_SECONDS.observe((time.monotonic() - self._first_s) / (self._num_tokens - 1))

@@ -1,0 +1,108 @@
+"""Real processes, really killed: the client sees a pause and the same tokens, and nothing stays behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from megatron_distkv.launch.local_cluster import LocalCluster
+
+from megatron_distkv.errors import UserError
+from tests.e2e.conftest import Reference, cluster_config, openai_client
+from tests.e2e.test_api import GREEDY, as_text, random_prompt
+
+
+@pytest.fixture
+def fragile(byte_llama: Path) -> Iterator[LocalCluster]:
+    with LocalCluster(cluster_config(byte_llama)) as running:
+        yield running
+
+
+def creditor_and_debtor(cluster: LocalCluster) -> tuple[str, str]:
+    loan = cluster.ledger.snapshot().loans[0]
+    return loan.creditor, loan.debtor
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_creditor_costs_a_pause_not_a_token(how: int, fragile: LocalCluster, reference: Reference) -> None:
+    # Given a stream whose rBlocks lie in all three instances, with enough room in two of them
+    prompt = random_prompt(200, seed=3)
+    expected = as_text(reference(prompt, 30))
+    client = openai_client(fragile)
+    stream = iter(client.completions.create(prompt=prompt, max_tokens=30, stream=True, **GREEDY))
+    text = next(stream).choices[0].text
+    creditor, debtor = creditor_and_debtor(fragile)
+
+    # When the creditor dies, or hangs, in the middle of it
+    os.killpg(fragile.child(creditor).process.pid, how)
+
+    # Then the client gets the same text, computed by those that live
+    text += "".join(chunk.choices[0].text for chunk in stream if chunk.choices)
+    assert text == expected
+    log = (fragile.run_dir / f"{debtor}.log").read_text()
+    assert f"lost creditor {creditor}" in log
+    client.close()
+    os.killpg(fragile.child(creditor).process.pid, signal.SIGKILL)
+
+    # And its debts are void once its lease has ended
+    end = time.monotonic() + 15
+    while fragile.ledger.snapshot().loans or len(fragile.ledger.snapshot().instances) != 2:
+        assert time.monotonic() < end, fragile.ledger.snapshot()
+        time.sleep(0.1)
+
+
+def test_an_instance_that_dies_before_it_spoke_is_replaced(fragile: LocalCluster, reference: Reference) -> None:
+    # Given an instance that is dead, while the gateway does not know yet
+    client = openai_client(fragile)
+    prompt = random_prompt(30)
+    fragile.kill("instance-0")
+    # When requests come, then each is served by another
+    for _ in range(4):
+        answer = client.completions.create(prompt=prompt, max_tokens=8, **GREEDY)
+        assert answer.choices[0].text == as_text(reference(prompt, 8))
+    client.close()
+
+
+def children_of_this_process() -> set[int]:
+    out = subprocess.run(["ps", "-eo", "pid=,args="], capture_output=True, text=True, check=True).stdout
+    return {
+        int(x.split()[0]) for x in out.splitlines() if "megatron_distkv" in x or "valkey-server" in x or "distkv-" in x
+    }
+
+
+def test_ctrl_c_leaves_no_process_and_no_file(byte_llama: Path, tmp_path: Path) -> None:
+    before = children_of_this_process()
+    config = tmp_path / "pool.json"
+    config.write_text(cluster_config(byte_llama, instances=2).model_dump_json())
+    env = {**os.environ, "TMPDIR": str(tmp_path)}
+    up = subprocess.Popen(
+        [sys.executable, "-m", "megatron_distkv.cli.main", "up", "--config", str(config)],
+        stdout=subprocess.PIPE, text=True, env=env,
+    )  # fmt: skip
+    assert up.stdout is not None
+    assert "2 instances serve" in up.stdout.readline()
+    up.send_signal(signal.SIGINT)
+    assert up.wait(30) == 0
+    up.stdout.close()
+    assert children_of_this_process() <= before
+    assert [path.name for path in tmp_path.iterdir()] == ["pool.json"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"model": Path("/nowhere")}, "no checkpoint at /nowhere"),
+        ({"ledger": {"url": "redis://127.0.0.1:9/0"}}, "no ledger server answers at redis://127.0.0.1:9/0"),
+    ],
+)
+def test_what_cannot_start_says_why_in_one_sentence(
+    changes: dict[str, object], sentence: str, byte_llama: Path
+) -> None:
+    before = children_of_this_process()
+    with pytest.raises(UserError, match=sentence), LocalCluster(cluster_config(byte_llama, **changes)):
+        pass
+    assert children_of_this_process() <= before
