@@ -25,12 +25,20 @@ def instance_command(config: InstanceConfig, config_file: Path, launcher: Launch
     return [sys.executable, "-m", "megatron_distkv.launch.serve", "--config", str(config_file)]
 
 
+def train_command(
+    config_file: Path, output: Path, num_ranks: int, *, text: Path | None = None, resume: bool = False
+) -> list[str]:
+    """A training run of `num_ranks` ranks."""
+    script = str(Path(__file__).with_name("train.py"))
+    options = [*(["--text", str(text)] if text else []), *(["--resume"] if resume else [])]
+    return [*deepspeed(num_ranks), script, "--config", str(config_file), "--output", str(output), *options]
+
+
 def deepspeed(num_ranks: int) -> list[str]:
     """The deepspeed launcher on this host, on a port of its own, so that many jobs run side by side."""
-    launcher = Path(sys.executable).with_name("deepspeed")
     return [
-        sys.executable, str(launcher), "--num_accelerators", str(num_ranks), "--master_addr", "127.0.0.1",
-        "--master_port", str(free_port()), "--no_local_rank",
+        sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(num_ranks),
+        "--master_addr", "127.0.0.1", "--master_port", str(free_port()), "--no_local_rank",
     ]  # fmt: skip
 
 

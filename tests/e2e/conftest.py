@@ -19,9 +19,9 @@ OWN_TOKENS = NUM_RBLOCKS * RBLOCK_SIZE
 Reference = Callable[[list[int], int], list[int]]
 
 
-def cluster_config(model: Path, **changes: Any) -> ClusterConfig:
+def cluster_config(checkpoint: Path, **changes: Any) -> ClusterConfig:
     values: dict[str, Any] = {
-        "model": model,
+        "model": checkpoint,
         "instances": 3,
         "launcher": "python",
         "port": 0,
