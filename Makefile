@@ -13,6 +13,9 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet ninja numpy -e '.[dev]'
 	touch $@
 
+demo: $(VENV)/.installed
+	$(BIN)/python -m tools.demo.main
+
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
 

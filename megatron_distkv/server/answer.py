@@ -59,6 +59,7 @@ class Answer:
     model: str
     num_prompt_tokens: int
     streams: Sequence[PieceStream]
+    with_token_ids: bool = False
     id: str = ""
     created: int = 0
 
@@ -73,7 +74,7 @@ class Answer:
                 self._choices[piece.choice].add(piece)
         return {
             **self._head(self.shape.object_name),
-            "choices": [self.shape.choice(choice, self.tokenizer) for choice in self._choices],
+            "choices": [self._with_ids(self.shape.choice(x, self.tokenizer), x.token_ids) for x in self._choices],
             "usage": self._usage(),
         }
 
@@ -89,7 +90,8 @@ class Answer:
                             yield event
                     so_far = self._choices[piece.choice].text
                     self._choices[piece.choice].add(piece)
-                    yield self._event([self.shape.chunk(piece, so_far, self.tokenizer)])
+                    chunk = self.shape.chunk(piece, so_far, self.tokenizer)
+                    yield self._event([self._with_ids(chunk, piece.token_ids)])
             if with_usage:
                 yield self._event([], usage=self._usage())
         except ApiError as error:
@@ -97,6 +99,9 @@ class Answer:
                 raise
             yield f"data: {json.dumps(error.body())}\n\n"
         yield "data: [DONE]\n\n"
+
+    def _with_ids(self, choice: dict[str, Any], token_ids: list[int]) -> dict[str, Any]:
+        return {**choice, "token_ids": token_ids} if self.with_token_ids else choice
 
     def _first_events(self) -> list[str]:
         chunks = [self.shape.first_chunk(index) for index in range(len(self.streams))]

@@ -106,7 +106,7 @@ class Gateway:
         self, http: Request, body: GenerationRequest, shape: Shape, num_prompt_tokens: int, streams: list[PieceStream]
     ) -> Response:
         assert self._tokenizer is not None
-        answer = Answer(shape, self._tokenizer, self._name, num_prompt_tokens, streams)
+        answer = Answer(shape, self._tokenizer, self._name, num_prompt_tokens, streams, body.return_token_ids)
         if body.stream:
             events = await _begun(answer.events(with_usage=body.wants_usage))
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})

@@ -37,6 +37,7 @@ class GenerationRequest(BaseModel):
     user: str | None = None
     presence_penalty: float = Field(0.0, ge=0.0, le=0.0)
     frequency_penalty: float = Field(0.0, ge=0.0, le=0.0)
+    return_token_ids: bool = False  # as vLLM's: choices carry `token_ids`
     instance: str | None = None  # ours: the instance that must take the request
 
     @property
