@@ -8,10 +8,14 @@ LEDGER_VARIABLE = "DISTKV_LEDGER"
 DEFAULT_URL = "redis://127.0.0.1:6379/0"
 
 
+def default_ledger() -> str:
+    return os.environ.get(LEDGER_VARIABLE, DEFAULT_URL)
+
+
 def add_pool_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ledger",
-        default=os.environ.get(LEDGER_VARIABLE, DEFAULT_URL),
+        default=default_ledger(),
         metavar="URL",
         help=f"redis://, rediss:// (TLS) or unix:// of the ledger server; ${LEDGER_VARIABLE} sets the default",
     )

@@ -5,6 +5,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from megatron_distkv.cli.pool_arguments import default_ledger
 from megatron_distkv.config.base import load_config, parse_config
 from megatron_distkv.config.instance import InstanceConfig
 from megatron_distkv.launch.commands import instance_command
@@ -18,7 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run-dir", type=Path, help="where sockets lie; shared by the instances of a host")
     parser.add_argument("--tensor-parallel", type=int, help="ranks of this instance")
     parser.add_argument("--num-rblocks", type=int, help="rBlocks in this instance's pool")
-    parser.add_argument("--ledger", metavar="URL", help="redis://, rediss:// or unix:// of the ledger server")
+    parser.add_argument(
+        "--ledger", metavar="URL", help=f"redis://, rediss:// or unix:// of the ledger server; else {default_ledger()}"
+    )
     parser.add_argument("--pool", help="name of the pool in the ledger")
     parser.add_argument("--launcher", choices=("deepspeed", "python"), default="deepspeed", help="how ranks start")
 
@@ -38,6 +41,7 @@ def _config(args: argparse.Namespace) -> InstanceConfig:
            "tensor_parallel": args.tensor_parallel}  # fmt: skip
     values.update({key: value for key, value in top.items() if value is not None})
     values.setdefault("run_dir", Path(tempfile.gettempdir()) / "distkv")
+    values.setdefault("ledger", {"url": default_ledger()})
     nested = {"kv_cache": {"num_rblocks": args.num_rblocks}, "ledger": {"url": args.ledger, "pool": args.pool}}
     for room, settings in nested.items():
         given = {key: value for key, value in settings.items() if value is not None}
