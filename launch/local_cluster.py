@@ -11,6 +11,7 @@ from types import TracebackType
 
 from megatron_distkv.launch.commands import command_line, instance_command
 from megatron_distkv.launch.processes import Child
+from tqdm import tqdm
 
 from megatron_distkv.config.cluster import ClusterConfig
 from megatron_distkv.config.instance import InstanceConfig
@@ -82,7 +83,7 @@ class LocalCluster:
             file = self.run_dir / f"{name}.json"
             file.write_text(config.model_dump_json())
             self._start(name, instance_command(config, file, self.config.launcher))
-        self._wait_for(self.instance_ids)
+        self._wait_for(["gmanager", *self.instance_ids])
         gateway = command_line(
             "gateway", *self._pool_arguments(), "--host", self.config.host, "--port", str(self.config.port),
             "--served-model-name", self.config.served_model_name,
@@ -120,16 +121,22 @@ class LocalCluster:
     def _wait_for(self, names: list[str]) -> None:
         deadline = time.monotonic() + self.config.start_timeout_s
         missing = list(names)
-        while missing:
-            for name in list(missing):
-                child = self._children[name]
-                if child.ready_line() is not None:
+        with tqdm(total=len(names), desc=f"starting {names[-1]}", unit="part", leave=False) as bar:
+            while missing:
+                for name in [name for name in missing if self._is_ready(name)]:
                     missing.remove(name)
-                elif not child.is_running:
-                    raise UserError(f"{name} did not start: {child.error_line()}")
-            if missing and time.monotonic() > deadline:
-                raise UserError(f"{', '.join(missing)} did not start within {self.config.start_timeout_s:.0f} s")
-            time.sleep(0.05)
+                    bar.update()
+                if missing and time.monotonic() > deadline:
+                    raise UserError(f"{', '.join(missing)} did not start within {self.config.start_timeout_s:.0f} s")
+                time.sleep(0.05)
+
+    def _is_ready(self, name: str) -> bool:
+        child = self._children[name]
+        if child.ready_line() is not None:
+            return True
+        if not child.is_running:
+            raise UserError(f"{name} did not start: {child.error_line()}")
+        return False
 
     def _end_children(self) -> None:
         """The gateway first, so that no request meets a dying instance."""
