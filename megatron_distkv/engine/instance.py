@@ -111,8 +111,9 @@ class Instance:
         plan = self._plan(scheduled)
         result = self._run(plan)
         self.rmanager.end_step()
+        sampled = self._sample(scheduled, result)  # before any request starts over: the plan's logit rows count on it
         self._recompute_lost(result.lost)
-        outputs = self.scheduler.update(scheduled, self._sample(scheduled, result))
+        outputs = self.scheduler.update(scheduled, sampled)
         self._update_report()
         return outputs
 

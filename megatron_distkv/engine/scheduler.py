@@ -39,6 +39,13 @@ class Scheduled(NamedTuple):
         return self.request.num_computed_tokens + self.num_tokens == self.request.num_tokens
 
 
+class _Wait(NamedTuple):
+    """A running request without room: since when, and (drawn once, or the shortest draw would win) for how long."""
+
+    since_s: float
+    gives_up_after_s: float
+
+
 class Scheduler:
     def __init__(self, config: SchedulerConfig, rmanager: RManager) -> None:
         self._config = config
@@ -46,7 +53,7 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # oldest first
         self.num_preemptions = 0
-        self._no_room_since_s: dict[str, float] = {}
+        self._waits: dict[str, _Wait] = {}
 
     @property
     def is_full(self) -> bool:
@@ -95,7 +102,7 @@ class Scheduler:
         wanted = min(request.num_to_compute, budget)
         granted = self._rmanager.grow(request, wanted)
         if granted > 0:
-            self._no_room_since_s.pop(request.request_id, None)
+            self._waits.pop(request.request_id, None)
             chosen[request.request_id] = Scheduled(request, granted)
         elif request.request_id not in chosen:
             self._without_room(request, chosen)
@@ -103,10 +110,11 @@ class Scheduler:
     def _without_room(self, request: Request, chosen: dict[str, Scheduled]) -> None:
         """Wait a little; then take the room of the youngest, which may be the request itself."""
         self._rmanager.reclaim()
-        waited_s = time.monotonic() - self._no_room_since_s.setdefault(request.request_id, time.monotonic())
+        fresh = _Wait(time.monotonic(), GIVE_UP_AFTER_S * (1 + random.random()))
+        wait = self._waits.setdefault(request.request_id, fresh)
         youngest = self.running[-1]
-        patience_s = GIVE_UP_AFTER_S * (1 + random.random()) if youngest is request else PREEMPT_AFTER_S
-        if waited_s > patience_s:
+        patience_s = wait.gives_up_after_s if youngest is request else PREEMPT_AFTER_S
+        if time.monotonic() - wait.since_s > patience_s:
             chosen.pop(youngest.request_id, None)
             self.preempt(youngest)
 
@@ -157,7 +165,7 @@ class Scheduler:
 
     def _leave(self, request: Request) -> None:
         self.running.remove(request)
-        self._no_room_since_s.pop(request.request_id, None)
+        self._waits.pop(request.request_id, None)
         self._rmanager.release(request)
 
     # ------------------------------------------------------------------ update

@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from megatron_distkv.errors import LedgerUnavailable, PeerLost
+from megatron_distkv.errors import DistkvError, LedgerUnavailable
 from megatron_distkv.ledger import Creditor, DebtLedger
 from megatron_distkv.log import get_logger
 from megatron_distkv.messages import LendHeader, LendReply, MessageKind, Refusal, ReleaseHeader
 from megatron_distkv.rblock import InstanceId, LoanId
 from megatron_distkv.rmanager.identity import Identity
 from megatron_distkv.rmanager.peers import Peers
+from megatron_distkv.rmanager.pool_outlook import EVERYTHING
 
 logger = get_logger(__name__)
 # A creditor that has not accepted within this time never will: the ledger drops the reservation.
@@ -70,9 +71,12 @@ class Borrowing:
         return sum(len(loan.unused) for loan in self.loans_of(request_id))
 
     def borrow(self, request_id: str, count: int, only_from: str | None = None) -> int:
-        """Try to borrow `count` rBlocks for a request, over several creditors if need be; returns how many came."""
+        """Try to borrow `count` rBlocks for a request, over several creditors if need be; returns how many came.
+
+        Asks for more names than `count` needs: the freest creditor may refuse, or be lost while its lease still runs.
+        """
         try:
-            creditors = self._ledger.recommend(self._identity.instance, count, MAX_CREDITORS_ASKED)
+            creditors = self._ledger.recommend(self._identity.instance, EVERYTHING, MAX_CREDITORS_ASKED)
         except LedgerUnavailable:
             return 0
         missing = count
@@ -118,8 +122,8 @@ class Borrowing:
             channel = self._peers.reach(creditor.instance, creditor.address)
             reply = channel.call(MessageKind.LEND, msgspec.msgpack.encode(header), deadline_s=self._deadline_s)
             answer = msgspec.msgpack.decode(reply.header, type=LendReply)
-        except PeerLost as lost:
-            logger.warning("%s", lost)
+        except DistkvError as error:  # gone, or unable to answer
+            logger.warning("%s", error)
             answer = LendReply(refusal=Refusal.STALE_CREDITOR)
         if answer.refusal is not None:
             self._ledger.release(loan_id, self._identity.instance, self._identity.epoch)
@@ -130,7 +134,7 @@ class Borrowing:
         try:
             channel = self._peers.reach(loan.creditor, loan.address)
             channel.call(MessageKind.RELEASE, header, deadline_s=self._deadline_s)
-        except PeerLost:
+        except DistkvError:
             self._release_in_ledger(loan)
 
     def _release_in_ledger(self, loan: HeldLoan) -> None:

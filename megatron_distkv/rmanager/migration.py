@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import msgspec
 import torch
 
-from megatron_distkv.errors import PeerLost
+from megatron_distkv.errors import DistkvError, PeerLost
 from megatron_distkv.messages import Acknowledge, MessageKind, StoreHeader
 from megatron_distkv.ops import gather_rblocks
 from megatron_distkv.rmanager.move import Move
@@ -24,7 +24,8 @@ class Migration:
     def carry_out(self, moves: Sequence[Move]) -> dict[str, str]:
         """Do all moves; returns the creditors that were lost, with the reason.
 
-        Never raises for a lost peer: with tensor parallelism every rank must come to the same next collective.
+        Never raises for a peer that is lost or cannot answer: with tensor parallelism every rank must come to the
+        same next collective.
         """
         lost: dict[str, str] = {}
         for move in moves:
@@ -32,8 +33,8 @@ class Migration:
                 continue
             try:
                 self._push(move)
-            except PeerLost as error:
-                lost[move.creditor] = error.reason
+            except DistkvError as error:
+                lost[move.creditor] = error.reason if isinstance(error, PeerLost) else str(error)
         return lost
 
     def _push(self, move: Move) -> None:

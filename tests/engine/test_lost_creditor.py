@@ -1,0 +1,39 @@
+"""What a step does when a creditor is lost in the middle of it."""
+
+import socket
+
+import torch
+
+from megatron_distkv.engine.llm import LLM
+from megatron_distkv.ledger.embedded_server import EmbeddedServer
+from megatron_distkv.request import Request
+from megatron_distkv.sampling_params import SamplingParams
+from tests.conftest import MakeConfig
+
+GREEDY = SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True)
+
+
+def test_the_rest_of_the_batch_keeps_its_own_tokens(make_config: MakeConfig, server: EmbeddedServer) -> None:
+    # Given a batch in a: the oldest request has rBlocks at b, the two younger ones have not
+    generator = torch.Generator().manual_seed(3)
+    prompts = [torch.randint(3, 131, (n,), generator=generator).tolist() for n in (150, 7, 9)]
+    with LLM(make_config("enough", num_rblocks=256)) as enough:
+        expected = [x.token_ids for x in enough.generate(prompts, GREEDY)]
+    ledger = {"url": server.url, "heartbeat_interval_s": 0.1, "lease_s": 1.0}
+    with LLM(make_config("a", num_rblocks=16, ledger=ledger)) as a, LLM(make_config("b", ledger=ledger)) as b:
+        requests = [Request(str(place), prompt, GREEDY) for place, prompt in enumerate(prompts)]
+        for request in requests:
+            a.instance.add(request)
+        while not all(request.output_token_ids for request in requests):
+            a.instance.step()
+        assert a.instance.rmanager.requests_at("b") == [requests[0]]
+
+        # When b's channel breaks, and the oldest request starts over in the step that notices
+        for connection in list(b.instance._listener._connections):
+            connection.shutdown(socket.SHUT_RDWR)
+        while not a.instance.scheduler.is_idle:
+            a.instance.step()
+
+        # Then all have their tokens
+        assert requests[0].num_preemptions == 1
+        assert [request.output_token_ids for request in requests] == expected

@@ -1,0 +1,260 @@
+"""Three instances that lend each other memory, driven at random: no error, nothing lost, the same tokens, no debts.
+
+The driver is seeded; only the heartbeats' timing differs between two runs of one seed.
+"""
+
+import random
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from megatron_distkv.config.instance import InstanceConfig
+from megatron_distkv.engine.instance import Instance
+from megatron_distkv.engine.llm import LLM
+from megatron_distkv.ledger import DebtLedger, open_ledger
+from megatron_distkv.ledger.embedded_server import EmbeddedServer
+from megatron_distkv.messages import TokenOutput
+from megatron_distkv.rblock import RemoteSpan
+from megatron_distkv.request import Request
+from megatron_distkv.sampling_params import SamplingParams
+
+NUM_RBLOCKS = 16
+RBLOCK_SIZE = 8
+# What a driver may need to finish all that it has begun.
+STUCK_AFTER_S = 60.0
+# Heartbeats come every 0.1 s: accounts that differ for longer than this stay different.
+SETTLED_WITHIN_S = 3.0
+
+
+class Debt(NamedTuple):
+    loan_id: str
+    debtor: str
+    creditor: str
+    num_rblocks: int
+
+
+class Pool:
+    """The instances, the ledger they share, and one instance with enough memory to compare with."""
+
+    def __init__(self, instances: dict[str, Instance], ledger: DebtLedger, enough: LLM) -> None:
+        self.instances = instances
+        self.ledger = ledger
+        self.enough = enough
+
+    def debts_in_ledger(self) -> set[Debt]:
+        return {Debt(x.loan_id, x.debtor, x.creditor, x.num_rblocks) for x in self.ledger.snapshot().loans}
+
+    def debts_held_by_debtors(self) -> set[Debt]:
+        return {
+            Debt(loan.loan_id, name, loan.creditor, loan.num_rblocks)
+            for name, instance in self.instances.items()
+            for loans in instance._borrowing._loans.values()
+            for loan in loans
+        }
+
+    def debts_lent_by_creditors(self) -> set[Debt]:
+        return {
+            Debt(loan_id, instance._lending._lent[loan_id].debtor, name, num_rblocks)
+            for name, instance in self.instances.items()
+            for loan_id, num_rblocks in instance._allocator.loans().items()
+        }
+
+    def accounts_agree(self) -> bool:
+        return self.debts_in_ledger() == self.debts_held_by_debtors() == self.debts_lent_by_creditors()
+
+    def assert_accounts_settle(self) -> None:
+        end = time.monotonic() + SETTLED_WITHIN_S
+        while not self.accounts_agree():
+            assert time.monotonic() < end, (
+                f"ledger {self.debts_in_ledger()}\ndebtors {self.debts_held_by_debtors()}\n"
+                f"creditors {self.debts_lent_by_creditors()}"
+            )
+            time.sleep(0.02)
+
+    def assert_spans_are_granted(self) -> None:
+        """Every rBlock that some table places at a creditor is granted to that table's instance, and to no other."""
+        seen: set[tuple[str, int]] = set()
+        for name, instance in self.instances.items():
+            for table in instance.rmanager._tables.values():
+                for span in table.remote_spans():
+                    assert self._is_granted(name, span), f"{name} holds {span} without a grant"
+                    places = {(span.creditor, block_id) for block_id in span.block_ids}
+                    assert len(places) == len(span.block_ids)
+                    assert not places & seen
+                    seen |= places
+
+    def _is_granted(self, debtor: str, span: RemoteSpan) -> bool:
+        table = self.instances[span.creditor]._rank.loan_table
+        return table.covers(debtor, [span.loan_id], span.block_ids)
+
+    def assert_nothing_is_owed(self) -> None:
+        assert self.debts_in_ledger() == set()
+        for instance in self.instances.values():
+            status = instance.status(0)
+            assert (status.free_rblocks, status.lent_rblocks, status.borrowed_rblocks) == (NUM_RBLOCKS, 0, 0)
+
+
+@pytest.fixture(scope="module")
+def pool(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
+    """One pool for all seeds: a driver leaves it empty, or fails."""
+    run_dir = tmp_path_factory.mktemp("pool")
+
+    def start(name: str, num_rblocks: int, url: str, max_batched_tokens: int) -> LLM:
+        values = {
+            "instance_id": name,
+            "model": llama,
+            "run_dir": run_dir,
+            "kv_cache": {"num_rblocks": num_rblocks, "rblock_size": RBLOCK_SIZE},
+            "ledger": {"url": url, "heartbeat_interval_s": 0.1, "lease_s": 1.0},
+            "scheduler": {"max_batched_tokens": max_batched_tokens},
+        }
+        return stack.enter_context(LLM(InstanceConfig.model_validate(values)))
+
+    with ExitStack() as stack:
+        server = stack.enter_context(EmbeddedServer())
+        ledger = open_ledger(server.url, "default")
+        stack.callback(ledger.close)
+        instances = {name: start(name, NUM_RBLOCKS, server.url, 48).instance for name in ("a", "b", "c")}
+        yield Pool(instances, ledger, start("enough", 512, "memory://", 512))
+
+
+class Driver:
+    """Does random things to a pool, keeping what came out of each request, and what it did for a failure's message."""
+
+    def __init__(self, pool: Pool, seed: int) -> None:
+        self._pool = pool
+        self._seed = seed
+        self._random = random.Random(seed)
+        self._requests: dict[str, Request] = {}
+        self._home: dict[str, str] = {}
+        self._tokens: dict[str, list[int]] = {}
+        self._aborted: set[str] = set()
+        self.history: list[str] = []
+
+    # ------------------------------------------------------------------ rules
+
+    def add(self) -> None:
+        name, request_id = self._any_instance(), f"s{self._seed}-{len(self._requests)}"
+        request = Request(request_id, self._prompt(), self._sampling())
+        self._note(f"add {request_id} of {request.max_total_tokens} tokens to {name}")
+        assert self._pool.instances[name].refuse(request) is None
+        self._requests[request_id], self._home[request_id], self._tokens[request_id] = request, name, []
+        self._pool.instances[name].add(request)
+
+    def step(self) -> None:
+        name, count = self._any_instance(), self._random.randint(1, 5)
+        self._note(f"step {name} {count} times")
+        for _ in range(count):
+            self._step(name)
+
+    def abort(self) -> None:
+        running = [request_id for request_id, request in self._requests.items() if request.finish_reason is None]
+        if running:
+            request_id = self._random.choice(running)
+            self._note(f"abort {request_id}")
+            self._aborted.add(request_id)
+            self._pool.instances[self._home[request_id]].abort(request_id)
+
+    def wait(self) -> None:
+        wait_s = self._random.choice([0.01, 0.05, 0.15])
+        self._note(f"wait {wait_s} s")
+        time.sleep(wait_s)
+
+    def cut_a_channel(self) -> None:
+        """A real end of stream in the middle of somebody's loans."""
+        name = self._any_instance()
+        connections = list(self._pool.instances[name]._listener._connections)
+        if connections:
+            self._note(f"cut a channel of {name}")
+            self._random.choice(connections).shutdown(socket.SHUT_RDWR)
+
+    # ------------------------------------------------------------------ the whole run
+
+    def run(self, num_rules: int, rules: dict[Callable[[], None], int]) -> None:
+        for _ in range(num_rules):
+            self._random.choices(list(rules), weights=list(rules.values()))[0]()
+            self._pool.assert_accounts_settle()
+            self._pool.assert_spans_are_granted()
+            for instance in self._pool.instances.values():
+                instance.check_integrity()
+
+    def drain(self) -> None:
+        self._note("drain")
+        end = time.monotonic() + STUCK_AFTER_S
+        while not all(instance.scheduler.is_idle for instance in self._pool.instances.values()):
+            assert time.monotonic() < end, f"stuck: {self._state()}"
+            for name in self._pool.instances:
+                self._step(name)
+        for instance in self._pool.instances.values():
+            instance.note_idle()
+
+    def assert_every_request_has_its_tokens(self) -> None:
+        for request_id, request in self._requests.items():
+            assert (request.finish_reason == "abort") == (request_id in self._aborted)
+            assert self._tokens[request_id] == request.output_token_ids
+        finished = [x for request_id, x in self._requests.items() if request_id not in self._aborted]
+        expected = self._pool.enough.generate([x.prompt_token_ids for x in finished], [x.sampling for x in finished])
+        for request, completion in zip(finished, expected, strict=True):
+            assert request.output_token_ids == completion.token_ids, request.request_id
+
+    # ------------------------------------------------------------------ inside
+
+    def _step(self, name: str) -> None:
+        outputs: list[TokenOutput] = self._pool.instances[name].step()
+        for output in outputs:
+            self._tokens[output.request_id] += output.token_ids
+
+    def _any_instance(self) -> str:
+        return self._random.choice(sorted(self._pool.instances))
+
+    def _prompt(self) -> list[int]:
+        longest = self._random.choice([20, 120, 330])
+        return [self._random.randint(3, 130) for _ in range(self._random.randint(1, longest))]
+
+    def _sampling(self) -> SamplingParams:
+        is_greedy = self._random.random() < 0.5
+        return SamplingParams(
+            max_tokens=self._random.randint(1, 20),
+            temperature=0.0 if is_greedy else 0.8,
+            seed=None if is_greedy else self._random.randrange(1000),
+            ignore_eos=True,
+        )
+
+    def _note(self, what: str) -> None:
+        self.history.append(what)
+
+    def _state(self) -> str:
+        return "; ".join(
+            f"{name}: running {[(x.request_id, x.num_computed_tokens, x.num_tokens) for x in i.scheduler.running]},"
+            f" waiting {[(x.request_id, x.num_tokens) for x in i.scheduler.waiting]}, {i.status(0)}"
+            for name, i in self._pool.instances.items()
+        )
+
+
+def drive(pool: Pool, seed: int, num_rules: int, *, cuts: int) -> None:
+    driver = Driver(pool, seed)
+    rules = {driver.add: 4, driver.step: 10, driver.abort: 1, driver.wait: 1, driver.cut_a_channel: cuts}
+    try:
+        driver.run(num_rules, rules)
+        driver.drain()
+        pool.assert_accounts_settle()
+        driver.assert_every_request_has_its_tokens()
+        pool.assert_nothing_is_owed()
+    except BaseException:
+        print("\n".join(driver.history))
+        raise
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_comes_every_request_ends_with_its_tokens_and_nothing_is_owed(pool: Pool, seed: int) -> None:
+    drive(pool, seed, 60, cuts=0)
+
+
+@pytest.mark.parametrize("seed", range(100, 102))
+def test_channels_that_break_cost_nothing_but_time(pool: Pool, seed: int) -> None:
+    drive(pool, seed, 60, cuts=1)
