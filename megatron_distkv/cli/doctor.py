@@ -153,8 +153,9 @@ def _required_packages() -> Iterator[Finding]:
 
 def _optional_packages() -> Iterator[Finding]:
     yield _apex()
-    follows = "Megatron's local layer spec builds the model"
-    yield _optional("Transformer Engine", ("transformer_engine",), f"not used: {follows}", f"not needed: {follows}")
+    if_here = "Megatron takes the model's last norm from it; never tried: uninstall it if a model does not load"
+    if_absent = "not needed: Megatron's local layer spec builds the model"
+    yield _optional("Transformer Engine", ("transformer_engine",), if_here, if_absent)
     follows = "the kernel backends above serve"
     yield _optional("flash-attn", ("flash_attn",), f"not used yet: {follows}", f"not needed: {follows}")
     follows = "instances of one host talk over shared memory"
@@ -171,14 +172,15 @@ def _optional(thing: str, modules: tuple[str, ...], if_here: str, if_absent: str
 def _apex() -> Finding:
     """NVIDIA's Apex and a package of PyPI share the name: looked at without importing, which could run either."""
     spec = importlib.util.find_spec("apex")
-    folders = [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []
-    if any((folder / "normalization").is_dir() for folder in folders):
-        has_kernels = importlib.util.find_spec("amp_C") is not None
-        return Finding("NVIDIA Apex", "here" if has_kernels else "here, Python only", "not used: RMSNorm is torch's")
-    if spec is not None:
-        follows = "another project of that name, which Megatron takes for NVIDIA's: pip uninstall apex"
-        return Finding("NVIDIA Apex", "an impostor", follows)
-    return Finding("NVIDIA Apex", "not here", "not needed: RMSNorm is torch's")
+    if spec is None:
+        return Finding("NVIDIA Apex", "not here", "not needed: RMSNorm is torch's")
+    folders = [Path(folder) for folder in spec.submodule_search_locations or []]
+    is_nvidias = any((folder / "normalization").is_dir() for folder in folders)
+    has_kernels = importlib.util.find_spec("amp_C") is not None
+    found = ("here" if has_kernels else "here, Python only") if is_nvidias else "an impostor"
+    # megatron-core 0.16 takes the final norm from any `apex` that it can import, unless it has Transformer Engine.
+    follows = "Megatron takes the model's last norm from it, which knows no RMSNorm: pip uninstall apex"
+    return Finding("NVIDIA Apex", found, follows, importlib.util.find_spec("transformer_engine") is None)
 
 
 def _programs() -> Iterator[Finding]:

@@ -98,11 +98,29 @@ def test_pypis_apex_is_told_from_nvidias_without_running_either(tmp_path: Path) 
     apex.mkdir()
     (apex / "__init__.py").write_text("raise SystemExit('imported')")
     # Then it is an impostor, until it has NVIDIA's folders and its compiled kernels
-    assert "an impostor" in line_of("NVIDIA Apex", doctor_elsewhere(tmp_path).stdout)
+    assert "an impostor" in line_of("NVIDIA Apex", doctor_elsewhere(tmp_path, bare=True).stdout)
     (apex / "normalization").mkdir()
-    assert "here, Python only" in line_of("NVIDIA Apex", doctor_elsewhere(tmp_path).stdout)
+    assert "here, Python only" in line_of("NVIDIA Apex", doctor_elsewhere(tmp_path, bare=True).stdout)
     (tmp_path / "amp_C.py").touch()
-    assert re.search(r"Apex +here  ", line_of("NVIDIA Apex", doctor_elsewhere(tmp_path).stdout))
+    assert re.search(r"Apex +here  ", line_of("NVIDIA Apex", doctor_elsewhere(tmp_path, bare=True).stdout))
+
+
+def test_an_apex_blocks_exactly_while_megatron_cannot_build_our_model_beside_it(tmp_path: Path) -> None:
+    # Given any package that `import apex` finds
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").touch()
+    # When a model is built beside it
+    code = (
+        f"import sys; sys.path[:0] = {[str(tmp_path), str(ROOT)]}\n"
+        "from megatron_distkv.config.model import ModelConfig\n"
+        "from megatron_distkv.model import build_gpt, init_tensor_parallel\n"
+        "build_gpt(ModelConfig(num_layers=1, hidden_size=8, ffn_hidden_size=8, num_attention_heads=1,"
+        " num_kv_heads=1, head_dim=8, vocab_size=8), init_tensor_parallel(1))"
+    )
+    built = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    # Then the doctor has said so
+    is_blocked = line_of("NVIDIA Apex", doctor_elsewhere(tmp_path).stdout).startswith("! ")
+    assert is_blocked == (built.returncode != 0), built.stderr
 
 
 def test_optional_packages_are_seen_with_their_version(tmp_path: Path) -> None:
