@@ -155,7 +155,7 @@ def test_a_request_that_waits_for_lent_memory_asks_for_it_back(pool: Pool, serve
 
     # Then a hears of it, gives the loan back, and both end
     a.step()
-    assert long.num_preemptions == 1
+    assert 0 < long.num_lost_tokens < len(long.prompt_token_ids)
     while not (a.scheduler.is_idle and b.scheduler.is_idle):
         a.step()
         b.step()
