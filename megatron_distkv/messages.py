@@ -15,10 +15,13 @@ from megatron_distkv.sampling_params import SamplingParams
 
 
 class NewRequest(msgspec.Struct, frozen=True, tag="new"):
+    """`output_token_ids`: what another instance has computed and the client has seen; only what follows is sent."""
+
     request_id: str
     prompt_token_ids: list[int]
     sampling: SamplingParams
     eos_token_ids: list[int] = []
+    output_token_ids: list[int] = []
 
 
 class AbortRequest(msgspec.Struct, frozen=True, tag="abort"):

@@ -6,6 +6,7 @@ REGISTRY = CollectorRegistry()
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 REQUESTS = Counter("distkv_requests", "Requests ended, by outcome", ["outcome"], registry=REGISTRY)
+RESUMED = Counter("distkv_resumed_requests", "Losses of an instance made up for by another", registry=REGISTRY)
 PROMPT_TOKENS = Counter("distkv_prompt_tokens", "Prompt tokens accepted", registry=REGISTRY)
 OUTPUT_TOKENS = Counter("distkv_output_tokens", "Tokens sent to clients", registry=REGISTRY)
 TTFT_SECONDS = Histogram(

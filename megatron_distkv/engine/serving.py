@@ -2,7 +2,6 @@
 
 import queue
 import threading
-import time
 
 from megatron_distkv.engine.addresses import request_socket
 from megatron_distkv.engine.instance import Instance
@@ -67,7 +66,11 @@ class Serving:
 
     def _take_request(self, client: int, new: NewRequest) -> None:
         request = Request(
-            new.request_id, new.prompt_token_ids, new.sampling, frozenset(new.eos_token_ids), arrival_s=time.monotonic()
+            new.request_id,
+            new.prompt_token_ids,
+            new.sampling,
+            frozenset(new.eos_token_ids),
+            output_token_ids=list(new.output_token_ids),
         )
         refused = self._instance.refuse(request)
         if refused is not None:

@@ -51,6 +51,11 @@ class EngineClient:
                 with contextlib.suppress(InstanceLost):
                     self._send(AbortRequest(request.request_id))
 
+    def give_up(self) -> None:
+        """The instance counts as gone, whatever its socket says: all its requests raise InstanceLost."""
+        if self._reading is not None:
+            self._reading.cancel()
+
     async def close(self) -> None:
         if self._reading is not None:
             self._reading.cancel()

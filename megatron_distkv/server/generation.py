@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from megatron_distkv import metrics
 from megatron_distkv.messages import RequestKV, TokenLogprobs
 from megatron_distkv.sampling_params import SamplingParams
-from megatron_distkv.server.errors import ApiError, InstanceLost
+from megatron_distkv.server.errors import ApiError
 from megatron_distkv.server.router import Router
 from megatron_distkv.server.stop_strings import StopStrings
 from megatron_distkv.server.tokenizer import Tokenizer
@@ -55,9 +55,6 @@ async def generate(
             if reason is not None:
                 clock.finish(reason)
                 return
-    except InstanceLost as lost:
-        clock.finish("lost")
-        raise ApiError(502, f"{lost} in the middle of this answer", kind="server_error", code="instance_lost") from None
     except ApiError as error:
         clock.finish(error.code or "refused")
         raise

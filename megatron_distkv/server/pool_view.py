@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_distkv.errors import LedgerUnavailable
@@ -18,6 +19,7 @@ class PoolView:
 
     def __init__(self, ledger: DebtLedger) -> None:
         self._ledger = ledger
+        self.when_seen: Callable[[PoolSnapshot], None] = lambda _: None
         self._task: asyncio.Task[None] | None = None
         self.snapshot: PoolSnapshot | None = None
         self.ledger_is_away = False
@@ -48,6 +50,7 @@ class PoolView:
         try:
             self.snapshot = await asyncio.to_thread(self._ledger.snapshot)
             self.ledger_is_away = False
+            self.when_seen(self.snapshot)
         except LedgerUnavailable as error:
             if not self.ledger_is_away:
                 logger.warning("the ledger is away: %s", error)

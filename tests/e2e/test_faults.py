@@ -1,6 +1,7 @@
 """Real processes, really killed: the client sees a pause and the same tokens, and nothing stays behind."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 from megatron_distkv.launch.local_cluster import LocalCluster
 
@@ -54,6 +56,36 @@ def test_a_lost_creditor_costs_a_pause_not_a_token(how: int, fragile: LocalClust
     while fragile.ledger.snapshot().loans or len(fragile.ledger.snapshot().instances) != 2:
         assert time.monotonic() < end, fragile.ledger.snapshot()
         time.sleep(0.1)
+
+
+SAMPLED = {"model": "distkv", "seed": 5, "temperature": 0.9, "logprobs": 1, "extra_body": {"ignore_eos": True}}
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_instance_is_made_up_for_by_another(how: int, fragile: LocalCluster) -> None:
+    # Given what three choices are when nothing is lost
+    prompt = random_prompt(10, seed=4)
+    client = openai_client(fragile)
+    calm = client.completions.create(prompt=prompt, max_tokens=110, n=3, **SAMPLED)
+    # And the same request again, streamed, one choice in each instance
+    stream = client.completions.create(prompt=prompt, max_tokens=110, n=3, stream=True, **SAMPLED)
+    texts: list[str] = ["", "", ""]
+    logprobs: list[list[float]] = [[], [], []]
+    for place, chunk in enumerate(stream):
+        # When two of the three die, or hang, in the middle of it
+        if place == 10:
+            for name in fragile.instance_ids[:2]:
+                os.killpg(fragile.child(name).process.pid, how)
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+            logprobs[choice.index] += choice.logprobs.token_logprobs
+    # Then the client has what it would have had
+    assert texts == [choice.text for choice in calm.choices]
+    for got, choice in zip(logprobs, calm.choices, strict=True):
+        assert got == pytest.approx(choice.logprobs.token_logprobs, abs=1e-4)
+    metrics = httpx.get(fragile.base_url.removesuffix("/v1") + "/metrics").text
+    assert re.search(r"distkv_resumed_requests_total [1-9]", metrics)
+    client.close()
 
 
 def test_an_instance_that_dies_before_it_spoke_is_replaced(fragile: LocalCluster, reference: Reference) -> None:

@@ -1,0 +1,88 @@
+"""What has become of one sequence so far: whom it was given to, and which of its tokens are out."""
+
+import random
+import uuid
+from typing import NamedTuple
+
+import msgspec
+
+from megatron_distkv.ledger import InstanceRecord
+from megatron_distkv.messages import NewRequest, TokenOutput
+from megatron_distkv.sampling_params import SamplingParams
+from megatron_distkv.server.errors import ApiError
+from megatron_distkv.server.pool_view import eos_token_ids_of
+
+
+class Life(NamedTuple):
+    """One life of an instance: one that comes back under its name is another."""
+
+    instance_id: str
+    epoch: int
+
+
+def life_of(record: InstanceRecord) -> Life:
+    return Life(record.instance, record.epoch)
+
+
+class Attempt:
+    def __init__(self, prompt_token_ids: list[int], sampling: SamplingParams, pinned: str | None) -> None:
+        self.pinned = pinned
+        self._prompt_token_ids = prompt_token_ids
+        # Every instance that computes a part of it must draw alike.
+        seed = sampling.seed if sampling.seed is not None else random.getrandbits(63)
+        self._sampling = msgspec.structs.replace(sampling, seed=seed)
+        self._sent: list[int] = []
+        self._lost: set[Life] = set()
+        self._refused: set[Life] = set()
+        self._refusal: ApiError | None = None
+
+    @property
+    def num_sent(self) -> int:
+        return len(self._sent)
+
+    @property
+    def num_tokens_at_most(self) -> int:
+        return len(self._prompt_token_ids) + self._sampling.max_tokens
+
+    @property
+    def has_lost(self) -> bool:
+        return bool(self._lost)
+
+    def request(self, record: InstanceRecord) -> NewRequest:
+        """What this instance is asked: to go on from the tokens that are out."""
+        return NewRequest(
+            uuid.uuid4().hex[:16], self._prompt_token_ids, self._sampling, eos_token_ids_of(record), list(self._sent)
+        )
+
+    def note(self, output: TokenOutput) -> None:
+        self._sent += output.token_ids
+
+    def may_ask(self, record: InstanceRecord) -> bool:
+        return life_of(record) not in self._lost | self._refused
+
+    def note_lost(self, record: InstanceRecord) -> None:
+        self._lost.add(life_of(record))
+
+    def note_refused(self, record: InstanceRecord, error: ApiError) -> None:
+        """Raises `error` unless another instance, or a later time, may answer differently."""
+        may_fit_later = self.has_lost and error.code == "context_length_exceeded"
+        if error.status not in (429, 503) and not may_fit_later:
+            raise error
+        self._refused.add(life_of(record))
+        self._refusal = error
+
+    def forget_refusals(self) -> None:
+        self._refused.clear()
+
+    def failure(self) -> ApiError:
+        """Why nobody (else) takes it."""
+        if self._sent:
+            sentence = f"the instance was lost after {self.num_sent} tokens of this answer, and no other can go on"
+            if self._refusal is not None:
+                sentence += f": {self._refusal}"
+            return ApiError(502, sentence, kind="server_error", code="instance_lost")
+        if self._refusal is not None:
+            return self._refusal
+        if self.pinned is not None and not self._lost:
+            return ApiError(400, f"no live instance is called {self.pinned!r}", param="instance")
+        return ApiError(503, "no instance of the pool answers", kind="server_error", code="no_instance")
