@@ -20,7 +20,7 @@ from megatron_distkv.ledger import DebtLedger, InstanceReport, Move, Recall, Req
 from megatron_distkv.log import get_logger
 from megatron_distkv.messages import InstanceStatus, RequestRefused, TokenOutput
 from megatron_distkv.request import FinishReason, Request
-from megatron_distkv.rmanager import Borrowing, Heartbeat, Lending, NoFollowers, PoolOutlook, RManager
+from megatron_distkv.rmanager import Borrowing, Heartbeat, LateReleases, Lending, NoFollowers, PoolOutlook, RManager
 from megatron_distkv.transport import Listener
 
 logger = get_logger(__name__)
@@ -42,7 +42,8 @@ class Instance:
         self._allocator = RBlockAllocator(cache.num_rblocks, max_lent)
         self._followers = self._connect_followers()
         outlook = PoolOutlook(ledger, rank.identity, rank.peers, enabled=lending.enabled)
-        self._borrowing = Borrowing(ledger, rank.identity, rank.peers, outlook, lending.deadline_s)
+        late_releases = LateReleases(ledger, rank.identity, 2 * config.ledger.lease_s)
+        self._borrowing = Borrowing(ledger, rank.identity, rank.peers, outlook, late_releases, lending.deadline_s)
         self._lending = Lending(
             self._allocator,
             ledger,
@@ -61,7 +62,7 @@ class Instance:
             on_disconnect=rank.creditor.forget,
         )
         self._heartbeat = Heartbeat(
-            ledger, rank.identity, config.ledger, self._lending, self._register, lambda: self._report
+            ledger, rank.identity, config.ledger, self._lending, late_releases, self._register, lambda: self._report
         )
         self.num_steps = 0
         self.num_computed_tokens = 0

@@ -3,6 +3,7 @@
 from megatron_distkv.rmanager.borrowing import Borrowing
 from megatron_distkv.rmanager.heartbeat import Heartbeat
 from megatron_distkv.rmanager.identity import Identity
+from megatron_distkv.rmanager.late_releases import LateReleases
 from megatron_distkv.rmanager.lending import Followers, Lending, NoFollowers
 from megatron_distkv.rmanager.migration import Migration
 from megatron_distkv.rmanager.move import Move
@@ -15,6 +16,7 @@ __all__ = [
     "Followers",
     "Heartbeat",
     "Identity",
+    "LateReleases",
     "Lending",
     "MailboxSizes",
     "Migration",

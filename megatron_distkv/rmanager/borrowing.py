@@ -16,6 +16,7 @@ from megatron_distkv.log import get_logger
 from megatron_distkv.messages import LendHeader, LendReply, MessageKind, Refusal, ReleaseHeader
 from megatron_distkv.rblock import InstanceId, LoanId
 from megatron_distkv.rmanager.identity import Identity
+from megatron_distkv.rmanager.late_releases import LateReleases
 from megatron_distkv.rmanager.peers import Peers
 from megatron_distkv.rmanager.pool_outlook import PoolOutlook
 
@@ -46,12 +47,19 @@ class Borrowing:
     """Takes, hands out and ends loans. Only the engine's thread changes it."""
 
     def __init__(
-        self, ledger: DebtLedger, identity: Identity, peers: Peers, outlook: PoolOutlook, deadline_s: float
+        self,
+        ledger: DebtLedger,
+        identity: Identity,
+        peers: Peers,
+        outlook: PoolOutlook,
+        late_releases: LateReleases,
+        deadline_s: float,
     ) -> None:
         self._ledger = ledger
         self._identity = identity
         self._peers = peers
         self._outlook = outlook
+        self._late_releases = late_releases
         self._deadline_s = deadline_s
         self._loans: dict[str, list[HeldLoan]] = {}
         self._num_asked = 0
@@ -123,7 +131,7 @@ class Borrowing:
             logger.warning("%s", error)
             answer = LendReply(refusal=Refusal.STALE_CREDITOR)
         if answer.refusal is not None:
-            self._ledger.release(loan_id, self._identity.instance, self._identity.epoch)
+            self._late_releases.release(loan_id)
         return answer
 
     def _release(self, loan: HeldLoan) -> None:
@@ -132,10 +140,4 @@ class Borrowing:
             channel = self._peers.reach(loan.creditor, loan.address)
             channel.call(MessageKind.RELEASE, header, deadline_s=self._deadline_s)
         except DistkvError:
-            self._release_in_ledger(loan)
-
-    def _release_in_ledger(self, loan: HeldLoan) -> None:
-        try:
-            self._ledger.release(loan.loan_id, self._identity.instance, self._identity.epoch)
-        except LedgerUnavailable:
-            logger.warning("loan %s ends with this instance's lease: ledger and creditor are away", loan.loan_id)
+            self._late_releases.release(loan.loan_id)

@@ -10,6 +10,7 @@ from megatron_distkv.errors import LedgerUnavailable, SupersededError
 from megatron_distkv.ledger import DebtLedger, HeartbeatReply, InstanceReport, Move, Recall, RequestPlacementEntry
 from megatron_distkv.log import get_logger
 from megatron_distkv.rmanager.identity import Identity
+from megatron_distkv.rmanager.late_releases import LateReleases
 from megatron_distkv.rmanager.lending import Lending
 
 logger = get_logger(__name__)
@@ -24,6 +25,7 @@ class Heartbeat:
         identity: Identity,
         config: LedgerConfig,
         lending: Lending,
+        late_releases: LateReleases,
         register: Callable[[], None],
         report: Callable[[], InstanceReport],
     ) -> None:
@@ -32,6 +34,7 @@ class Heartbeat:
         self._identity = identity
         self._config = config
         self._lending = lending
+        self._late_releases = late_releases
         self._register = register
         self._report = report
         self._stop = threading.Event()
@@ -57,6 +60,7 @@ class Heartbeat:
         )
         if reply.known:
             self._told = report.placements
+            self._late_releases.tell()
             self._lending.reconcile()
             self._take_orders(reply)
         else:
