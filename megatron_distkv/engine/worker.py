@@ -31,6 +31,7 @@ class Worker:
             rank_address(config.run_dir, config.instance_id, rank.parallel.rank),
             config.ledger.pool,
             self._answer,
+            secret=rank.secret,
             on_disconnect=self._on_disconnect,
         )
         dist.barrier()  # the leader connects after this
