@@ -13,7 +13,7 @@ from megatron_distkv.errors import DistkvError, LedgerUnavailable
 from megatron_distkv.ledger import Creditor, DebtLedger
 from megatron_distkv.log import get_logger
 from megatron_distkv.messages import LendHeader, LendReply, MessageKind, Refusal, ReleaseHeader
-from megatron_distkv.rblock import InstanceId, LoanId
+from megatron_distkv.rblock import InstanceId, LoanId, new_loan_id
 from megatron_distkv.rmanager.identity import Identity
 from megatron_distkv.rmanager.peers import Peers
 from megatron_distkv.rmanager.pool_outlook import EVERYTHING
@@ -110,7 +110,7 @@ class Borrowing:
 
     def _next_loan_id(self) -> LoanId:
         self._num_asked += 1
-        return LoanId(f"{self._identity.instance}.{self._identity.epoch}.{self._num_asked}")
+        return new_loan_id(self._identity.instance, self._identity.epoch, self._num_asked)
 
     def _reserve(self, loan_id: LoanId, creditor: Creditor, count: int) -> Refusal | None:
         me = self._identity
