@@ -62,11 +62,14 @@ def debt(make_config: MakeConfig, server: EmbeddedServer) -> Iterator[Debt]:
 
 
 def channel(debt: Debt, name: str) -> Channel:
-    address = debt.loan.address.format(rank=0)
+    epoch = debt.debtor.instance._rank.identity.epoch
     return connect(
-        address, hello(instance_id=name, pool="default", request_bytes=1 << 20), peer="b", timeout_s=5,
+        debt.loan.address.format(rank=0),
+        hello(instance_id=name, epoch=epoch, pool="default", request_bytes=1 << 20),
+        peer="b",
+        timeout_s=5,
         secret=debt.secret,
-    )  # fmt: skip
+    )
 
 
 def num_refused(kind: str, reason: str) -> float:
@@ -116,7 +119,8 @@ def test_a_false_name_does_not_help_without_the_loans_unguessable_end(debt: Debt
     assert num_refused("query", "ended") == refused + 3
 
     # Then the later layers of the real debtor's question are not his either
-    header = msgspec.msgpack.encode(QueryHeader(debt.debtor.instance.num_steps - 1, 1, None))
+    header = msgspec.msgpack.encode(QueryHeader(debt.debtor.instance.num_steps - 1, 1))
+
     reply = thief.call(MessageKind.QUERY, header, deadline_s=5)
     assert msgspec.msgpack.decode(reply.header, type=Acknowledge).refusal is Refusal.UNKNOWN_LOAN
     assert torch.equal(debt.pool, before)
