@@ -13,6 +13,7 @@ from megatron_distkv.launch.commands import command_line, instance_command
 from megatron_distkv.launch.processes import Child
 from tqdm import tqdm
 
+from megatron_distkv.cli.pool_arguments import LEDGER_VARIABLE
 from megatron_distkv.config.cluster import ClusterConfig
 from megatron_distkv.config.instance import InstanceConfig
 from megatron_distkv.errors import UserError
@@ -104,7 +105,7 @@ class LocalCluster:
         self.base_url = ready.split()[-1]
 
     def _pool_arguments(self) -> list[str]:
-        return ["--ledger", self.ledger_url, "--pool", self.config.ledger.pool]
+        return ["--pool", self.config.ledger.pool]
 
     def _interval(self) -> str:
         return str(self.config.plan_interval_s)
@@ -125,7 +126,8 @@ class LocalCluster:
         )
 
     def _start(self, name: str, command: list[str]) -> None:
-        env = {**_ENVIRONMENT, "OMP_NUM_THREADS": str(self.config.threads)}
+        # The ledger's URL may hold a password: on a command line everybody could read it.
+        env = {**_ENVIRONMENT, "OMP_NUM_THREADS": str(self.config.threads), LEDGER_VARIABLE: self.ledger_url}
         self._children[name] = Child(name, command, self.run_dir / f"{name}.log", env)
 
     def _wait_for(self, names: list[str]) -> None:
