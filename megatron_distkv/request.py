@@ -25,10 +25,13 @@ class FinishReason(StrEnum):
 
 @dataclass(eq=False)
 class Request:
-    """There is no prefill or decode phase: each step lets `num_computed_tokens` catch up with `num_tokens`.
+    """There is no prefill or decode phase: each step lets the computed tokens catch up with `num_tokens`.
 
     |<------------- prompt ------------->|<--- output --->|
     |<--------- num_computed_tokens -------->|<- to do -->|
+            |<- lost: to do first ->|
+
+    Where KV is lost with a creditor, only that range is computed again, in order, before anything new.
     """
 
     request_id: str
@@ -38,6 +41,7 @@ class Request:
     arrival_s: float = field(default_factory=time.monotonic)
     output_token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
+    lost_ranges: list[range] = field(default_factory=list)  # below num_computed_tokens: in order, apart, not empty
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: FinishReason | None = None
     sampling_seed: int = field(default_factory=lambda: random.getrandbits(63))
@@ -55,8 +59,23 @@ class Request:
         return len(self.prompt_token_ids) + len(self.output_token_ids)
 
     @property
+    def num_lost_tokens(self) -> int:
+        return sum(len(lost) for lost in self.lost_ranges)
+
+    @property
     def num_to_compute(self) -> int:
-        return self.num_tokens - self.num_computed_tokens
+        return self.num_tokens - self.num_computed_tokens + self.num_lost_tokens
+
+    @property
+    def next_range(self) -> range:
+        """Positions whose KV is computed next; all positions before it have theirs."""
+        return self.lost_ranges[0] if self.lost_ranges else range(self.num_computed_tokens, self.num_tokens)
+
+    def computed_ranges(self) -> list[range]:
+        """Positions that have their KV."""
+        starts = [0, *(lost.stop for lost in self.lost_ranges)]
+        ends = [*(lost.start for lost in self.lost_ranges), self.num_computed_tokens]
+        return [range(start, end) for start, end in zip(starts, ends, strict=True) if start < end]
 
     @property
     def max_total_tokens(self) -> int:
@@ -82,13 +101,36 @@ class Request:
         elif len(self.output_token_ids) >= self.sampling.max_tokens:
             self.finish(FinishReason.LENGTH)
 
+    def note_computed(self, num_tokens: int) -> None:
+        """The first `num_tokens` of `next_range` have their KV now."""
+        if not self.lost_ranges:
+            self.num_computed_tokens += num_tokens
+        elif left := self.lost_ranges.pop(0)[num_tokens:]:
+            self.lost_ranges.insert(0, left)
+
+    def lose(self, lost: range) -> None:
+        """The KV of these positions is gone: compute it again from the tokens, prompt and output alike."""
+        num_before = self.num_computed_tokens - self.num_lost_tokens
+        kept = [piece for have in self.computed_ranges() for piece in _without(have, lost)]
+        self.num_computed_tokens = kept[-1].stop if kept else 0
+        edges = [0, *(edge for piece in kept for edge in (piece.start, piece.stop))]
+        gaps = zip(edges[0::2], edges[1::2], strict=False)
+        self.lost_ranges = [range(start, end) for start, end in gaps if start < end]
+        self.num_recomputed_tokens += num_before - sum(len(piece) for piece in kept)
+
     def start_over(self) -> None:
-        """Its KV is gone: compute it again from the tokens, prompt and output alike."""
+        """All its KV is gone."""
         self.status = RequestStatus.WAITING
-        self.num_recomputed_tokens += self.num_computed_tokens
-        self.num_computed_tokens = 0
+        self.lose(range(self.num_computed_tokens))
         self.num_preemptions += 1
 
     def finish(self, reason: FinishReason) -> None:
         self.status = RequestStatus.FINISHED
         self.finish_reason = reason
+
+
+def _without(have: range, lost: range) -> list[range]:
+    """What is left of `have`, in order."""
+    before = range(have.start, min(have.stop, lost.start))
+    after = range(max(have.start, lost.stop), have.stop)
+    return [piece for piece in (before, after) if piece]

@@ -14,10 +14,8 @@ class CurriculumStage(FrozenConfig):
     """The stage begins with this step (the first stage with 0)."""
     sequence_length: int = Field(ge=32)
     """Tokens per sequence; the batch shrinks so that a step's tokens stay the same."""
-    min_density: float = Field(0.05, ge=0.0, lt=1.0)
-    """A sequence's share of passkey statements is drawn between this ..."""
     max_density: float = Field(0.6, gt=0.0, lt=1.0)
-    """... and this: the rest is prose."""
+    """Largest share of a sequence that passkey statements take (there are always two): the rest is prose."""
     min_temperature: float = Field(1.0, gt=0.0, le=1.0)
     """Each step's attention scores are multiplied by a number drawn between this and 1: softer attention in training
     leaves the margin that a longer context needs."""

@@ -41,7 +41,8 @@ class Instance:
         max_lent = int(cache.num_rblocks * lending.lendable_fraction) if lending.enabled else 0
         self._allocator = RBlockAllocator(cache.num_rblocks, max_lent)
         self._followers = self._connect_followers()
-        self._borrowing = Borrowing(ledger, rank.identity, rank.peers, lending.deadline_s)
+        outlook = PoolOutlook(ledger, rank.identity, rank.peers, enabled=lending.enabled)
+        self._borrowing = Borrowing(ledger, rank.identity, rank.peers, outlook, lending.deadline_s)
         self._lending = Lending(
             self._allocator,
             ledger,
@@ -50,7 +51,6 @@ class Instance:
             self._followers or NoFollowers(),
             in_debt=lambda: self._borrowing.num_borrowed > 0,
         )
-        outlook = PoolOutlook(ledger, rank.identity, enabled=lending.enabled)
         self.rmanager = RManager(self._allocator, self._borrowing, outlook, lending, cache.rblock_size)
         self.scheduler = Scheduler(config.scheduler, self.rmanager)
         self._desk = LenderDesk(self._lending, rank.creditor)
@@ -112,9 +112,9 @@ class Instance:
         plan = self._plan(scheduled)
         result = self._run(plan)
         self.rmanager.end_step()
-        sampled = self._sample(scheduled, result)  # before any request starts over: the plan's logit rows count on it
-        self._recompute_lost(result.lost)
-        outputs = self.scheduler.update(scheduled, sampled)
+        sampled = self._sample(scheduled, result)  # before anything counts as lost: the plan's logit rows count on it
+        spoiled = self._lose_creditors(result.lost)
+        outputs = self.scheduler.update([item for item in scheduled if item.request not in spoiled], sampled)
         self._update_report()
         return outputs
 
@@ -124,10 +124,10 @@ class Instance:
         creditors: dict[str, str] = {}
         for item in scheduled:
             request = item.request
-            start = request.num_computed_tokens
+            start = request.next_range.start
             end = start + item.num_tokens
             token_ids.extend(request.token_ids(start, end))
-            slices.append(Slice(start, end, list(self.rmanager.table(request).spans), item.needs_logits))
+            slices.append(Slice(start, end, self.rmanager.spans_before(request, end), item.needs_logits))
             creditors.update({x.creditor: x.address for x in self._borrowing.loans_of(request.request_id)})
         return StepPlan(self.num_steps, token_ids, slices, self.rmanager.take_moves(), creditors)
 
@@ -150,14 +150,20 @@ class Instance:
         tokens = sample(result.logits_RV, wanted)
         return {request.request_id: token for request, token in zip(wanted, tokens, strict=True)}
 
-    def _recompute_lost(self, lost: dict[str, str]) -> None:
-        """Requests with rBlocks at a lost creditor start over; their clients see a pause, and the same tokens."""
+    def _lose_creditors(self, lost: dict[str, str]) -> list[Request]:
+        """What lay at lost creditors is computed again; returns the requests whose tokens of this step mean nothing.
+
+        Their clients see a pause, and the same tokens.
+        """
+        spoiled: list[Request] = []
         for creditor, reason in lost.items():
-            requests = self.rmanager.requests_at(creditor)
-            logger.warning("lost creditor %s (%s): %d requests start over", creditor, reason, len(requests))
             self._rank.peers.shun(creditor, self.config.ledger.lease_s)
-            for request in requests:
-                self.scheduler.preempt(request)
+            requests = self.rmanager.lose_creditor(creditor)
+            num_tokens = sum(request.num_lost_tokens for request in requests)
+            what = f"{len(requests)} requests compute {num_tokens} tokens again"
+            logger.warning("lost creditor %s (%s): %s", creditor, reason, what)
+            spoiled += requests
+        return spoiled
 
     def _follow_orders(self) -> None:
         while not self._heartbeat.orders.empty():
@@ -168,10 +174,11 @@ class Instance:
                 self._give_back(order)
 
     def _give_back(self, recall: Recall) -> None:
-        request = self.rmanager.request_with_loan(recall.loan_id)
-        if request is not None:
-            logger.info("the creditor wants loan %s back: %s starts over", recall.loan_id, request.request_id)
-            self.scheduler.preempt(request)
+        for request in self.rmanager.give_back(recall.loan_id):
+            logger.info(
+                "the creditor wants loan %s back: %s computes %d tokens again",
+                recall.loan_id, request.request_id, request.num_lost_tokens,
+            )  # fmt: skip
 
     # ------------------------------------------------------------------ the pool
 

@@ -36,7 +36,7 @@ class Scheduled(NamedTuple):
 
     @property
     def needs_logits(self) -> bool:
-        return self.request.num_computed_tokens + self.num_tokens == self.request.num_tokens
+        return self.num_tokens == self.request.num_to_compute
 
 
 class _Wait(NamedTuple):
@@ -99,7 +99,7 @@ class Scheduler:
         return order
 
     def _choose(self, request: Request, budget: int, chosen: dict[str, Scheduled]) -> None:
-        wanted = min(request.num_to_compute, budget)
+        wanted = min(len(request.next_range), budget)
         granted = self._rmanager.grow(request, wanted)
         if granted > 0:
             self._waits.pop(request.request_id, None)
@@ -109,7 +109,7 @@ class Scheduler:
 
     def _without_room(self, request: Request, chosen: dict[str, Scheduled]) -> None:
         """Wait a little; then take the room of the youngest, which may be the request itself."""
-        self._rmanager.reclaim()
+        self._rmanager.reclaim_for(request)
         fresh = _Wait(time.monotonic(), GIVE_UP_AFTER_S * (1 + random.random()))
         wait = self._waits.setdefault(request.request_id, fresh)
         youngest = self.running[-1]
@@ -123,13 +123,15 @@ class Scheduler:
             if budget <= 0 or self._num_free_places <= 0:
                 return
             if self._rmanager.can_admit(request):
-                granted = self._rmanager.grow(request, min(request.num_to_compute, budget))
+                granted = self._rmanager.grow(request, min(len(request.next_range), budget))
                 self._start(request)
                 if granted > 0:
                     chosen[request.request_id] = Scheduled(request, granted)
                     budget -= granted
-            elif time.monotonic() - request.arrival_s > NO_OVERTAKING_AFTER_S:
-                return
+            else:
+                self._rmanager.reclaim_for(request)
+                if time.monotonic() - request.arrival_s > NO_OVERTAKING_AFTER_S:
+                    return
 
     def _start(self, request: Request) -> None:
         self.waiting.remove(request)
@@ -174,9 +176,7 @@ class Scheduler:
         """The step is done: count its tokens, append what was sampled, end what is complete."""
         outputs = []
         for request, num_tokens in done:
-            if request.status is not RequestStatus.RUNNING:
-                continue  # preempted because a creditor was lost: its tokens of this step mean nothing
-            request.num_computed_tokens += num_tokens
+            request.note_computed(num_tokens)
             token = sampled.get(request.request_id)
             if token is not None:
                 request.append_token(token.token_id)

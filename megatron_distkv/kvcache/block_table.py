@@ -1,16 +1,18 @@
-"""Where each rBlock of one request lies: an ordered list of local and remote spans without gaps."""
+"""Where each rBlock of one request lies: an ordered list of local and remote spans."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+
+import msgspec
 
 from megatron_distkv.errors import IntegrityError
 from megatron_distkv.rblock import InstanceId, LoanId, LocalSpan, RemoteSpan, Span
 
 
 class BlockTable:
-    """rBlocks `0 .. num_rblocks` of a request in order; neighbouring spans of one holder and loan are kept merged.
+    """Spans of a request's rBlocks in order; neighbouring spans of one holder and loan are kept merged.
 
-    New tokens are always local, so the table grows at its end with local rBlocks; migration turns full local rBlocks
-    into remote ones, oldest first.
+    New tokens are always local, so the table grows with local rBlocks; migration turns full local rBlocks into remote
+    ones, oldest first. A loan that is lost leaves a gap, which local rBlocks fill.
     """
 
     def __init__(self) -> None:
@@ -48,20 +50,42 @@ class BlockTable:
             counts[span.creditor] = counts.get(span.creditor, 0) + len(span.block_ids)
         return counts
 
-    def append_local(self, block_ids: Sequence[int]) -> None:
-        if block_ids:
-            self._spans.append(LocalSpan(self.num_rblocks, tuple(block_ids)))
-            self._merge_neighbours()
+    def before(self, num_rblocks: int) -> list[Span]:
+        """The spans of rBlocks `0 .. num_rblocks`."""
+        return [cut for span in self._spans if (cut := _cut(span, range(num_rblocks))) is not None]
 
-    def oldest_local(self, count: int, num_full: int) -> list[LocalSpan]:
-        """Up to `count` of the oldest local rBlocks among the first `num_full` (only full rBlocks may leave)."""
+    def missing(self, rblocks: range) -> list[int]:
+        """Which of these rBlocks lie nowhere."""
+        left = set(rblocks)
+        for span in self._spans:
+            end = span.first + len(span.block_ids)
+            left.difference_update(range(max(span.first, rblocks.start), min(end, rblocks.stop)))
+        return sorted(left)
+
+    def add_local(self, rblocks: Sequence[int], block_ids: Sequence[int]) -> None:
+        """rBlocks that lay nowhere lie here now, under these physical ids."""
+        if not block_ids:
+            return
+        added = [LocalSpan(first, (block_id,)) for first, block_id in zip(rblocks, block_ids, strict=True)]
+        self._spans = sorted([*self._spans, *added], key=lambda span: span.first)
+        self._merge_neighbours()
+
+    def oldest_local(self, count: int, full: Sequence[range]) -> list[LocalSpan]:
+        """Up to `count` of the oldest local rBlocks among the `full` ones (no other may leave)."""
         found: list[LocalSpan] = []
         for span in self.local_spans():
-            take = min(count, num_full - span.first, len(span.block_ids))
-            if take > 0:
-                found.append(LocalSpan(span.first, span.block_ids[:take]))
-                count -= take
+            for rblocks in full:
+                movable = _cut(span, rblocks)
+                if isinstance(movable, LocalSpan) and count > 0:
+                    found.append(LocalSpan(movable.first, movable.block_ids[:count]))
+                    count -= len(found[-1].block_ids)
         return found
+
+    def remove_loans(self, loan_ids: Collection[LoanId]) -> list[RemoteSpan]:
+        """What lay at creditors under these loans lies nowhere now."""
+        lost = [span for span in self.remote_spans() if span.loan_id in loan_ids]
+        self._spans = [x for x in self._spans if isinstance(x, LocalSpan) or x.loan_id not in loan_ids]
+        return lost
 
     def move_to_creditor(
         self, first: int, block_ids: Sequence[int], creditor: InstanceId, loan_id: LoanId
@@ -87,16 +111,13 @@ class BlockTable:
         self._merge_neighbours()
         return left
 
-    def clear(self) -> None:
-        self._spans = []
-
     def check_integrity(self) -> None:
-        """No gap, no overlap."""
-        expected = 0
+        """In order, none empty, none over another."""
+        free_from = 0
         for span in self._spans:
-            if span.first != expected or not span.block_ids:
-                raise IntegrityError(f"span starts at rBlock {span.first}, expected {expected}")
-            expected += len(span.block_ids)
+            if span.first < free_from or not span.block_ids:
+                raise IntegrityError(f"span starts at rBlock {span.first}, expected {free_from} or later")
+            free_from = span.first + len(span.block_ids)
 
     def _merge_neighbours(self) -> None:
         merged: list[Span] = []
@@ -115,7 +136,16 @@ def _pieces_around(span: LocalSpan, cut_from: int, cut_to: int) -> list[LocalSpa
     return [piece for piece in (before, after) if piece.block_ids]
 
 
+def _cut(span: Span, rblocks: range) -> Span | None:
+    """The part of `span` that lies in `rblocks`."""
+    start = max(rblocks.start - span.first, 0)
+    block_ids = span.block_ids[start : max(rblocks.stop - span.first, 0)]
+    return msgspec.structs.replace(span, first=span.first + start, block_ids=block_ids) if block_ids else None
+
+
 def _join(left: Span, right: Span) -> Span | None:
+    if left.first + len(left.block_ids) != right.first:
+        return None
     match left, right:
         case LocalSpan(), LocalSpan():
             return LocalSpan(left.first, left.block_ids + right.block_ids)

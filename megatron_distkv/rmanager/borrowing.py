@@ -5,6 +5,7 @@ rManager allocates. It ends with its request.
 """
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import msgspec
@@ -16,7 +17,7 @@ from megatron_distkv.messages import LendHeader, LendReply, MessageKind, Refusal
 from megatron_distkv.rblock import InstanceId, LoanId, new_loan_id
 from megatron_distkv.rmanager.identity import Identity
 from megatron_distkv.rmanager.peers import Peers
-from megatron_distkv.rmanager.pool_outlook import EVERYTHING
+from megatron_distkv.rmanager.pool_outlook import PoolOutlook
 
 logger = get_logger(__name__)
 # A creditor that has not accepted within this time never will: the ledger drops the reservation.
@@ -25,7 +26,7 @@ PENDING_S = 5.0
 MAX_CREDITORS_ASKED = 8
 
 
-@dataclass
+@dataclass(eq=False)
 class HeldLoan:
     """A loan of `num_rblocks` rBlocks; those not used yet wait in `unused`."""
 
@@ -44,10 +45,13 @@ class HeldLoan:
 class Borrowing:
     """Takes, hands out and ends loans. Only the engine's thread changes it."""
 
-    def __init__(self, ledger: DebtLedger, identity: Identity, peers: Peers, deadline_s: float) -> None:
+    def __init__(
+        self, ledger: DebtLedger, identity: Identity, peers: Peers, outlook: PoolOutlook, deadline_s: float
+    ) -> None:
         self._ledger = ledger
         self._identity = identity
         self._peers = peers
+        self._outlook = outlook
         self._deadline_s = deadline_s
         self._loans: dict[str, list[HeldLoan]] = {}
         self._num_asked = 0
@@ -55,17 +59,6 @@ class Borrowing:
 
     def loans_of(self, request_id: str) -> list[HeldLoan]:
         return self._loans.get(request_id, [])
-
-    def request_of(self, loan_id: str) -> str | None:
-        """Which request holds this loan."""
-        for request_id, loans in self._loans.items():
-            if any(loan.loan_id == loan_id for loan in loans):
-                return request_id
-        return None
-
-    def debtors_of(self, creditor: str) -> list[str]:
-        """Requests that have a loan from `creditor`."""
-        return [request_id for request_id, loans in self._loans.items() if any(x.creditor == creditor for x in loans)]
 
     def num_unused(self, request_id: str) -> int:
         return sum(len(loan.unused) for loan in self.loans_of(request_id))
@@ -75,12 +68,8 @@ class Borrowing:
 
         Asks for more names than `count` needs: the freest creditor may refuse, or be lost while its lease still runs.
         """
-        try:
-            creditors = self._ledger.recommend(self._identity.instance, EVERYTHING, MAX_CREDITORS_ASKED)
-        except LedgerUnavailable:
-            return 0
         missing = count
-        for creditor in creditors:
+        for creditor in self._outlook.creditors()[:MAX_CREDITORS_ASKED]:
             if missing <= 0:
                 break
             if only_from in (None, creditor.instance):
@@ -88,10 +77,18 @@ class Borrowing:
         return count - missing
 
     def release_all(self, request_id: str) -> None:
-        """End every loan of a request. A creditor that cannot be told learns it from the ledger."""
-        for loan in self._loans.pop(request_id, []):
+        self.drop_loans(lambda loan: loan.request_id == request_id)
+
+    def drop_loans(self, concerned: Callable[[HeldLoan], bool]) -> list[HeldLoan]:
+        """End these loans; returns them. A creditor that cannot be told learns it from the ledger."""
+        dropped = [loan for loans in self._loans.values() for loan in loans if concerned(loan)]
+        for loan in dropped:
+            self._loans[loan.request_id].remove(loan)
+            if not self._loans[loan.request_id]:
+                del self._loans[loan.request_id]
             self.num_borrowed -= loan.num_rblocks
             self._release(loan)
+        return dropped
 
     def _borrow_from(self, creditor: Creditor, request_id: str, count: int) -> int:
         loan_id = self._next_loan_id()

@@ -44,7 +44,7 @@ class Peers(Mapping[str, Channel]):
 
     def reach(self, peer: str, address: str) -> Channel:
         """The channel to `peer`, opened if there is none; raises PeerLost, at once for a shunned peer."""
-        if self._shunned_until_s.get(peer, 0.0) > time.monotonic():
+        if self.shuns(peer):
             raise PeerLost(peer, "lost a moment ago")
         channel = self._channels.get(peer)
         if channel is not None and channel.is_open:
@@ -74,6 +74,9 @@ class Peers(Mapping[str, Channel]):
         """Leave a lost peer alone for a while: one that hangs must not cost a deadline at every attempt."""
         self._shunned_until_s[peer] = time.monotonic() + for_s
         self._drop(peer)
+
+    def shuns(self, peer: str) -> bool:
+        return self._shunned_until_s.get(peer, 0.0) > time.monotonic()
 
     def _drop(self, peer: str) -> None:
         channel = self._channels.pop(peer, None)

@@ -4,8 +4,9 @@ import contextlib
 import time
 
 from megatron_distkv.errors import LedgerUnavailable
-from megatron_distkv.ledger import DebtLedger
+from megatron_distkv.ledger import Creditor, DebtLedger
 from megatron_distkv.rmanager.identity import Identity
+from megatron_distkv.rmanager.peers import Peers
 
 # A view of the pool this old is still good enough to admit requests by.
 VIEW_AGE_S = 0.2
@@ -21,10 +22,11 @@ EVERYTHING = 1 << 40
 class PoolOutlook:
     """Only the engine's thread calls it. With `enabled` False nothing is ever borrowed."""
 
-    def __init__(self, ledger: DebtLedger, identity: Identity, *, enabled: bool) -> None:
+    def __init__(self, ledger: DebtLedger, identity: Identity, peers: Peers, *, enabled: bool) -> None:
         self._enabled = enabled
         self._ledger = ledger
         self._identity = identity
+        self._peers = peers
         self._borrowable = 0
         self._most_borrowable = 0
         self._viewed_at_s = float("-inf")
@@ -32,10 +34,18 @@ class PoolOutlook:
         self._ask_again_at_s = float("-inf")
         self._reclaim_again_at_s = float("-inf")
 
+    def creditors(self) -> list[Creditor]:
+        """Who would lend now, freest first; none while the ledger is away. Those lost a moment ago are left alone."""
+        try:
+            recommended = self._ledger.recommend(self._identity.instance, EVERYTHING, MAX_CREDITORS)
+        except LedgerUnavailable:
+            return []
+        return [creditor for creditor in recommended if not self._peers.shuns(creditor.instance)]
+
     def borrowable_rblocks(self) -> int:
         """rBlocks that all creditors together would lend now; 0 while the ledger is away."""
         if self._enabled and time.monotonic() - self._viewed_at_s > VIEW_AGE_S:
-            self._borrowable = self._ask_borrowable()
+            self._borrowable = sum(creditor.free_rblocks for creditor in self.creditors())
             self._viewed_at_s = time.monotonic()
         return self._borrowable
 
@@ -62,10 +72,3 @@ class PoolOutlook:
         self._reclaim_again_at_s = time.monotonic() + RECLAIM_INTERVAL_S
         with contextlib.suppress(LedgerUnavailable):
             self._ledger.reclaim(self._identity.instance, self._identity.epoch, num_rblocks)
-
-    def _ask_borrowable(self) -> int:
-        try:
-            creditors = self._ledger.recommend(self._identity.instance, EVERYTHING, MAX_CREDITORS)
-        except LedgerUnavailable:
-            return 0
-        return sum(creditor.free_rblocks for creditor in creditors)

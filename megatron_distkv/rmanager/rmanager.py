@@ -4,14 +4,14 @@ A request's new tokens always get local rBlocks. When those run short, the oldes
 move to creditors, a bounded number per step, so that a context may be longer than this instance's memory.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from megatron_distkv.config.instance import LendingConfig
 from megatron_distkv.errors import IntegrityError
 from megatron_distkv.kvcache.block_table import BlockTable
 from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
 from megatron_distkv.log import get_logger
-from megatron_distkv.rblock import InstanceId, LoanId, num_rblocks_for
+from megatron_distkv.rblock import InstanceId, LoanId, Span, num_rblocks_for
 from megatron_distkv.request import Request
 from megatron_distkv.rmanager.borrowing import Borrowing, HeldLoan
 from megatron_distkv.rmanager.move import Move
@@ -51,6 +51,10 @@ class RManager:
     def table(self, request: Request) -> BlockTable:
         return self._tables[request.request_id]
 
+    def spans_before(self, request: Request, position: int) -> list[Span]:
+        """Where the rBlocks of positions `[0, position)` lie."""
+        return self.table(request).before(num_rblocks_for(position, self.rblock_size))
+
     # ------------------------------------------------------------------ capacity
 
     @property
@@ -59,9 +63,7 @@ class RManager:
 
     def can_admit(self, request: Request) -> bool:
         """Whether the tokens that this request has now, and one more, fit beside what running requests still need."""
-        needed = num_rblocks_for(request.num_tokens + 1, self.rblock_size)
-        promised = sum(self._growth(other, other.num_tokens + 1) for other in self._requests.values())
-        missing = needed + promised - self.num_local_free
+        missing = self._num_missing(request)
         return missing <= 0 or missing <= self._outlook.borrowable_rblocks()
 
     def longest_context_tokens(self) -> int:
@@ -74,14 +76,17 @@ class RManager:
         self._moves_left = self._config.max_moved_rblocks_per_step
 
     def grow(self, request: Request, wanted: int) -> int:
-        """Make room for the next `wanted` tokens after those computed; returns for how many there is room (0: none)."""
+        """Make room for the first `wanted` tokens of `next_range`; returns for how many there is room (0: none)."""
         self._requests[request.request_id] = request
         table = self._tables.setdefault(request.request_id, BlockTable())
-        count = num_rblocks_for(request.num_computed_tokens + wanted, self.rblock_size) - table.num_rblocks
-        if count > self.num_local_free:
-            self._make_room(count - self.num_local_free)
-        table.append_local(self._take_local(count))
-        return min(wanted, table.num_rblocks * self.rblock_size - request.num_computed_tokens)
+        start = request.next_range.start
+        missing = table.missing(self._rblocks_around(range(start, start + wanted)))
+        if len(missing) > self.num_local_free:
+            self._make_room(len(missing) - self.num_local_free)
+        block_ids = self._take_local(len(missing))
+        table.add_local(missing[: len(block_ids)], block_ids)
+        still_missing = missing[len(block_ids) :]
+        return min(wanted, still_missing[0] * self.rblock_size - start) if still_missing else wanted
 
     def borrow_ahead(self) -> None:
         """Below the watermark, and where running requests will still grow, move rBlocks out before there is need."""
@@ -117,17 +122,17 @@ class RManager:
             self._allocator.free(table.local_block_ids())
         self._borrowing.release_all(request.request_id)
 
-    def requests_at(self, creditor: str) -> list[Request]:
-        """Requests that have a loan from this creditor: what must be recomputed when it is lost."""
-        return [self._requests[request_id] for request_id in self._borrowing.debtors_of(creditor)]
+    def lose_creditor(self, creditor: str) -> list[Request]:
+        """Nothing that lay at this creditor is there any more; returns the requests whose KV must be computed again."""
+        return self._lose(self._borrowing.drop_loans(lambda loan: loan.creditor == creditor))
 
-    def request_with_loan(self, loan_id: str) -> Request | None:
-        request_id = self._borrowing.request_of(loan_id)
-        return self._requests.get(request_id) if request_id is not None else None
+    def give_back(self, loan_id: str) -> list[Request]:
+        """End one loan before its request ends; what lay there must be computed again."""
+        return self._lose(self._borrowing.drop_loans(lambda loan: loan.loan_id == loan_id))
 
-    def reclaim(self) -> None:
-        """Ask debtors for memory back: this instance's own requests need it."""
-        self._outlook.reclaim(self._allocator.num_lent)
+    def reclaim_for(self, request: Request) -> None:
+        """Ask debtors for as much memory back as this request, one of this instance's own, lacks."""
+        self._outlook.reclaim(min(self._allocator.num_lent, self._num_missing(request)))
 
     def check_integrity(self) -> None:
         """Between steps: tables in order, and every used rBlock in exactly one of them."""
@@ -139,8 +144,31 @@ class RManager:
 
     # ------------------------------------------------------------------ inside
 
+    def _lose(self, loans: Sequence[HeldLoan]) -> list[Request]:
+        concerned = {}
+        for loan in loans:
+            request = concerned[loan.request_id] = self._requests[loan.request_id]
+            for span in self._tables[loan.request_id].remove_loans([loan.loan_id]):
+                first, end = span.first, span.first + len(span.block_ids)
+                request.lose(range(first * self.rblock_size, end * self.rblock_size))
+        return list(concerned.values())
+
+    def _rblocks_around(self, positions: range) -> range:
+        return range(positions.start // self.rblock_size, num_rblocks_for(positions.stop, self.rblock_size))
+
+    def _full_rblocks(self, request: Request) -> list[range]:
+        """rBlocks all of whose positions have their KV: only they may leave."""
+        size = self.rblock_size
+        return [range(num_rblocks_for(have.start, size), have.stop // size) for have in request.computed_ranges()]
+
+    def _num_missing(self, request: Request) -> int:
+        """rBlocks that this request's tokens and one more lack here, beside what running requests still need."""
+        others = sum(self._growth(x, x.num_tokens + 1) for x in self._requests.values() if x is not request)
+        return self._growth(request, request.num_tokens + 1) + others - self.num_local_free
+
     def _growth(self, request: Request, num_tokens: int) -> int:
-        return max(0, num_rblocks_for(num_tokens, self.rblock_size) - self._tables[request.request_id].num_rblocks)
+        table = self._tables.get(request.request_id)
+        return max(0, num_rblocks_for(num_tokens, self.rblock_size) - (table.num_rblocks if table else 0))
 
     def _take_local(self, count: int) -> list[int]:
         vacated = self._vacated[:count] if count > 0 else []
@@ -160,8 +188,8 @@ class RManager:
 
     def _move_oldest(self, request: Request, count: int, only_to: str | None = None) -> int:
         table = self._tables[request.request_id]
-        num_full = request.num_computed_tokens // self.rblock_size
-        movable = sum(len(span.block_ids) for span in table.oldest_local(count, num_full))
+        full = self._full_rblocks(request)
+        movable = sum(len(span.block_ids) for span in table.oldest_local(count, full))
         missing = movable - self._borrowing.num_unused(request.request_id)
         if missing > 0 and self._outlook.may_ask():
             borrowed = self._borrowing.borrow(request.request_id, missing, only_to)
@@ -169,12 +197,12 @@ class RManager:
         moved = 0
         for loan in self._borrowing.loans_of(request.request_id):
             while loan.unused and moved < movable:
-                moved += self._move_into(loan, table, movable - moved, num_full)
+                moved += self._move_into(loan, table, movable - moved, full)
         self._moves_left -= moved
         return moved
 
-    def _move_into(self, loan: HeldLoan, table: BlockTable, count: int, num_full: int) -> int:
-        span = table.oldest_local(count, num_full)[0]
+    def _move_into(self, loan: HeldLoan, table: BlockTable, count: int, full: Sequence[range]) -> int:
+        span = table.oldest_local(count, full)[0]
         remote_ids = loan.take(len(span.block_ids))
         left = table.move_to_creditor(span.first, remote_ids, InstanceId(loan.creditor), LoanId(loan.loan_id))
         self._vacated.extend(left)

@@ -30,8 +30,6 @@ class PasskeyData:
         rng = np.random.default_rng((self._seed, step))
         per_rank = max(1, self._config.tokens_per_step // stage.sequence_length // dp_size)
         temperature = float(rng.uniform(stage.min_temperature, 1.0))
-        ids, is_answer = training_batch(
-            rng, self._prose, per_rank * dp_size, stage.sequence_length, (stage.min_density, stage.max_density)
-        )
+        ids, is_answer = training_batch(rng, self._prose, per_rank * dp_size, stage.sequence_length, stage.max_density)
         mine_ids, mine_answer = torch.from_numpy(ids[dp_rank::dp_size]), torch.from_numpy(is_answer[dp_rank::dp_size])
         return Batch(mine_ids[:, :-1], mine_ids[:, 1:], mine_answer[:, 1:], temperature)

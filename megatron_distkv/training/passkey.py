@@ -71,9 +71,13 @@ def new_key(rng: np.random.Generator) -> Key:
     return Key(name, bytes((ord("0") + rng.permutation(10)[:NUM_DIGITS]).astype(np.uint8)))
 
 
-def training_row(rng: np.random.Generator, prose: Bytes, length: int, density: tuple[float, float]) -> Row:
-    """One key, stated again and again in `length` tokens of prose; statements take a share drawn from `density`."""
-    count = max(2, int(length * rng.uniform(*density) / STATEMENT_LENGTH))
+def training_row(rng: np.random.Generator, prose: Bytes, length: int, max_density: float) -> Row:
+    """One key, stated twice or more often in `length` tokens of prose; statements take at most `max_density` of them.
+
+    How often is log-uniform, so that rows with two statements, which is what recall is measured with, stay common.
+    """
+    most = max(2, int(length * max_density / STATEMENT_LENGTH))
+    count = int(np.exp(rng.uniform(np.log(2), np.log(most + 1))))
     num_prose = length - count * STATEMENT_LENGTH
     source = _excerpt(rng, prose, num_prose)
     cuts = np.sort(rng.integers(0, num_prose + 1, count))
@@ -93,10 +97,10 @@ def training_row(rng: np.random.Generator, prose: Bytes, length: int, density: t
 
 
 def training_batch(
-    rng: np.random.Generator, prose: Bytes, num_rows: int, length: int, density: tuple[float, float]
+    rng: np.random.Generator, prose: Bytes, num_rows: int, length: int, max_density: float
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
     """Token ids and answer masks `[rows, length + 1]`."""
-    rows = [training_row(rng, prose, length, density) for _ in range(num_rows)]
+    rows = [training_row(rng, prose, length, max_density) for _ in range(num_rows)]
     return np.stack([row.token_ids for row in rows]), np.stack([row.is_answer for row in rows])
 
 

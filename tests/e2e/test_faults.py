@@ -5,7 +5,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -67,15 +68,27 @@ def test_an_instance_that_dies_before_it_spoke_is_replaced(fragile: LocalCluster
     client.close()
 
 
-def children_of_this_process() -> set[int]:
-    out = subprocess.run(["ps", "-eo", "pid=,args="], capture_output=True, text=True, check=True).stdout
-    return {
-        int(x.split()[0]) for x in out.splitlines() if "megatron_distkv" in x or "valkey-server" in x or "distkv-" in x
-    }
+MARK = "DISTKV_TEST_RUN"
 
 
-def test_ctrl_c_leaves_no_process_and_no_file(byte_llama: Path, tmp_path: Path) -> None:
-    before = children_of_this_process()
+@pytest.fixture
+def descendants(monkeypatch: pytest.MonkeyPatch) -> Callable[[], set[int]]:
+    """Processes that this test started, however deep: they inherit a mark in their environment."""
+    mark = f"{MARK}={uuid.uuid4().hex}"
+    monkeypatch.setenv(*mark.split("="))
+    return lambda: {int(path.parent.name) for path in Path("/proc").glob("[0-9]*/environ") if _holds(path, mark)}
+
+
+def _holds(environ: Path, mark: str) -> bool:
+    try:
+        return mark.encode() in environ.read_bytes().split(b"\0")
+    except OSError:
+        return False  # it has just ended, or is somebody else's
+
+
+def test_ctrl_c_leaves_no_process_and_no_file(
+    byte_llama: Path, tmp_path: Path, descendants: Callable[[], set[int]]
+) -> None:
     config = tmp_path / "pool.json"
     config.write_text(cluster_config(byte_llama, instances=2).model_dump_json())
     env = {**os.environ, "TMPDIR": str(tmp_path)}
@@ -85,10 +98,11 @@ def test_ctrl_c_leaves_no_process_and_no_file(byte_llama: Path, tmp_path: Path) 
     )  # fmt: skip
     assert up.stdout is not None
     assert "2 instances serve" in up.stdout.readline()
+    assert len(descendants()) >= 5  # itself, ledger server, gManager, gateway, instances
     up.send_signal(signal.SIGINT)
     assert up.wait(30) == 0
     up.stdout.close()
-    assert children_of_this_process() <= before
+    assert descendants() == set()
     assert [path.name for path in tmp_path.iterdir()] == ["pool.json"]
 
 
@@ -100,9 +114,8 @@ def test_ctrl_c_leaves_no_process_and_no_file(byte_llama: Path, tmp_path: Path) 
     ],
 )
 def test_what_cannot_start_says_why_in_one_sentence(
-    changes: dict[str, object], sentence: str, byte_llama: Path
+    changes: dict[str, object], sentence: str, byte_llama: Path, descendants: Callable[[], set[int]]
 ) -> None:
-    before = children_of_this_process()
     with pytest.raises(UserError, match=sentence), LocalCluster(cluster_config(byte_llama, **changes)):
         pass
-    assert children_of_this_process() <= before
+    assert descendants() == set()

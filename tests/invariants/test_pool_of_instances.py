@@ -31,6 +31,13 @@ STUCK_AFTER_S = 60.0
 SETTLED_WITHIN_S = 3.0
 
 
+def assert_soon(condition: Callable[[], bool], otherwise: Callable[[], str]) -> None:
+    end = time.monotonic() + SETTLED_WITHIN_S
+    while not condition():
+        assert time.monotonic() < end, otherwise()
+        time.sleep(0.02)
+
+
 class Debt(NamedTuple):
     loan_id: str
     debtor: str
@@ -41,8 +48,9 @@ class Debt(NamedTuple):
 class Pool:
     """The instances, the ledger they share, and one instance with enough memory to compare with."""
 
-    def __init__(self, instances: dict[str, Instance], ledger: DebtLedger, enough: LLM) -> None:
+    def __init__(self, instances: dict[str, Instance], server: EmbeddedServer, ledger: DebtLedger, enough: LLM) -> None:
         self.instances = instances
+        self.server = server
         self.ledger = ledger
         self.enough = enough
 
@@ -68,13 +76,13 @@ class Pool:
         return self.debts_in_ledger() == self.debts_held_by_debtors() == self.debts_lent_by_creditors()
 
     def assert_accounts_settle(self) -> None:
-        end = time.monotonic() + SETTLED_WITHIN_S
-        while not self.accounts_agree():
-            assert time.monotonic() < end, (
+        assert_soon(
+            self.accounts_agree,
+            lambda: (
                 f"ledger {self.debts_in_ledger()}\ndebtors {self.debts_held_by_debtors()}\n"
                 f"creditors {self.debts_lent_by_creditors()}"
-            )
-            time.sleep(0.02)
+            ),
+        )
 
     def assert_spans_are_granted(self) -> None:
         """Every rBlock that some table places at a creditor is granted to that table's instance, and to no other."""
@@ -120,7 +128,7 @@ def pool(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool
         ledger = open_ledger(server.url, "default")
         stack.callback(ledger.close)
         instances = {name: start(name, NUM_RBLOCKS, server.url, 48).instance for name in ("a", "b", "c")}
-        yield Pool(instances, ledger, start("enough", 512, "memory://", 512))
+        yield Pool(instances, server, ledger, start("enough", 512, "memory://", 512))
 
 
 class Driver:
@@ -142,7 +150,7 @@ class Driver:
         name, request_id = self._any_instance(), f"s{self._seed}-{len(self._requests)}"
         request = Request(request_id, self._prompt(), self._sampling())
         self._note(f"add {request_id} of {request.max_total_tokens} tokens to {name}")
-        assert self._pool.instances[name].refuse(request) is None
+        assert_soon(lambda: self._pool.instances[name].refuse(request) is None, lambda: "refused")
         self._requests[request_id], self._home[request_id], self._tokens[request_id] = request, name, []
         self._pool.instances[name].add(request)
 
@@ -172,6 +180,14 @@ class Driver:
         if connections:
             self._note(f"cut a channel of {name}")
             self._random.choice(connections).shutdown(socket.SHUT_RDWR)
+
+    def lose_the_ledger(self) -> None:
+        """kill -9, some steps without it, and an empty one comes back."""
+        self._note("lose the ledger")
+        self._pool.server.kill()
+        for _ in range(self._random.randint(0, 3)):
+            self.step()
+        self._pool.server.start()
 
     # ------------------------------------------------------------------ the whole run
 
@@ -236,9 +252,16 @@ class Driver:
         )
 
 
-def drive(pool: Pool, seed: int, num_rules: int, *, cuts: int) -> None:
+def drive(pool: Pool, seed: int, num_rules: int, *, cuts: int = 0, ledger_losses: int = 0) -> None:
     driver = Driver(pool, seed)
-    rules = {driver.add: 4, driver.step: 10, driver.abort: 1, driver.wait: 1, driver.cut_a_channel: cuts}
+    rules = {
+        driver.add: 8,
+        driver.step: 20,
+        driver.abort: 2,
+        driver.wait: 2,
+        driver.cut_a_channel: cuts,
+        driver.lose_the_ledger: ledger_losses,
+    }
     try:
         driver.run(num_rules, rules)
         driver.drain()
@@ -252,9 +275,14 @@ def drive(pool: Pool, seed: int, num_rules: int, *, cuts: int) -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_whatever_comes_every_request_ends_with_its_tokens_and_nothing_is_owed(pool: Pool, seed: int) -> None:
-    drive(pool, seed, 60, cuts=0)
+    drive(pool, seed, 60)
 
 
 @pytest.mark.parametrize("seed", range(100, 102))
 def test_channels_that_break_cost_nothing_but_time(pool: Pool, seed: int) -> None:
-    drive(pool, seed, 60, cuts=1)
+    drive(pool, seed, 60, cuts=2)
+
+
+@pytest.mark.parametrize("seed", range(200, 202))
+def test_a_ledger_that_dies_and_comes_back_empty_costs_nothing_but_time(pool: Pool, seed: int) -> None:
+    drive(pool, seed, 60, ledger_losses=2)

@@ -13,13 +13,13 @@ CREDITOR, LOAN = InstanceId("b"), LoanId("a.1.0")
 
 def local_table(*block_ids: int) -> BlockTable:
     table = BlockTable()
-    table.append_local(block_ids)
+    table.add_local(range(len(block_ids)), block_ids)
     return table
 
 
 def test_appended_rblocks_form_one_span() -> None:
     table = local_table(7, 3)
-    table.append_local([5])
+    table.add_local(table.missing(range(1, 3)), [5])
     assert table.spans == [LocalSpan(0, (7, 3, 5))]
 
 
@@ -27,7 +27,7 @@ def test_moving_the_oldest_gives_their_local_ids_back() -> None:
     # Given four local rBlocks, of which three are full
     table = local_table(7, 3, 5, 9)
     # When the two oldest full ones move to a creditor
-    oldest = table.oldest_local(2, num_full=3)
+    oldest = table.oldest_local(2, full=[range(3)])
     left = table.move_to_creditor(0, [40, 41], CREDITOR, LOAN)
     # Then the table names both holders, in order
     assert oldest == [LocalSpan(0, (7, 3))]
@@ -37,7 +37,26 @@ def test_moving_the_oldest_gives_their_local_ids_back() -> None:
 
 
 def test_a_partly_filled_rblock_never_leaves() -> None:
-    assert local_table(7, 3).oldest_local(5, num_full=1) == [LocalSpan(0, (7,))]
+    assert local_table(7, 3).oldest_local(5, full=[range(1)]) == [LocalSpan(0, (7,))]
+
+
+def test_a_lost_loan_leaves_a_gap_that_local_rblocks_fill() -> None:
+    # Given rBlocks 0, 1 at one creditor, 2 at another, 3, 4 here
+    table = local_table(7, 3, 5, 9, 8)
+    table.move_to_creditor(0, [40, 41], CREDITOR, LOAN)
+    table.move_to_creditor(2, [60], InstanceId("c"), LoanId("a.1.1"))
+    # When the first loan is lost
+    assert table.remove_loans([LOAN]) == [RemoteSpan(0, (40, 41), CREDITOR, LOAN)]
+    # Then the others stay where they are, and none of the gap may leave
+    assert table.missing(range(5)) == [0, 1]
+    assert table.oldest_local(5, full=[range(2, 5)]) == [LocalSpan(3, (9, 8))]
+    assert table.before(4) == [table.spans[0], LocalSpan(3, (9,))]
+    # When one rBlock comes back
+    table.add_local([0], [7])
+    table.check_integrity()
+    assert table.missing(range(5)) == [1]
+    assert table.spans[0] == LocalSpan(0, (7,))
+    assert (table.num_local, table.num_remote) == (3, 1)
 
 
 def test_moving_what_is_not_local_is_refused() -> None:

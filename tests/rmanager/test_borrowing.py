@@ -137,6 +137,33 @@ def test_a_lender_that_needs_its_memory_gets_it_back(pool: Pool, reference: LLM,
     assert_nothing_is_owed(pool, server)
 
 
+def test_a_request_that_waits_for_lent_memory_asks_for_it_back(pool: Pool, server: EmbeddedServer) -> None:
+    # Given a long request in a, which has borrowed nearly everything of b and c and is nowhere near its end
+    a, b = pool["a"].instance, pool["b"].instance
+    long = Request("long", random_prompt(310), GREEDY)
+    a.add(long)
+    while not long.output_token_ids:
+        a.step()
+
+    # When b gets a request that its own memory would hold, and a computes nothing more by itself
+    short = Request("short", random_prompt(90, seed=5), GREEDY)
+    b.add(short)
+    end = time.monotonic() + 20
+    while a._heartbeat.orders.empty():
+        assert time.monotonic() < end, "b waits until a is done"
+        assert b.step() == []
+
+    # Then a hears of it, gives the loan back, and both end
+    a.step()
+    assert 0 < long.num_lost_tokens < len(long.prompt_token_ids)
+    while not (a.scheduler.is_idle and b.scheduler.is_idle):
+        a.step()
+        b.step()
+    assert len(short.output_token_ids) == len(long.output_token_ids) == GREEDY.max_tokens
+    b.step()
+    assert_nothing_is_owed(pool, server)
+
+
 def test_an_aborted_request_gives_everything_back(pool: Pool, server: EmbeddedServer) -> None:
     a = pool["a"].instance
     a.add(Request("long", random_prompt(300), GREEDY))

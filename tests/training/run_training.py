@@ -1,0 +1,60 @@
+"""Run by the deepspeed launcher from test_deepspeed.py: trains one configuration after the other, writes what it saw.
+
+usage: run_training.py JOBS, a JSON list of {config, output, resume}. Each output gets, beside Trainer's own files:
+initial-R.pt (weights of tensor-parallel rank R before the first step) and seen.json (Seen's fields).
+"""
+
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+warnings.filterwarnings("ignore")
+os.environ["DS_ACCELERATOR"] = "cpu"
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from megatron.core import parallel_state  # noqa: E402
+
+from megatron_distkv.config.train import TrainConfig  # noqa: E402
+from megatron_distkv.model.parallel import gather_vocabulary  # noqa: E402
+from megatron_distkv.training.deepspeed_engine import whole_parameters  # noqa: E402
+from megatron_distkv.training.train import Trainer  # noqa: E402
+
+
+def main() -> None:
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        train(TrainConfig.model_validate(job["config"]), Path(job["output"]), resume=job["resume"])
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def train(config: TrainConfig, output: Path, *, resume: bool) -> None:
+    trainer = Trainer(config, output)
+    dist.barrier()  # the first rank makes the directory
+    if resume:
+        trainer.resume()
+    first_step = trainer.step
+    save_weights(trainer, output)
+    losses = trainer.run()
+    logprobs = next_token_logprobs(trainer, [list(range(65, 65 + n)) for n in (1, 9, 40)])
+    if dist.get_rank() == 0:
+        seen = {"first_step": first_step, "losses": losses, "logprobs": logprobs}
+        (output / "seen.json").write_text(json.dumps(seen))
+
+
+def save_weights(trainer: Trainer, output: Path) -> None:
+    with whole_parameters(trainer.engine):
+        weights = {name: p.detach().clone() for name, p in trainer.engine.module.named_parameters()}
+    if parallel_state.get_data_parallel_rank() == 0:
+        torch.save(weights, output / f"initial-{parallel_state.get_tensor_model_parallel_rank()}.pt")
+
+
+@torch.no_grad()
+def next_token_logprobs(trainer: Trainer, prompts: list[list[int]]) -> list[Any]:
+    logits = [gather_vocabulary(trainer.engine(torch.tensor([p]), None, None)[0, -1:]) for p in prompts]
+    return torch.cat(logits).float().log_softmax(-1).tolist()
+
+
+main()
