@@ -52,7 +52,7 @@ def explain(url: str, error: Exception) -> UserError:
         return UserError(f"the ledger at {where} does not speak TLS as expected: {text.partition('[SSL')[2]}")
     if isinstance(error, redis.RedisError) and "No such file" in text and "ssl_" in urlsplit(url).query:
         return UserError(f"the ledger URL {where} names a certificate file that does not exist")
-    over_tls = "over TLS " if urlsplit(url).scheme == "rediss" else ""
+    over_tls = "over TLS " if url.startswith("rediss:") else ""
     if isinstance(error, redis.RedisError):
         return UserError(
             f"no ledger server answers {over_tls}at {where} ({text}); "
