@@ -6,11 +6,23 @@ A decoder refuses what does not fit its type, so that bytes of a peer are checke
 """
 
 from enum import IntEnum, StrEnum
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import msgspec
 
+from megatron_distkv.errors import UnreadableMessage
 from megatron_distkv.sampling_params import SamplingParams
+
+_T = TypeVar("_T")
+
+
+def decode(data: bytes, kind: type[_T]) -> _T:
+    """Bytes of a peer as a `kind`; raises UnreadableMessage, whatever they are."""
+    try:
+        return msgspec.msgpack.decode(data, type=kind)
+    except (msgspec.MsgspecError, RecursionError) as error:  # RecursionError: arrays in arrays in arrays
+        raise UnreadableMessage(f"a {kind.__name__} cannot be read: {error}") from None
+
 
 # --------------------------------------------------------------------------------- gateway <-> instance
 

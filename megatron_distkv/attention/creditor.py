@@ -11,7 +11,7 @@ from megatron_distkv.attention.debtor import wire_dtype
 from megatron_distkv.attention.loan_table import Access, LoanTable
 from megatron_distkv.errors import DistkvError
 from megatron_distkv.log import get_logger
-from megatron_distkv.messages import Acknowledge, QueryHeader, QueryShare, Refusal, StoreHeader
+from megatron_distkv.messages import Acknowledge, QueryHeader, QueryShare, Refusal, StoreHeader, decode
 from megatron_distkv.ops import micro_attention, scatter_rblocks
 from megatron_distkv.transport import Answer, Hello, Request, TensorSpec, read_tensors
 
@@ -51,7 +51,7 @@ class Creditor:
 
     def query(self, hello: Hello, request: Request) -> Answer:
         """MicroAttention of one layer over the debtor's rBlocks here (contract: messages.QueryHeader)."""
-        header = msgspec.msgpack.decode(request.header, type=QueryHeader)
+        header = decode(request.header, QueryHeader)
         if header.layer >= self._pool.shape[1]:
             raise DistkvError(f"layer {header.layer} of a pool with {self._pool.shape[1]}")
         prepared = self._prepare(hello, header)
@@ -79,7 +79,7 @@ class Creditor:
 
     def store(self, hello: Hello, request: Request) -> Answer:
         """Take in migrated rBlocks (contract: messages.StoreHeader)."""
-        header = msgspec.msgpack.decode(request.header, type=StoreHeader)
+        header = decode(request.header, StoreHeader)
         if len(set(header.block_ids)) < len(header.block_ids):
             raise DistkvError("a store names an rBlock twice")
         spec = TensorSpec((len(header.block_ids), *self._pool.shape[1:]), self._pool.dtype)

@@ -8,7 +8,7 @@ import msgspec
 
 from megatron_distkv.engine.addresses import rank_address
 from megatron_distkv.engine.batch import StepPlan, StepReply
-from megatron_distkv.messages import GrantHeader, MessageKind, RevokeHeader
+from megatron_distkv.messages import GrantHeader, MessageKind, RevokeHeader, decode
 from megatron_distkv.rblock import InstanceId
 from megatron_distkv.transport import PROTOCOL_VERSION, Channel, Hello, connect
 
@@ -38,7 +38,7 @@ class FollowerRanks:
         lost: dict[str, str] = {}
         for channel in self._steps:
             reply = channel.wait(STEP_DEADLINE_S)
-            lost.update(msgspec.msgpack.decode(reply.header, type=StepReply).lost)
+            lost.update(decode(reply.header, StepReply).lost)
         return lost
 
     def grant(self, loan_id: str, debtor: str, block_ids: Sequence[int]) -> None:

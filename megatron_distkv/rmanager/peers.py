@@ -59,9 +59,8 @@ class Peers(Mapping[str, Channel]):
             reply_bytes=self._sizes.reply_bytes,
         )
         try:
-            channel = connect(
-                address.format(rank=self._rank), hello, peer=peer, timeout_s=self._deadline_s, secret=self._secret
-            )
+            mine = address.replace("{rank}", str(self._rank))  # not format(): the ledger's word is not our code
+            channel = connect(mine, hello, peer=peer, timeout_s=self._deadline_s, secret=self._secret)
         except PeerLost:
             raise
         except (OSError, DistkvError) as error:

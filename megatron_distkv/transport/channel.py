@@ -42,7 +42,7 @@ def connect(address: str, hello: Hello, *, peer: str, timeout_s: float, secret: 
     try:
         connection.connect(address.removeprefix(UNIX_PREFIX))
         memory = introduce(connection, hello, secret)
-    except (OSError, DistkvError) as error:
+    except (OSError, ValueError, DistkvError) as error:  # ValueError: a path that no file can have
         connection.close()
         raise PeerLost(peer, f"no channel to {address}: {error}") from error
     return Channel(peer, connection, memory, hello)

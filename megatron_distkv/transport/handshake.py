@@ -10,7 +10,8 @@ from typing import TypeVar
 import msgspec
 
 from megatron_distkv import metrics
-from megatron_distkv.errors import DistkvError
+from megatron_distkv.errors import DistkvError, UnreadableMessage
+from megatron_distkv.messages import decode
 from megatron_distkv.transport.hello import (
     MAX_HELLO_BYTES,
     PROTOCOL_VERSION,
@@ -76,16 +77,16 @@ class Greeting:
     def _hear(self, pool: str, max_mailbox_bytes: int) -> Hello:
         self._hello = _receive(self._connection)
         try:
-            hello = msgspec.msgpack.decode(self._hello, type=Hello)
-        except msgspec.MsgspecError as error:
-            raise HelloRefused(Fault.NOT_A_HELLO, f"not a hello: {error}") from None
+            hello = decode(self._hello, Hello)
+        except UnreadableMessage as error:
+            raise HelloRefused(Fault.NOT_A_HELLO, str(error)) from None
         _check(hello, pool, max_mailbox_bytes)
         return hello
 
     def _demand_proof(self, hello: Hello) -> None:
         try:
-            mac = msgspec.msgpack.decode(_receive(self._connection), type=Proof).mac
-        except msgspec.MsgspecError:
+            mac = decode(_receive(self._connection), Proof).mac
+        except UnreadableMessage:
             mac = b""
         if not is_proof(mac, self._secret, Side.CONNECTING, self._hello, self._challenge):
             raise HelloRefused(Fault.SECRET, "it does not know this pool's secret", hello.instance_id)
@@ -147,5 +148,5 @@ def _decode(data: bytes, decoder: "msgspec.msgpack.Decoder[_T]") -> _T:
         raise DistkvError("it closed the connection")
     try:
         return decoder.decode(data)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, RecursionError) as error:
         raise DistkvError(f"its answer cannot be read: {error}") from None
