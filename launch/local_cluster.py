@@ -13,12 +13,14 @@ from megatron_distkv.launch.commands import command_line, instance_command
 from megatron_distkv.launch.processes import Child
 from tqdm import tqdm
 
+from megatron_distkv.cli.pool_arguments import LEDGER_VARIABLE
 from megatron_distkv.config.cluster import ClusterConfig
 from megatron_distkv.config.instance import InstanceConfig
 from megatron_distkv.errors import UserError
 from megatron_distkv.ledger import DebtLedger, open_ledger
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
 from megatron_distkv.log import get_logger
+from megatron_distkv.transport import OPEN_POOL, read_secret, write_new_secret
 
 logger = get_logger(__name__)
 EMBEDDED = "embedded://"
@@ -40,6 +42,7 @@ class LocalCluster:
             self.run_dir = Path(tempfile.mkdtemp(prefix="distkv-"))
             stack.callback(shutil.rmtree, self.run_dir, ignore_errors=True)
             self.ledger_url = self._start_ledger(stack)
+            self._secret_file = self._find_secret()
             self.ledger: DebtLedger = open_ledger(self.ledger_url, self.config.ledger.pool)
             stack.callback(self.ledger.close)
             stack.callback(self._end_children)
@@ -76,6 +79,14 @@ class LocalCluster:
             return self.config.ledger.url
         return stack.enter_context(EmbeddedServer()).url
 
+    def _find_secret(self) -> Path | None:
+        """The configured one or the environment's; else a new one, for this pool's life only."""
+        configured = self.config.ledger.secret_file
+        if read_secret(configured) != OPEN_POOL:
+            return configured.resolve() if configured else None
+        write_new_secret(self.run_dir / "secret")
+        return self.run_dir / "secret"
+
     def _start_children(self) -> None:
         self._start("gmanager", command_line("gmanager", *self._pool_arguments(), "--interval", self._interval()))
         for name in self.instance_ids:
@@ -94,7 +105,7 @@ class LocalCluster:
         self.base_url = ready.split()[-1]
 
     def _pool_arguments(self) -> list[str]:
-        return ["--ledger", self.ledger_url, "--pool", self.config.ledger.pool]
+        return ["--pool", self.config.ledger.pool]
 
     def _interval(self) -> str:
         return str(self.config.plan_interval_s)
@@ -111,11 +122,12 @@ class LocalCluster:
             kv_cache=config.kv_cache,
             scheduler=config.scheduler,
             lending=config.lending,
-            ledger=config.ledger.model_copy(update={"url": self.ledger_url}),
+            ledger=config.ledger.model_copy(update={"url": self.ledger_url, "secret_file": self._secret_file}),
         )
 
     def _start(self, name: str, command: list[str]) -> None:
-        env = {**_ENVIRONMENT, "OMP_NUM_THREADS": str(self.config.threads)}
+        # The ledger's URL may hold a password: on a command line everybody could read it.
+        env = {**_ENVIRONMENT, "OMP_NUM_THREADS": str(self.config.threads), LEDGER_VARIABLE: self.ledger_url}
         self._children[name] = Child(name, command, self.run_dir / f"{name}.log", env)
 
     def _wait_for(self, names: list[str]) -> None:

@@ -34,5 +34,9 @@ class PeerLost(DistkvError):
         self.reason = reason
 
 
+class UnreadableMessage(DistkvError):
+    """Bytes of another process that are not what they should be."""
+
+
 class IntegrityError(DistkvError):
     """A conservation law of the memory accounts is broken: a bug, never a user's fault."""

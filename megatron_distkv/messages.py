@@ -6,10 +6,23 @@ A decoder refuses what does not fit its type, so that bytes of a peer are checke
 """
 
 from enum import IntEnum, StrEnum
+from typing import Annotated, TypeVar
 
 import msgspec
 
+from megatron_distkv.errors import UnreadableMessage
 from megatron_distkv.sampling_params import SamplingParams
+
+_T = TypeVar("_T")
+
+
+def decode(data: bytes, kind: type[_T]) -> _T:
+    """Bytes of a peer as a `kind`; raises UnreadableMessage, whatever they are."""
+    try:
+        return msgspec.msgpack.decode(data, type=kind)
+    except (msgspec.MsgspecError, RecursionError) as error:  # RecursionError: arrays in arrays in arrays
+        raise UnreadableMessage(f"a {kind.__name__} cannot be read: {error}") from None
+
 
 # --------------------------------------------------------------------------------- gateway <-> instance
 
@@ -116,17 +129,22 @@ class Refusal(StrEnum):
     LEDGER_DOWN = "ledger_down"  # the ledger cannot be asked: no new loans
 
 
+BlockId = Annotated[int, msgspec.Meta(ge=0, le=(1 << 31) - 1)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 31) - 1)]
+Serial = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]  # epochs, steps
+
+
 class LendHeader(msgspec.Struct, frozen=True):
     loan_id: str
     debtor: str
-    debtor_epoch: int
-    num_rblocks: int
+    debtor_epoch: Serial
+    num_rblocks: Count
 
 
 class LendReply(msgspec.Struct, frozen=True):
     """Physical ids of the granted rBlocks in the creditor's pool (the same on all its ranks), or a refusal."""
 
-    block_ids: list[int] = []
+    block_ids: list[BlockId] = []
     refusal: Refusal | None = None
 
 
@@ -139,15 +157,15 @@ class StoreHeader(msgspec.Struct, frozen=True):
     """Payload: the rBlocks' bytes, `[num_rblocks, layers, kv_heads, 2, rblock_size, head_dim]`, in the pool's dtype."""
 
     loan_id: str
-    block_ids: list[int]
+    block_ids: list[BlockId]
 
 
 class QueryShare(msgspec.Struct, frozen=True):
     """One sequence of a query: `num_queries` query rows against these rBlocks (all past: no mask)."""
 
     loan_ids: list[str]
-    block_ids: list[int]
-    num_queries: int
+    block_ids: list[BlockId]
+    num_queries: Count
 
 
 class QueryHeader(msgspec.Struct, frozen=True):
@@ -157,8 +175,8 @@ class QueryHeader(msgspec.Struct, frozen=True):
     output `[T, query_heads, head_dim]` in the wire dtype, then LSE `[T, query_heads]` fp32 (natural log; empty = -inf).
     """
 
-    step: int
-    layer: int
+    step: Serial
+    layer: Count
     shares: list[QueryShare] | None = None
 
 
@@ -171,7 +189,7 @@ class Acknowledge(msgspec.Struct, frozen=True):
 class GrantHeader(msgspec.Struct, frozen=True):
     loan_id: str
     debtor: str
-    block_ids: list[int]
+    block_ids: list[BlockId]
 
 
 class RevokeHeader(msgspec.Struct, frozen=True):

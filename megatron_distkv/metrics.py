@@ -19,3 +19,12 @@ INSTANCE_RBLOCKS = Gauge("distkv_rblocks", "rBlocks of an instance, by state", [
 INSTANCE_REQUESTS = Gauge(
     "distkv_instance_requests", "Requests in an instance, by state", ["instance", "state"], registry=REGISTRY
 )
+REFUSED_CHANNELS = Counter(
+    "distkv_refused_channels", "Channels refused at the handshake, by reason", ["reason"], registry=REGISTRY
+)
+REFUSED_ACCESSES = Counter(
+    "distkv_refused_accesses",
+    "Queries and stores refused: the loan has `ended`, or the memory is another's (`foreign`)",
+    ["kind", "reason"],
+    registry=REGISTRY,
+)

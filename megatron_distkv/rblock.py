@@ -5,12 +5,23 @@ a request holds positions `[i * rblock_size, (i + 1) * rblock_size)`. A span is 
 request that lie at one holder; a physical id is the rBlock's index in its holder's pool.
 """
 
+import secrets
 from typing import NewType, TypeAlias
 
 import msgspec
 
 InstanceId = NewType("InstanceId", str)
 LoanId = NewType("LoanId", str)
+
+
+def new_loan_id(debtor: str, epoch: int, number: int) -> LoanId:
+    """Unique in the pool, and not to be guessed: who names a loan to its creditor reads and writes its rBlocks."""
+    return LoanId(f"{debtor}.{epoch}.{number}.{secrets.token_hex(16)}")
+
+
+def loan_name(loan_id: str) -> str:
+    """What may be shown of a loan's id: all but its unguessable end."""
+    return loan_id.rpartition(".")[0] or loan_id
 
 
 class LocalSpan(msgspec.Struct, frozen=True, tag="local"):

@@ -6,11 +6,16 @@ from dataclasses import dataclass
 import msgspec
 import torch
 
+from megatron_distkv import metrics
 from megatron_distkv.attention.debtor import wire_dtype
-from megatron_distkv.attention.loan_table import LoanTable
-from megatron_distkv.messages import Acknowledge, QueryHeader, QueryShare, Refusal, StoreHeader
+from megatron_distkv.attention.loan_table import Access, LoanTable
+from megatron_distkv.errors import DistkvError
+from megatron_distkv.log import get_logger
+from megatron_distkv.messages import Acknowledge, QueryHeader, QueryShare, Refusal, StoreHeader, decode
 from megatron_distkv.ops import micro_attention, scatter_rblocks
 from megatron_distkv.transport import Answer, Hello, Request, TensorSpec, read_tensors
+
+logger = get_logger(__name__)
 
 
 @dataclass
@@ -41,12 +46,14 @@ class Creditor:
         self._num_query_heads = num_query_heads
         self._model_dtype = model_dtype
         self._scale = scale
-        self._prepared: dict[tuple[str, int], _PreparedQuery] = {}
+        self._prepared: dict[bytes, _PreparedQuery] = {}  # by the nonce of a channel's hello
         self._lock = threading.Lock()
 
     def query(self, hello: Hello, request: Request) -> Answer:
         """MicroAttention of one layer over the debtor's rBlocks here (contract: messages.QueryHeader)."""
-        header = msgspec.msgpack.decode(request.header, type=QueryHeader)
+        header = decode(request.header, QueryHeader)
+        if header.layer >= self._pool.shape[1]:
+            raise DistkvError(f"layer {header.layer} of a pool with {self._pool.shape[1]}")
         prepared = self._prepare(hello, header)
         if isinstance(prepared, Refusal):
             return _acknowledge(prepared)
@@ -66,17 +73,20 @@ class Creditor:
             self._scale,
             causal=False,
         )
-        if self._loans.version != prepared.version and not self._covers(hello, prepared.shares):
+        if self._loans.version != prepared.version and not self._may_query(hello, prepared.shares):
             return _acknowledge(Refusal.UNKNOWN_LOAN)  # a loan ended while we computed: the rBlocks may be another's
         return Answer(msgspec.msgpack.encode(Acknowledge()), [out.to(wire_dtype(self._model_dtype)), lse])
 
     def store(self, hello: Hello, request: Request) -> Answer:
         """Take in migrated rBlocks (contract: messages.StoreHeader)."""
-        header = msgspec.msgpack.decode(request.header, type=StoreHeader)
+        header = decode(request.header, StoreHeader)
+        if len(set(header.block_ids)) < len(header.block_ids):
+            raise DistkvError("a store names an rBlock twice")
         spec = TensorSpec((len(header.block_ids), *self._pool.shape[1:]), self._pool.dtype)
         (data,) = read_tensors(request.payload, [spec])
         with self._loans.held():
-            if not self._loans.covers(hello.instance_id, [header.loan_id], header.block_ids):
+            access = self._loans.access(hello.instance_id, [header.loan_id], header.block_ids)
+            if not _is_granted(access, "store", hello):
                 return _acknowledge(Refusal.UNKNOWN_LOAN)
             scatter_rblocks(data, self._pool, torch.tensor(header.block_ids, dtype=torch.int64))
         return _acknowledge(None)
@@ -84,25 +94,26 @@ class Creditor:
     def forget(self, hello: Hello) -> None:
         """The debtor's channel is gone."""
         with self._lock:
-            self._prepared.pop((hello.instance_id, hello.epoch), None)
+            self._prepared.pop(hello.nonce, None)
 
     def _prepare(self, hello: Hello, header: QueryHeader) -> _PreparedQuery | Refusal:
-        key = (hello.instance_id, hello.epoch)
         with self._lock:
-            prepared = self._prepared.get(key)
+            prepared = self._prepared.get(hello.nonce)
         if header.shares is None:
             is_known = prepared is not None and prepared.step == header.step
             return prepared if is_known and prepared is not None else Refusal.UNKNOWN_LOAN
         version = self._loans.version
-        if not self._covers(hello, header.shares):
+        if not self._may_query(hello, header.shares):
             return Refusal.UNKNOWN_LOAN
         prepared = _index(header.step, header.shares, version)
         with self._lock:
-            self._prepared[key] = prepared
+            self._prepared[hello.nonce] = prepared
         return prepared
 
-    def _covers(self, hello: Hello, shares: list[QueryShare]) -> bool:
-        return all(self._loans.covers(hello.instance_id, share.loan_ids, share.block_ids) for share in shares)
+    def _may_query(self, hello: Hello, shares: list[QueryShare]) -> bool:
+        loans, debtor = self._loans, hello.instance_id
+        each = (loans.access(debtor, share.loan_ids, share.block_ids) for share in shares)
+        return all(_is_granted(access, "query", hello) for access in each)
 
 
 def _index(step: int, shares: list[QueryShare], version: int) -> _PreparedQuery:
@@ -113,6 +124,15 @@ def _index(step: int, shares: list[QueryShare], version: int) -> _PreparedQuery:
         cu_queries.append(cu_queries[-1] + share.num_queries)
     ids, blocks, queries = (torch.tensor(x, dtype=torch.int64) for x in (block_ids, cu_blocks, cu_queries))
     return _PreparedQuery(step, shares, version, ids, blocks, queries)
+
+
+def _is_granted(access: Access, kind: str, hello: Hello) -> bool:
+    if access is Access.GRANTED:
+        return True
+    metrics.REFUSED_ACCESSES.labels(kind, access.value).inc()
+    if access is Access.FOREIGN:
+        logger.warning("refusing a %s of %s: it names memory of another", kind, hello.instance_id)
+    return False
 
 
 def _acknowledge(refusal: Refusal | None) -> Answer:

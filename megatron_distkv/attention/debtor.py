@@ -9,7 +9,7 @@ import torch
 from megatron_distkv.attention.metadata import RemoteShare
 from megatron_distkv.attention.partial import Partial
 from megatron_distkv.errors import DistkvError, PeerLost
-from megatron_distkv.messages import Acknowledge, MessageKind, QueryHeader
+from megatron_distkv.messages import Acknowledge, MessageKind, QueryHeader, decode
 from megatron_distkv.transport import Reply, TensorSpec, read_tensors
 
 
@@ -75,7 +75,7 @@ class Debtor:
 
     def _answer(self, creditor: str) -> Partial:
         reply = self._channels[creditor].wait(self._deadline_s)
-        refusal = msgspec.msgpack.decode(reply.header, type=Acknowledge).refusal
+        refusal = decode(reply.header, Acknowledge).refusal
         if refusal is not None:
             raise PeerLost(creditor, f"refused a query: {refusal.value}")
         rows_R = self._remote[creditor].rows_R

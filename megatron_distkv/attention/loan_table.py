@@ -4,6 +4,15 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Access(StrEnum):
+    """Whether a debtor may use what it names. The asker hears only yes or no: not even whether a loan exists."""
+
+    GRANTED = "granted"
+    ENDED = "ended"  # no such loan (any more)
+    FOREIGN = "foreign"  # another's loan, or rBlocks outside of the loan
 
 
 @dataclass(frozen=True)
@@ -32,14 +41,17 @@ class LoanTable:
 
     def covers(self, debtor: str, loan_ids: Iterable[str], block_ids: Iterable[int]) -> bool:
         """Whether these live loans of `debtor` hold all of these rBlocks."""
+        return self.access(debtor, loan_ids, block_ids) is Access.GRANTED
+
+    def access(self, debtor: str, loan_ids: Iterable[str], block_ids: Iterable[int]) -> Access:
         with self._lock:
             loans = [self._loans.get(loan_id) for loan_id in loan_ids]
-            allowed: set[int] = set()
-            for loan in loans:
-                if loan is None or loan.debtor != debtor:
-                    return False
-                allowed |= loan.block_ids
-            return allowed.issuperset(block_ids)
+            if any(loan is not None and loan.debtor != debtor for loan in loans):
+                return Access.FOREIGN
+            if None in loans:
+                return Access.ENDED
+            allowed = set().union(*(loan.block_ids for loan in loans if loan is not None))
+            return Access.GRANTED if allowed.issuperset(block_ids) else Access.FOREIGN
 
     @contextmanager
     def held(self) -> Iterator[None]:

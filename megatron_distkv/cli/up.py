@@ -10,7 +10,7 @@ from megatron_distkv.config.base import load_config, parse_config
 from megatron_distkv.config.cluster import ClusterConfig
 from megatron_distkv.errors import UserError
 from megatron_distkv.launch.local_cluster import LocalCluster
-from megatron_distkv.ledger import render_debts
+from megatron_distkv.ledger import render_debts, shown
 from megatron_distkv.log import setup_logging
 
 # How often the parts are looked after.
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
         signal.signal(number, lambda *_: stop.set())
     with LocalCluster(config) as cluster:
         print(f"{config.instances} instances serve {config.model} at {cluster.base_url} (Ctrl-C ends all)")
-        print(f"ledger: distkv ledger --ledger {cluster.ledger_url} --pool {config.ledger.pool}")
+        print(f"ledger: distkv ledger --ledger {shown(cluster.ledger_url)} --pool {config.ledger.pool}")
         print(render_debts(cluster.ledger.snapshot()), flush=True)
         reported: set[str] = set()
         while not stop.wait(WATCH_INTERVAL_S):

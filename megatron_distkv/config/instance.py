@@ -42,6 +42,9 @@ class LedgerConfig(FrozenConfig):
     """redis://, rediss:// (TLS) or unix:// with password and database in the URL; memory:// for one lonely instance."""
     pool: str = Field("default", pattern=r"^[A-Za-z0-9_.-]{1,64}$")
     """Instances of one pool lend to each other."""
+    secret_file: Path | None = None
+    """What the pool's members prove to each other that they know; mode 0600. Without one $DISTKV_SECRET is the secret,
+    and without that everybody who reaches an instance's sockets is a member."""
     lease_s: float = Field(10.0, gt=0)
     """An instance silent for this long is dead: its debts are void, its credits return."""
     heartbeat_interval_s: float = Field(0.5, gt=0)

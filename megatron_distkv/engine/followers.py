@@ -8,7 +8,7 @@ import msgspec
 
 from megatron_distkv.engine.addresses import rank_address
 from megatron_distkv.engine.batch import StepPlan, StepReply
-from megatron_distkv.messages import GrantHeader, MessageKind, RevokeHeader
+from megatron_distkv.messages import GrantHeader, MessageKind, RevokeHeader, decode
 from megatron_distkv.rblock import InstanceId
 from megatron_distkv.transport import PROTOCOL_VERSION, Channel, Hello, connect
 
@@ -23,10 +23,10 @@ GRANT_DEADLINE_S = 30.0
 class FollowerRanks:
     """Ranks 1 .. size - 1. A lost follower raises PeerLost, and the instance ends: no rank can go on alone."""
 
-    def __init__(self, run_dir: Path, instance: InstanceId, pool: str, size: int) -> None:
+    def __init__(self, run_dir: Path, instance: InstanceId, pool: str, size: int, secret: bytes) -> None:
         self._lock = threading.Lock()  # grants come from channel threads
-        self._steps = [_connect(run_dir, instance, pool, rank) for rank in range(1, size)]
-        self._grants = [_connect(run_dir, instance, pool, rank) for rank in range(1, size)]
+        self._steps = [_connect(run_dir, instance, pool, rank, secret) for rank in range(1, size)]
+        self._grants = [_connect(run_dir, instance, pool, rank, secret) for rank in range(1, size)]
 
     def begin_step(self, plan: StepPlan) -> None:
         header = msgspec.msgpack.encode(plan)
@@ -38,7 +38,7 @@ class FollowerRanks:
         lost: dict[str, str] = {}
         for channel in self._steps:
             reply = channel.wait(STEP_DEADLINE_S)
-            lost.update(msgspec.msgpack.decode(reply.header, type=StepReply).lost)
+            lost.update(decode(reply.header, StepReply).lost)
         return lost
 
     def grant(self, loan_id: str, debtor: str, block_ids: Sequence[int]) -> None:
@@ -58,7 +58,7 @@ class FollowerRanks:
                 channel.call(kind, msgspec.msgpack.encode(header), deadline_s=GRANT_DEADLINE_S)
 
 
-def _connect(run_dir: Path, instance: InstanceId, pool: str, rank: int) -> Channel:
+def _connect(run_dir: Path, instance: InstanceId, pool: str, rank: int, secret: bytes) -> Channel:
     hello = Hello(PROTOCOL_VERSION, pool, instance, 0, 0, STEP_BYTES, REPLY_BYTES)
     address = rank_address(run_dir, instance, rank)
-    return connect(address, hello, peer=f"{instance} rank {rank}", timeout_s=GRANT_DEADLINE_S)
+    return connect(address, hello, peer=f"{instance} rank {rank}", timeout_s=GRANT_DEADLINE_S, secret=secret)

@@ -59,6 +59,7 @@ class Instance:
             rank_address(config.run_dir, config.instance_id, 0),
             config.ledger.pool,
             self._desk.answer,
+            secret=rank.secret,
             on_disconnect=rank.creditor.forget,
         )
         self._heartbeat = Heartbeat(
@@ -186,8 +187,10 @@ class Instance:
         if self._rank.parallel.size == 1:
             return None
         dist.barrier()  # the followers listen before this
-        config = self.config
-        return FollowerRanks(config.run_dir, self._rank.identity.instance, config.ledger.pool, self._rank.parallel.size)
+        config, rank = self.config, self._rank
+        return FollowerRanks(
+            config.run_dir, rank.identity.instance, config.ledger.pool, rank.parallel.size, rank.secret
+        )
 
     def _register(self) -> None:
         config, identity = self.config, self._rank.identity

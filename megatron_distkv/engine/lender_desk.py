@@ -4,7 +4,7 @@ import msgspec
 
 from megatron_distkv.attention import Creditor
 from megatron_distkv.errors import DistkvError
-from megatron_distkv.messages import Acknowledge, LendHeader, MessageKind, ReleaseHeader
+from megatron_distkv.messages import Acknowledge, LendHeader, MessageKind, ReleaseHeader, decode
 from megatron_distkv.rblock import LoanId
 from megatron_distkv.rmanager import Lending
 from megatron_distkv.transport import Answer, Hello, Request
@@ -26,7 +26,7 @@ class LenderDesk:
             case MessageKind.LEND:
                 return Answer(msgspec.msgpack.encode(self._lending.lend(self._own(hello, request))))
             case MessageKind.RELEASE:
-                header = msgspec.msgpack.decode(request.header, type=ReleaseHeader)
+                header = decode(request.header, ReleaseHeader)
                 refusal = self._lending.release(LoanId(header.loan_id), hello.instance_id)
                 return Answer(msgspec.msgpack.encode(Acknowledge(refusal)))
             case kind:
@@ -34,7 +34,7 @@ class LenderDesk:
 
     @staticmethod
     def _own(hello: Hello, request: Request) -> LendHeader:
-        header = msgspec.msgpack.decode(request.header, type=LendHeader)
+        header = decode(request.header, LendHeader)
         if header.debtor != hello.instance_id:
             raise DistkvError(f"{hello.instance_id} asks for a loan in the name of {header.debtor}")
         return header

@@ -13,6 +13,7 @@ from megatron_distkv.model import GPT, TensorParallel, build_gpt, find_checkpoin
 from megatron_distkv.model.gpt import TORCH_DTYPES
 from megatron_distkv.rblock import InstanceId
 from megatron_distkv.rmanager import Identity, MailboxSizes, Migration, Peers
+from megatron_distkv.transport import read_secret
 
 # Migrated rBlocks travel in messages of about this size: large enough for full bandwidth, small enough for a mailbox.
 STORE_MESSAGE_BYTES = 8 << 20
@@ -30,6 +31,7 @@ class Rank:
     loan_table: LoanTable
     creditor: Creditor
     runner: ModelRunner
+    secret: bytes
 
 
 def build_rank(config: InstanceConfig, parallel: TensorParallel) -> Rank:
@@ -53,7 +55,8 @@ def build_rank(config: InstanceConfig, parallel: TensorParallel) -> Rank:
     sizes = MailboxSizes(max(sizes.request_bytes, HEADER_BYTES + per_message * pool.rblock_bytes), sizes.reply_bytes)
     identity = Identity(InstanceId(config.instance_id))
     deadline_s = config.lending.deadline_s
-    peers = Peers(config.ledger.pool, identity, parallel.rank, sizes, deadline_s)
+    secret = read_secret(config.ledger.secret_file)
+    peers = Peers(config.ledger.pool, identity, parallel.rank, sizes, deadline_s, secret)
     loan_table = LoanTable()
     tensor = pool.tensor_BLK2ND
     runner = ModelRunner(
@@ -64,7 +67,7 @@ def build_rank(config: InstanceConfig, parallel: TensorParallel) -> Rank:
         Debtor(peers, deadline_s),
     )
     creditor = Creditor(tensor, loan_table, num_query_heads, dtype, model.head_dim**-0.5)
-    return Rank(config, model, parallel, identity, peers, loan_table, creditor, runner)
+    return Rank(config, model, parallel, identity, peers, loan_table, creditor, runner, secret)
 
 
 def _mailbox_sizes(max_tokens: int, num_heads: int, head_dim: int, dtype: torch.dtype) -> MailboxSizes:

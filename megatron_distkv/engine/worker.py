@@ -11,7 +11,7 @@ from megatron_distkv.engine.batch import StepPlan, StepReply
 from megatron_distkv.engine.rank import Rank
 from megatron_distkv.errors import DistkvError
 from megatron_distkv.log import get_logger
-from megatron_distkv.messages import Acknowledge, GrantHeader, MessageKind, RevokeHeader
+from megatron_distkv.messages import Acknowledge, GrantHeader, MessageKind, RevokeHeader, decode
 from megatron_distkv.transport import Answer, Hello, Listener, Request
 
 logger = get_logger(__name__)
@@ -31,6 +31,7 @@ class Worker:
             rank_address(config.run_dir, config.instance_id, rank.parallel.rank),
             config.ledger.pool,
             self._answer,
+            secret=rank.secret,
             on_disconnect=self._on_disconnect,
         )
         dist.barrier()  # the leader connects after this
@@ -57,13 +58,13 @@ class Worker:
 
     def _obey(self, kind: MessageKind, request: Request) -> Answer:
         if kind is MessageKind.STEP:
-            self._plans.put(msgspec.msgpack.decode(request.header, type=StepPlan))
+            self._plans.put(decode(request.header, StepPlan))
             return Answer(msgspec.msgpack.encode(self._replies.get()))
         if kind is MessageKind.GRANT:
-            grant = msgspec.msgpack.decode(request.header, type=GrantHeader)
+            grant = decode(request.header, GrantHeader)
             self._rank.loan_table.grant(grant.loan_id, grant.debtor, grant.block_ids)
         elif kind is MessageKind.REVOKE:
-            self._rank.loan_table.revoke(msgspec.msgpack.decode(request.header, type=RevokeHeader).loan_id)
+            self._rank.loan_table.revoke(decode(request.header, RevokeHeader).loan_id)
         elif kind is MessageKind.STOP:
             self._plans.put(None)
         else:

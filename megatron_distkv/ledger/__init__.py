@@ -17,6 +17,7 @@ from megatron_distkv.ledger.records import (
     Registration,
     RequestPlacementEntry,
 )
+from megatron_distkv.ledger.url import shown
 
 __all__ = [
     "Creditor",
@@ -35,4 +36,5 @@ __all__ = [
     "RequestPlacementEntry",
     "open_ledger",
     "render_debts",
+    "shown",
 ]

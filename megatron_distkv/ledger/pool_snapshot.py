@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from megatron_distkv.ledger.records import InstanceRecord, InstanceState, Loan, RequestPlacementEntry
-from megatron_distkv.rblock import InstanceId
+from megatron_distkv.rblock import InstanceId, loan_name
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,6 @@ def render_debts(snapshot: PoolSnapshot) -> str:
     if not snapshot.loans:
         lines.append("no debts")
     for loan in snapshot.loans:
-        lines.append(
-            f"{loan.debtor} owes {loan.creditor} {loan.num_rblocks} rBlocks  ({loan.loan_id}, {loan.state.value})"
-        )
+        name, state = loan_name(loan.loan_id), loan.state.value
+        lines.append(f"{loan.debtor} owes {loan.creditor} {loan.num_rblocks} rBlocks  ({name}, {state})")
     return "\n".join(lines)

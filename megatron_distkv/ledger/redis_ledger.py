@@ -9,7 +9,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from megatron_distkv.errors import LedgerUnavailable, SupersededError, UserError
+from megatron_distkv.errors import LedgerUnavailable, SupersededError
 from megatron_distkv.ledger.keys import prefix
 from megatron_distkv.ledger.pool_snapshot import PoolSnapshot
 from megatron_distkv.ledger.records import (
@@ -25,9 +25,12 @@ from megatron_distkv.ledger.records import (
     Registration,
     RequestPlacementEntry,
 )
+from megatron_distkv.ledger.url import explain, warning_about
+from megatron_distkv.log import get_logger
 from megatron_distkv.messages import Refusal
 from megatron_distkv.rblock import InstanceId, LoanId
 
+logger = get_logger(__name__)
 _SCRIPTS = Path(__file__).parent / "scripts"
 _OPERATIONS = (
     "register", "heartbeat", "recommend", "borrow", "accept", "release", "reclaim", "restore", "loans_of", "expire",
@@ -53,7 +56,7 @@ class RedisLedger:
                 retry=Retry(NoBackoff(), 0),
             )
         except ValueError as error:
-            raise UserError(f"the ledger URL {url!r} cannot be used: {error}") from None
+            raise explain(url, error) from None
         common = (_SCRIPTS / "_common.lua").read_text()
         self._scripts = {
             name: self._redis.register_script(common + (_SCRIPTS / f"{name}.lua").read_text()) for name in _OPERATIONS
@@ -63,13 +66,11 @@ class RedisLedger:
         """Raises UserError, one sentence, when the server cannot be used."""
         try:
             self._redis.ping()
-        except redis.AuthenticationError as error:
-            raise UserError(f"the ledger at {self._url_without_password} refuses the password: {error}") from None
-        except redis.RedisError as error:
-            raise UserError(
-                f"no ledger server answers at {self._url_without_password} ({error}); "
-                "start Redis or Valkey there, or use embedded:// with `distkv up`"
-            ) from None
+        except (redis.RedisError, TypeError, ValueError, OSError) as error:  # TypeError: an option that nobody knows
+            raise explain(self._url, error) from None
+        warning = warning_about(self._url)
+        if warning is not None:
+            logger.warning("%s", warning)
 
     # ------------------------------------------------------------------ lives
 
@@ -211,11 +212,6 @@ class RedisLedger:
             return self._scripts[operation](keys=[self._prefix], args=[now, *map(str, arguments)])
         except redis.RedisError as error:
             raise LedgerUnavailable(f"{operation}: {error}") from error
-
-    @property
-    def _url_without_password(self) -> str:
-        scheme, _, rest = self._url.partition("://")
-        return f"{scheme}://{rest.rpartition('@')[2]}"
 
 
 def _ms(seconds: float) -> int:

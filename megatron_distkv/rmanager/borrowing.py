@@ -13,8 +13,8 @@ import msgspec
 from megatron_distkv.errors import DistkvError, LedgerUnavailable
 from megatron_distkv.ledger import Creditor, DebtLedger
 from megatron_distkv.log import get_logger
-from megatron_distkv.messages import LendHeader, LendReply, MessageKind, Refusal, ReleaseHeader
-from megatron_distkv.rblock import InstanceId, LoanId
+from megatron_distkv.messages import LendHeader, LendReply, MessageKind, Refusal, ReleaseHeader, decode
+from megatron_distkv.rblock import InstanceId, LoanId, new_loan_id
 from megatron_distkv.rmanager.identity import Identity
 from megatron_distkv.rmanager.late_releases import LateReleases
 from megatron_distkv.rmanager.peers import Peers
@@ -115,7 +115,7 @@ class Borrowing:
 
     def _next_loan_id(self) -> LoanId:
         self._num_asked += 1
-        return LoanId(f"{self._identity.instance}.{self._identity.epoch}.{self._num_asked}")
+        return new_loan_id(self._identity.instance, self._identity.epoch, self._num_asked)
 
     def _reserve(self, loan_id: LoanId, creditor: Creditor, count: int) -> Refusal | None:
         me = self._identity
@@ -126,7 +126,9 @@ class Borrowing:
         try:
             channel = self._peers.reach(creditor.instance, creditor.address)
             reply = channel.call(MessageKind.LEND, msgspec.msgpack.encode(header), deadline_s=self._deadline_s)
-            answer = msgspec.msgpack.decode(reply.header, type=LendReply)
+            answer = decode(reply.header, LendReply)
+            if answer.refusal is None and len(set(answer.block_ids)) != count:
+                raise DistkvError(f"{creditor.instance} gave {len(answer.block_ids)} rBlocks instead of {count}")
         except DistkvError as error:  # gone, or unable to answer
             logger.warning("%s", error)
             answer = LendReply(refusal=Refusal.STALE_CREDITOR)

@@ -6,7 +6,7 @@ import msgspec
 import torch
 
 from megatron_distkv.errors import DistkvError, PeerLost
-from megatron_distkv.messages import Acknowledge, MessageKind, StoreHeader
+from megatron_distkv.messages import Acknowledge, MessageKind, StoreHeader, decode
 from megatron_distkv.ops import gather_rblocks
 from megatron_distkv.rmanager.move import Move
 from megatron_distkv.rmanager.peers import Peers
@@ -43,7 +43,7 @@ class Migration:
             header = msgspec.msgpack.encode(StoreHeader(move.loan_id, remote_ids))
             data = gather_rblocks(self._pool, torch.tensor(local_ids, dtype=torch.int64))
             reply = channel.call(MessageKind.STORE, header, [data], deadline_s=self._deadline_s)
-            refusal = msgspec.msgpack.decode(reply.header, type=Acknowledge).refusal
+            refusal = decode(reply.header, Acknowledge).refusal
             if refusal is not None:
                 raise PeerLost(move.creditor, f"refused rBlocks of loan {move.loan_id}: {refusal.value}")
 

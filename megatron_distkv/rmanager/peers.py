@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from megatron_distkv.errors import DistkvError, PeerLost
 from megatron_distkv.log import get_logger
 from megatron_distkv.rmanager.identity import Identity
-from megatron_distkv.transport import Channel, Hello, connect
+from megatron_distkv.transport import OPEN_POOL, Channel, Hello, connect
 from megatron_distkv.transport.hello import PROTOCOL_VERSION
 
 logger = get_logger(__name__)
@@ -24,8 +24,17 @@ class MailboxSizes:
 class Peers(Mapping[str, Channel]):
     """Open channels by peer. Only the engine's thread uses them. A peer's address holds the placeholder `{rank}`."""
 
-    def __init__(self, pool: str, identity: Identity, rank: int, sizes: MailboxSizes, deadline_s: float) -> None:
+    def __init__(
+        self,
+        pool: str,
+        identity: Identity,
+        rank: int,
+        sizes: MailboxSizes,
+        deadline_s: float,
+        secret: bytes = OPEN_POOL,
+    ) -> None:
         self._pool = pool
+        self._secret = secret
         self._identity = identity
         self._rank = rank
         self._sizes = sizes
@@ -50,7 +59,8 @@ class Peers(Mapping[str, Channel]):
             reply_bytes=self._sizes.reply_bytes,
         )
         try:
-            channel = connect(address.format(rank=self._rank), hello, peer=peer, timeout_s=self._deadline_s)
+            mine = address.replace("{rank}", str(self._rank))  # not format(): the ledger's word is not our code
+            channel = connect(mine, hello, peer=peer, timeout_s=self._deadline_s, secret=self._secret)
         except PeerLost:
             raise
         except (OSError, DistkvError) as error:

@@ -2,19 +2,19 @@
 
 import contextlib
 import mmap
-import os
 import socket
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import msgspec
 import torch
 
 from megatron_distkv.errors import DistkvError, PeerLost
 from megatron_distkv.transport.frame import ERROR_KIND, FRAME_BYTES, Frame, unpack
-from megatron_distkv.transport.hello import MAX_HELLO_BYTES, Hello, Welcome
+from megatron_distkv.transport.handshake import introduce
+from megatron_distkv.transport.hello import Hello
 from megatron_distkv.transport.mailbox import Half
+from megatron_distkv.transport.pool_secret import OPEN_POOL
 
 UNIX_PREFIX = "unix:"
 
@@ -30,32 +30,22 @@ class RequestFailed(DistkvError):
     """The peer lives but could not answer; the sentence is its own."""
 
 
-def connect(address: str, hello: Hello, *, peer: str, timeout_s: float) -> "Channel":
-    """Open a channel to the listener at `unix:PATH`; raises PeerLost when it is not there, silent, or says no."""
+def connect(address: str, hello: Hello, *, peer: str, timeout_s: float, secret: bytes = OPEN_POOL) -> "Channel":
+    """Open a channel to the listener at `unix:PATH`; raises PeerLost when it is not there, silent, or says no.
+
+    `timeout_s` holds for each word of the handshake.
+    """
     if not address.startswith(UNIX_PREFIX):
         raise PeerLost(peer, f"cannot reach {address!r}: only unix:PATH addresses are known")
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     connection.settimeout(timeout_s)
     try:
         connection.connect(address.removeprefix(UNIX_PREFIX))
-        connection.send(msgspec.msgpack.encode(hello))
-        data, fds, _, _ = socket.recv_fds(connection, MAX_HELLO_BYTES, 1)
-        memory = _map_mailbox(data, fds, hello)
-    except (OSError, msgspec.MsgspecError, DistkvError) as error:
+        memory = introduce(connection, hello, secret)
+    except (OSError, ValueError, DistkvError) as error:  # ValueError: a path that no file can have
         connection.close()
         raise PeerLost(peer, f"no channel to {address}: {error}") from error
     return Channel(peer, connection, memory, hello)
-
-
-def _map_mailbox(data: bytes, fds: list[int], hello: Hello) -> mmap.mmap:
-    try:
-        refusal = msgspec.msgpack.decode(data, type=Welcome).refusal if data else "it closed the connection"
-        if refusal or not fds:
-            raise DistkvError(refusal or "it sent no mailbox")
-        return mmap.mmap(fds[0], hello.request_bytes + hello.reply_bytes)
-    finally:
-        for fd in fds:
-            os.close(fd)
 
 
 class Channel:

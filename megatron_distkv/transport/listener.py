@@ -9,15 +9,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
-import msgspec
 import torch
 
 from megatron_distkv.errors import UserError
 from megatron_distkv.log import get_logger
 from megatron_distkv.transport.channel import UNIX_PREFIX
 from megatron_distkv.transport.frame import ERROR_KIND, FRAME_BYTES, Frame, unpack
-from megatron_distkv.transport.hello import MAX_HELLO_BYTES, PROTOCOL_VERSION, Hello, Welcome
+from megatron_distkv.transport.handshake import Greeting, HelloRefused
+from megatron_distkv.transport.hello import Hello
 from megatron_distkv.transport.mailbox import Half, create_memory
+from megatron_distkv.transport.pool_secret import OPEN_POOL
 
 logger = get_logger(__name__)
 # A client that connects and says nothing must not hold a thread for ever.
@@ -43,7 +44,7 @@ Handler: TypeAlias = Callable[[Hello, Request], Answer]
 
 
 class Listener:
-    """Accepts channels at `unix:PATH` from instances of `pool`; `handler` runs in the connection's own thread."""
+    """Accepts channels at `unix:PATH` from who knows `pool` and its `secret`; each has a thread that runs `handler`."""
 
     def __init__(
         self,
@@ -51,12 +52,14 @@ class Listener:
         pool: str,
         handler: Handler,
         *,
+        secret: bytes = OPEN_POOL,
         on_disconnect: Callable[[Hello], None] | None = None,
         max_mailbox_bytes: int = 1 << 30,
     ) -> None:
         self._path = Path(address.removeprefix(UNIX_PREFIX))
         self._pool = pool
         self._handler = handler
+        self._secret = secret
         self._on_disconnect = on_disconnect
         self._max_mailbox_bytes = max_mailbox_bytes
         self._connections: set[socket.socket] = set()
@@ -92,9 +95,13 @@ class Listener:
     def _serve(self, connection: socket.socket) -> None:
         hello = None
         try:
-            hello = self._greet(connection)
-            if hello is not None:
-                self._answer_all(connection, hello)
+            connection.settimeout(HELLO_TIMEOUT_S)
+            greeting = Greeting(connection, self._secret)
+            hello = greeting.receive(self._pool, self._max_mailbox_bytes)
+            connection.settimeout(None)
+            self._answer_all(connection, hello, greeting)
+        except HelloRefused as refused:
+            logger.warning("refusing a channel from %s: %s", refused.peer, refused)
         except OSError as error:
             logger.info("a channel ended: %s", error)
         except Exception:
@@ -106,38 +113,11 @@ class Listener:
             if hello is not None and self._on_disconnect is not None:
                 self._on_disconnect(hello)
 
-    def _greet(self, connection: socket.socket) -> Hello | None:
-        """The peer's hello, or None when it was refused. The mailbox's map is taken over by `_answer_all`."""
-        connection.settimeout(HELLO_TIMEOUT_S)
-        try:
-            hello = msgspec.msgpack.decode(connection.recv(MAX_HELLO_BYTES), type=Hello)
-        except msgspec.MsgspecError as error:
-            connection.send(msgspec.msgpack.encode(Welcome(f"not a hello: {error}")))
-            return None
-        refusal = self._why_not(hello)
-        if refusal:
-            logger.warning("refusing a channel from %s: %s", hello.instance_id, refusal)
-            connection.send(msgspec.msgpack.encode(Welcome(refusal)))
-            return None
-        connection.settimeout(None)
-        return hello
-
-    def _why_not(self, hello: Hello) -> str:
-        if hello.protocol_version != PROTOCOL_VERSION:
-            return f"protocol version {hello.protocol_version} meets version {PROTOCOL_VERSION}"
-        if hello.pool != self._pool:
-            return f"this is pool {self._pool!r}, not {hello.pool!r}"
-        if min(hello.request_bytes, hello.reply_bytes) < 1:
-            return "a mailbox half needs at least one byte"
-        if hello.request_bytes + hello.reply_bytes > self._max_mailbox_bytes:
-            return f"a mailbox may have at most {self._max_mailbox_bytes} bytes"
-        return ""
-
-    def _answer_all(self, connection: socket.socket, hello: Hello) -> None:
+    def _answer_all(self, connection: socket.socket, hello: Hello, greeting: Greeting) -> None:
         fd = create_memory(hello.request_bytes + hello.reply_bytes)
         try:
             memory = mmap.mmap(fd, hello.request_bytes + hello.reply_bytes)
-            socket.send_fds(connection, [msgspec.msgpack.encode(Welcome())], [fd])
+            greeting.welcome(fd)
         finally:
             os.close(fd)
         inbox, outbox = Half(memory, 0, hello.request_bytes), Half(memory, hello.request_bytes, hello.reply_bytes)
@@ -171,6 +151,7 @@ def _bind(path: Path) -> socket.socket:
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         listening.bind(str(path))
+        path.chmod(0o600)  # nobody listens before listen(): no other user can have come in
         listening.listen(64)
     except OSError as error:
         listening.close()

@@ -15,7 +15,7 @@ from megatron_distkv.errors import DistkvError
 from megatron_distkv.transport.frame import aligned
 from megatron_distkv.transport.tensors import nbytes
 
-_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
 class MessageTooLong(DistkvError):
@@ -26,7 +26,7 @@ def create_memory(size_bytes: int) -> int:
     """A new sealed memfd; the caller closes it."""
     fd = os.memfd_create("distkv-mailbox", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.ftruncate(fd, size_bytes)
-    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
     return fd
 
 

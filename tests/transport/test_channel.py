@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -16,7 +15,6 @@ from hypothesis import strategies as st
 
 from megatron_distkv.errors import PeerLost, UserError
 from megatron_distkv.transport import (
-    PROTOCOL_VERSION,
     Answer,
     Hello,
     Listener,
@@ -28,16 +26,9 @@ from megatron_distkv.transport import (
 from megatron_distkv.transport.channel import RequestFailed
 from megatron_distkv.transport.mailbox import MessageTooLong
 from megatron_distkv.transport.tensors import PayloadMismatch
+from tests.transport.raw_peer import RawPeer, hello
 
 ECHO, DOUBLE, FAIL = 1, 2, 3
-
-
-def hello(**changes: object) -> Hello:
-    values = {
-        "protocol_version": PROTOCOL_VERSION, "pool": "p", "instance_id": "a", "epoch": 1, "rank": 0,
-        "request_bytes": 1 << 16, "reply_bytes": 1 << 16,
-    }  # fmt: skip
-    return Hello(**{**values, **changes})  # type: ignore[arg-type]
 
 
 def answer(_: Hello, request: Request) -> Answer:
@@ -109,6 +100,7 @@ def test_a_killed_peer_is_lost_while_we_wait(other: tuple[str, subprocess.Popen[
 def test_a_stopped_peer_is_lost_at_the_deadline(other: tuple[str, subprocess.Popen[str]]) -> None:
     channel = connect(other[0], hello(), peer="b", timeout_s=5)
     os.kill(other[1].pid, signal.SIGSTOP)
+    os.waitpid(other[1].pid, os.WUNTRACED)  # it has really stopped
     channel.post(DOUBLE, b"", [torch.zeros(4, 8)])
     with pytest.raises(PeerLost, match="deadline"):
         channel.wait(deadline_s=0.2)
@@ -172,19 +164,11 @@ def test_a_socket_path_that_is_too_long_is_one_sentence(tmp_path: Path) -> None:
 @given(garbage=st.binary(min_size=1, max_size=80), frame=st.binary(min_size=1, max_size=40))
 def test_garbage_neither_kills_nor_blocks_the_listener(address: str, garbage: bytes, frame: bytes) -> None:
     # Given garbage as a hello, and garbage as a doorbell after a good hello
-    for first, then in ((garbage, None), (None, frame)):
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as raw:
-            raw.connect(address.removeprefix("unix:"))
-            if first is not None:
-                raw.send(first)
-            else:
-                import msgspec
-
-                raw.send(msgspec.msgpack.encode(hello()))
-                _, fds, _, _ = socket.recv_fds(raw, 4096, 1)
-                for fd in fds:
-                    os.close(fd)
-                raw.send(then or b"")
+    with RawPeer(address) as raw:
+        raw.say(garbage)
+    with RawPeer(address) as raw:
+        raw.shake_hands(hello())
+        raw.say(frame)
 
     # Then an honest peer is still answered
     channel = connect(address, hello(), peer="a", timeout_s=5)
