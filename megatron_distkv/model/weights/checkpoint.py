@@ -8,7 +8,9 @@ from megatron.core.models.gpt import GPTModel
 
 from megatron_distkv.config.model import ModelConfig
 from megatron_distkv.errors import CheckpointError
-from megatron_distkv.model.weights import hf, torch_dist
+from megatron_distkv.model.weights import hf, hf_config, torch_dist
+from megatron_distkv.model.weights.dist_source import DistSource
+from megatron_distkv.model.weights.source import Source, fill
 
 
 class CheckpointFormat(StrEnum):
@@ -35,7 +37,7 @@ def find_checkpoint(path: Path) -> Checkpoint:
     if not path.is_dir():
         raise CheckpointError(f"no checkpoint at {path}: the directory does not exist")
     if (path / "config.json").exists():
-        return Checkpoint(CheckpointFormat.HF, path, hf.read_config(path))
+        return Checkpoint(CheckpointFormat.HF, path, hf_config.read_config(path))
     found = torch_dist.find_iteration(path)
     if found is not None:
         directory, step = found
@@ -48,7 +50,11 @@ def find_checkpoint(path: Path) -> Checkpoint:
 
 def load_weights(gpt: GPTModel, checkpoint: Checkpoint, model: ModelConfig) -> None:
     """Fill `gpt`, built from `model`, with this rank's slices; raises CheckpointError naming file and tensor."""
+    fill(gpt, model, open_source(checkpoint, model))
+
+
+def open_source(checkpoint: Checkpoint, model: ModelConfig) -> Source:
+    """The checkpoint's tensors, to be read as parts of `model`."""
     if checkpoint.format is CheckpointFormat.HF:
-        hf.load(gpt, model, checkpoint.directory)
-    else:
-        torch_dist.load(gpt, checkpoint.directory)
+        return hf.HfSource(checkpoint.directory, model)
+    return DistSource(checkpoint.directory, model.num_layers)
