@@ -1,5 +1,6 @@
 """One small random model of every family that can be served, saved by transformers itself."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,14 @@ FAMILIES: dict[str, PretrainedConfig] = {
 }
 
 
-def save_family(name: str, directory: Path, *, dtype: torch.dtype = torch.float32, shard: str = "5GB") -> Path:
+def save_family(
+    name: str, directory: Path, *, dtype: torch.dtype = torch.float32, shard: str = "5GB", **changes: Any
+) -> Path:
     """Big weights and biases, so that attention and RoPE really matter."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(FAMILIES[name])
+    config = copy.deepcopy(FAMILIES[name])
+    config.update(changes)
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for path, parameter in model.named_parameters():
             noise = torch.randn_like(parameter)

@@ -115,7 +115,7 @@ def _sliding_window(values: dict[str, Any], family: Family) -> int | None:
     else:
         window = None
     longest = values.get("max_position_embeddings")
-    return None if window is None or (longest and longest <= window) else int(window)
+    return None if window is None or (longest and longest < window) else int(window)
 
 
 def _rope_scaling(values: dict[str, Any], path: Path) -> dict[str, Any] | None:

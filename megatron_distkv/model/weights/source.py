@@ -41,6 +41,12 @@ def fill(gpt: GPTModel, model: ModelConfig, source: Source) -> None:
         raise CheckpointError(f"the model has parameters that no checkpoint fills: {', '.join(parameters)}")
 
 
+def check(source: Source, model: ModelConfig) -> None:
+    """Read everything once and keep nothing; raises CheckpointError at the first tensor that is missing or damaged."""
+    for parameter in with_progress(list(model_parameters(model)), "checking"):
+        source.read(parameter, Range(0, parameter.extent))
+
+
 def with_progress(parameters: list[Parameter], what: str, *, shown: bool = True) -> Iterator[Parameter]:
     """A bar on a terminal, nothing elsewhere."""
     return iter(tqdm(parameters, what, unit="tensor", leave=False, disable=None if shown else True))

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_state_dic
 
 from megatron_distkv.config.model import ModelConfig
 from megatron_distkv.errors import CheckpointError
+from megatron_distkv.model.weights import legacy
 from megatron_distkv.model.weights.megatron_args import args_of, read_args, write_args
 from megatron_distkv.model.weights.safe_load import safe_load
 
@@ -28,8 +29,11 @@ _LATEST = "latest_checkpointed_iteration.txt"
 
 
 def find_iteration(path: Path) -> tuple[Path, int | None] | None:
-    """The folder with the tensors and its iteration: `path` itself, or the latest below it. None: another format."""
-    if (path / "metadata.json").exists():
+    """The folder with the tensors and its iteration: `path` itself, or the latest below it. None: not Megatron's.
+
+    The folder holds torch_dist (with metadata.json) or the legacy format; raises CheckpointError for neither.
+    """
+    if _is_iteration(path):
         digits = path.name.removeprefix("iter_")
         return path, int(digits) if digits.isdigit() else None
     latest = path / _LATEST
@@ -42,9 +46,15 @@ def find_iteration(path: Path) -> tuple[Path, int | None] | None:
         directory, step = path / f"iter_{int(name):07d}", int(name)
     else:
         raise CheckpointError(f"{latest} says {name!r}: neither an iteration nor 'release'")
-    if not (directory / "metadata.json").exists():
-        raise CheckpointError(f"{latest} names {directory.name}, but there is no torch_dist checkpoint in it")
+    if not _is_iteration(directory):
+        raise CheckpointError(
+            f"{latest} names {directory.name}, but there is neither metadata.json nor mp_rank_00 in it"
+        )
     return directory, step
+
+
+def _is_iteration(path: Path) -> bool:
+    return (path / "metadata.json").exists() or bool(legacy.rank_files(path))
 
 
 def read_config(directory: Path) -> ModelConfig:
