@@ -14,7 +14,7 @@ COMMANDS = {
     "gmanager": "start the planner of a pool (any number may run; one leads)",
     "train": "train a model through the deepspeed launcher",
     "eval": "passkey recall over HTTP, by context length and depth",
-    "convert": "convert a checkpoint to Megatron torch_dist",
+    "convert": "convert a checkpoint to Hugging Face, Megatron torch_dist or Megatron legacy",
     "ledger": "print who owes how much to whom",
     "doctor": "say what this machine has, and what follows from it",
 }

@@ -7,8 +7,40 @@ from pydantic import Field, model_validator
 from megatron_distkv.config.base import FrozenConfig
 
 
+class RopeScaling(FrozenConfig):
+    """How RoPE's frequencies are stretched for contexts longer than those of pre-training."""
+
+    kind: Literal["linear", "llama3", "yarn"]
+    """linear: all alike. llama3, yarn: low frequencies fully, high ones not at all, a ramp between."""
+    factor: float = Field(gt=0)
+    """Low frequencies are divided by this."""
+    original_context_tokens: int = Field(8192, ge=1)
+    """The context of pre-training; the ramps are placed by it."""
+    low_freq_factor: float = Field(1.0, gt=0)
+    """llama3: waves longer than the original context over this are stretched fully ..."""
+    high_freq_factor: float = Field(4.0, gt=0)
+    """... and waves shorter than the original context over this, not at all."""
+    beta_fast: float = Field(32.0, gt=0)
+    """yarn: dims that turn more often than this in the original context are not stretched ..."""
+    beta_slow: float = Field(1.0, gt=0)
+    """... and dims that turn less often than this, fully."""
+    truncate: bool = True
+    """yarn: the ramp begins and ends at whole dims."""
+    attention_factor: float = Field(1.0, gt=0)
+    """yarn: cos and sin are multiplied by this, and so the scores by its square."""
+
+    @model_validator(mode="after")
+    def _ramp_rises(self) -> Any:
+        if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError("high_freq_factor must be larger than low_freq_factor")
+        return self
+
+
+Family = Literal["llama", "mistral", "qwen2", "qwen3"]
+
+
 class ModelConfig(FrozenConfig):
-    """A Llama-style GPT: RMSNorm, SwiGLU, grouped-query attention, rotary or no position embedding, no biases."""
+    """A Llama-style GPT: RMSNorm, SwiGLU, grouped-query attention, rotary or no position embedding."""
 
     num_layers: int = Field(ge=1)
     """Transformer layers."""
@@ -28,6 +60,15 @@ class ModelConfig(FrozenConfig):
     """Share of each head's dims that RoPE rotates; 0 is no position embedding at all."""
     rotary_base: float = Field(10000.0, gt=0)
     """RoPE's theta."""
+    rope_scaling: RopeScaling | None = None
+    """Stretched frequencies; None: as they are."""
+    qkv_bias: bool = False
+    """Queries, keys and values have a bias (Qwen2)."""
+    qk_layernorm: bool = False
+    """Each head's queries and keys are RMS-normalised before RoPE (Qwen3)."""
+    sliding_window: int | None = Field(None, ge=1)
+    """A token sees no more than this many of the last ones (Mistral). Attention here has no such mask: contexts end
+    where it would begin to matter."""
     norm_epsilon: float = Field(1e-5, gt=0)
     """RMSNorm's epsilon."""
     tie_embeddings: bool = False
@@ -46,7 +87,24 @@ class ModelConfig(FrozenConfig):
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_kv_heads"
                 f" ({self.num_kv_heads})"
             )
+        if (
+            self.sliding_window is not None
+            and (self.max_context_tokens or self.sliding_window + 1) > self.sliding_window
+        ):
+            raise ValueError(
+                f"attention has no sliding window yet: max_context_tokens ({self.max_context_tokens}) must not exceed"
+                f" sliding_window ({self.sliding_window})"
+            )
         return self
+
+    @property
+    def family(self) -> Family:
+        """The first family that has these layers: a Mistral without a window is a Llama."""
+        if self.qk_layernorm:
+            return "qwen3"
+        if self.qkv_bias:
+            return "qwen2"
+        return "llama" if self.sliding_window is None else "mistral"
 
     def kv_bytes_per_token(self) -> int:
         """K and V of all layers, over all tensor-parallel ranks."""

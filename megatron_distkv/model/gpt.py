@@ -28,7 +28,10 @@ def build_gpt(config: ModelConfig, parallel: TensorParallel, *, init_std: float 
         )
     gpt = GPTModel(
         config=_transformer_config(config, parallel, init_std),
-        transformer_layer_spec=layer_spec(RotaryConfig(config.rotary_percent, config.rotary_base)),
+        transformer_layer_spec=layer_spec(
+            RotaryConfig(config.rotary_percent, config.rotary_base, config.rope_scaling),
+            qk_layernorm=config.qk_layernorm,
+        ),
         vocab_size=padded_vocab_size(config, parallel.size),
         max_sequence_length=config.max_context_tokens or 1,  # read by learned positions only
         position_embedding_type="none",
@@ -56,6 +59,8 @@ def _transformer_config(config: ModelConfig, parallel: TensorParallel, init_std:
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
+        add_qkv_bias=config.qkv_bias,
+        qk_layernorm=config.qk_layernorm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method_std=init_std,

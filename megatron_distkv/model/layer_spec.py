@@ -8,8 +8,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron_distkv.attention import DistAttention, RotaryConfig
 
 
-def layer_spec(rotary: RotaryConfig) -> ModuleSpec:
+def layer_spec(rotary: RotaryConfig, *, qk_layernorm: bool = False) -> ModuleSpec:
     """RoPE moves into DistAttention: Megatron's own knows no per-token positions, which packed batches need."""
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=qk_layernorm)
     spec.submodules.self_attention.submodules.core_attention = partial(DistAttention, rotary=rotary)
     return spec

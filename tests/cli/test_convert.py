@@ -12,7 +12,9 @@ from megatron_distkv.launch.commands import command_line
 from megatron_distkv.cli.main import main
 from megatron_distkv.config.model import ModelConfig
 from megatron_distkv.model import Checkpoint, build_gpt, find_checkpoint, init_tensor_parallel, load_weights
+from tests.model.families import save_family
 from tests.model.llamas import save_llama
+from tests.model.tensors import assert_same_bits, safetensors
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -49,7 +51,7 @@ def test_a_converted_llama_has_the_same_shape_and_bits(tied: bool, tmp_path: Pat
     # Then the copy says what it is, without noise, and holds the same model
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    assert "iter_0000000 (fp32, tokenizer.json)" in done.stdout
+    assert "iter_0000000 (fp32, tokenizer.json" in done.stdout
     before, after = find_checkpoint(source), find_checkpoint(tmp_path / "mcore")
     assert after.format.value == "torch_dist"
     assert (after.step, after.model) == (0, before.model)
@@ -76,6 +78,23 @@ def test_another_dtype_and_iteration_and_then_the_sources_own(tmp_path: Path) ->
     assert_equal_bit_by_bit(weights(widened, widened.model), {n: t.float() for n, t in expected.items()})
 
 
+def test_to_legacy_and_back_to_hugging_face(tmp_path: Path) -> None:
+    # Given a Hugging Face checkpoint with a tokenizer and settings of generation
+    source = save_family("qwen3", tmp_path / "hf")
+    (source / "tokenizer.json").write_text("{}")
+    # When it is cut for two ranks of Megatron-LM, and made whole again
+    legacy = convert(source, tmp_path / "legacy", "--to", "legacy", "--tp", "2", "--iteration", "7")
+    back = convert(tmp_path / "legacy", tmp_path / "back", "--to", "hf")
+    # Then each command said what it found, and nothing has changed
+    assert "(qwen3) ->" in legacy.stdout
+    assert "legacy checkpoint" in back.stdout
+    assert "(qwen3, TP 2, PP 1, step 7) ->" in back.stdout
+    assert (legacy.stderr, back.stderr) == ("", "")
+    assert_same_bits(safetensors(source), safetensors(tmp_path / "back"))
+    assert (tmp_path / "back" / "tokenizer.json").read_text() == "{}"
+    assert (tmp_path / "back" / "generation_config.json").exists()
+
+
 def test_what_would_not_do_is_refused_before_anything_is_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -87,6 +106,9 @@ def test_what_would_not_do_is_refused_before_anything_is_written(
         (source, str(target)): "mcore is not empty",
         (source, str(target / "thesis.tex")): "thesis.tex is a file",
         (source, str(tmp_path / "new"), "--iteration=-1"): "must not be negative (got -1)",
+        (source, str(tmp_path / "new"), "--tp=0"): "--tp must be at least 1 (got 0)",
+        (source, str(tmp_path / "new"), "--tp=4"): "--tp 4 does not divide the model's KV heads (2)",
+        (source, str(tmp_path / "new"), "--tp=2", "--to=hf"): "not split over ranks",
         (str(tmp_path / "nowhere"), str(tmp_path / "new")): "nowhere: the directory does not exist",
     }.items():
         assert main(["convert", *arguments]) == 2

@@ -25,7 +25,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def run(checkpoint: Path, tp: int, out: Path, **options: Path) -> dict[str, float]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={tp}", str(SCRIPT)]
     extra = [f"{key}={value}" for key, value in options.items()]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": os.getcwd()}
     done = subprocess.run(
         [*command, str(checkpoint), str(tp), str(out), *extra], capture_output=True, text=True, env=env, check=False
     )
@@ -73,7 +73,7 @@ def broken(tmp_path: Path, **changes: Any) -> Path:
     ("changes", "sentence"),
     [
         ({"architectures": ["OpaqueForCausalLM"]}, "OpaqueForCausalLM is not supported"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "RoPE scaling 'yarn'"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1.0}}, "RoPE scaling 'dynamic'"),
         ({"attention_bias": True}, "attention_bias"),
         ({"num_key_value_heads": 3}, "multiple of num_kv_heads"),
     ],

@@ -1,4 +1,4 @@
-"""Which checkpoint a directory holds."""
+"""Which checkpoint a directory holds, whoever wrote it on however many ranks."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -8,26 +8,35 @@ from megatron.core.models.gpt import GPTModel
 
 from megatron_distkv.config.model import ModelConfig
 from megatron_distkv.errors import CheckpointError
-from megatron_distkv.model.weights import hf, torch_dist
+from megatron_distkv.log import get_logger
+from megatron_distkv.model.weights import deepspeed, hf, hf_config, legacy, torch_dist
+from megatron_distkv.model.weights.dist_source import DistSource
+from megatron_distkv.model.weights.source import Source, fill
+
+logger = get_logger(__name__)
 
 
 class CheckpointFormat(StrEnum):
     HF = "hf"
     TORCH_DIST = "torch_dist"
+    LEGACY = "legacy"
+    DEEPSPEED = "deepspeed"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`directory` is where the tensors lie (for Megatron the iteration's own folder)."""
+    """`directory` is where the tensors lie (for Megatron and DeepSpeed the iteration's own folder)."""
 
     format: CheckpointFormat
     directory: Path
     model: ModelConfig
     step: int | None = None
+    parallelism: str = ""
+    """Of the ranks that wrote it, in words; empty where that makes no difference."""
 
     def __str__(self) -> str:
-        at = "" if self.step is None else f", step {self.step}"
-        return f"{self.format.value} checkpoint {self.directory}{at}"
+        notes = [self.model.family, self.parallelism, "" if self.step is None else f"step {self.step}"]
+        return f"{self.format.value} checkpoint {self.directory} ({', '.join(note for note in notes if note)})"
 
 
 def find_checkpoint(path: Path) -> Checkpoint:
@@ -35,20 +44,52 @@ def find_checkpoint(path: Path) -> Checkpoint:
     if not path.is_dir():
         raise CheckpointError(f"no checkpoint at {path}: the directory does not exist")
     if (path / "config.json").exists():
-        return Checkpoint(CheckpointFormat.HF, path, hf.read_config(path))
-    found = torch_dist.find_iteration(path)
+        return Checkpoint(CheckpointFormat.HF, path, hf_config.read_config(path))
+    found = _megatron(path) or _deepspeed(path)
     if found is not None:
-        directory, step = found
-        return Checkpoint(CheckpointFormat.TORCH_DIST, directory, torch_dist.read_config(directory), step)
+        return found
     raise CheckpointError(
-        f"{path} holds no checkpoint that can be read: neither config.json (Hugging Face)"
-        " nor latest_checkpointed_iteration.txt or metadata.json (Megatron torch_dist)"
+        f"{path} holds no checkpoint that can be read: no config.json (Hugging Face), no"
+        " latest_checkpointed_iteration.txt, metadata.json or mp_rank_00 (Megatron),"
+        " no latest or mp_rank_00_model_states.pt (DeepSpeed)"
     )
+
+
+def _megatron(path: Path) -> Checkpoint | None:
+    found = torch_dist.find_iteration(path)
+    if found is None:
+        return None
+    directory, step = found
+    if (directory / "metadata.json").exists():
+        return Checkpoint(CheckpointFormat.TORCH_DIST, directory, torch_dist.read_config(directory), step)
+    layout = legacy.read_layout(directory)
+    words = f"TP {layout.tensor_parallel}, PP {layout.stages}"
+    return Checkpoint(CheckpointFormat.LEGACY, directory, legacy.read_config(directory), step, words)
+
+
+def _deepspeed(path: Path) -> Checkpoint | None:
+    tag = deepspeed.find_tag(path)
+    if tag is None:
+        return None
+    layout = deepspeed.read_layout(tag)
+    words = f"TP {layout.tensor_parallel}, DP {layout.data_parallel}, ZeRO {layout.zero_stage}"
+    return Checkpoint(CheckpointFormat.DEEPSPEED, tag, deepspeed.read_config(tag), deepspeed.step_of(tag), words)
 
 
 def load_weights(gpt: GPTModel, checkpoint: Checkpoint, model: ModelConfig) -> None:
     """Fill `gpt`, built from `model`, with this rank's slices; raises CheckpointError naming file and tensor."""
-    if checkpoint.format is CheckpointFormat.HF:
-        hf.load(gpt, model, checkpoint.directory)
-    else:
-        torch_dist.load(gpt, checkpoint.directory)
+    logger.info("loading %s", checkpoint)
+    fill(gpt, model, open_source(checkpoint, model))
+
+
+def open_source(checkpoint: Checkpoint, model: ModelConfig) -> Source:
+    """The checkpoint's tensors, to be read as parts of `model`."""
+    match checkpoint.format:
+        case CheckpointFormat.HF:
+            return hf.HfSource(checkpoint.directory, model)
+        case CheckpointFormat.TORCH_DIST:
+            return DistSource(checkpoint.directory, model.num_layers)
+        case CheckpointFormat.LEGACY:
+            return legacy.open_legacy(checkpoint.directory)
+        case CheckpointFormat.DEEPSPEED:
+            return deepspeed.open_deepspeed(checkpoint.directory)

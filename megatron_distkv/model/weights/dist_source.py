@@ -1,0 +1,120 @@
+"""Megatron's torch_dist checkpoints, read slice by slice: no model, no process group, no unpickling of objects.
+
+Megatron stores equal parameters of all layers under one key with the layer as first dimension, or each layer by itself;
+the norms of its local spec lie under the names that Transformer Engine gives them.
+"""
+
+from pathlib import Path
+from typing import IO, Any, NamedTuple, cast
+
+import torch
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.utils import _create_file_view
+
+from megatron_distkv.errors import CheckpointError
+from megatron_distkv.model.weights.parameters import Parameter, Range, Split
+from megatron_distkv.model.weights.safe_load import load_index, load_piece, reason
+
+_STORED_NAMES = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}
+
+
+class Stored(NamedTuple):
+    """A parameter's key in torch_dist, and its layer if that is the key's first dimension."""
+
+    key: str
+    layer: int | None
+
+
+def stored_names(name: str) -> list[Stored]:
+    """Where a parameter may lie, the usual place first."""
+    if not name.startswith("decoder.layers."):
+        return [Stored(name, None)]
+    _, _, layer, rest = name.split(".", 3)
+    rests = [_STORED_NAMES[rest], rest] if rest in _STORED_NAMES else [rest]
+    return [Stored(f"decoder.layers.{x}", int(layer)) for x in rests] + [
+        Stored(f"decoder.layers.{layer}.{x}", None) for x in rests
+    ]
+
+
+class DistSource:
+    def __init__(self, directory: Path, num_layers: int) -> None:
+        self._directory = directory
+        self._num_layers = num_layers
+        index = load_index(directory / ".metadata")
+        try:
+            self._tensors: dict[str, Any] = index.state_dict_metadata
+            self._places: dict[MetadataIndex, Any] = index.storage_data
+        except AttributeError:
+            raise CheckpointError(f"{directory / '.metadata'} holds no index of tensors") from None
+
+    def read(self, parameter: Parameter, wanted: Range) -> torch.Tensor:
+        stored = self._find(parameter)
+        metadata: TensorStorageMetadata = self._tensors[stored.key]
+        self._check_shape(parameter, stored, tuple(metadata.size))
+        lead = 0 if stored.layer is None else 1
+        result = torch.empty(parameter.shape_of(wanted.extent), dtype=metadata.properties.dtype)
+        num_copied = 0
+        for chunk in metadata.chunks:
+            begin, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
+            if stored.layer is not None and not begin[0] <= stored.layer < begin[0] + sizes[0]:
+                continue
+            into, out_of = _overlap(parameter, wanted, begin[lead:], sizes[lead:])
+            if into is None:
+                continue
+            piece = self._piece(stored.key, chunk.offsets, sizes)
+            result[into] = piece[stored.layer - begin[0]][out_of] if stored.layer is not None else piece[out_of]
+            num_copied += result[into].numel()
+        if num_copied != result.numel():
+            raise CheckpointError(f"{self._directory}: the tensor {stored.key} has pieces missing or twice")
+        return result
+
+    def _find(self, parameter: Parameter) -> Stored:
+        names = stored_names(parameter.name)
+        for stored in names:
+            if isinstance(self._tensors.get(stored.key), TensorStorageMetadata):
+                return stored
+        raise CheckpointError(f"{self._directory}: the tensor {names[0].key} is missing")
+
+    def _check_shape(self, parameter: Parameter, stored: Stored, found: tuple[int, ...]) -> None:
+        lead = () if stored.layer is None else (self._num_layers,)
+        wanted = (*lead, *parameter.shape)
+        is_padded = parameter.split is Split.VOCABULARY and found[:1] >= wanted[:1] and found[1:] == wanted[1:]
+        if found != wanted and not is_padded:
+            raise CheckpointError(
+                f"{self._directory}: the tensor {stored.key} has shape {found}, the model needs {wanted}"
+            )
+
+    def _piece(self, key: str, offsets: torch.Size, sizes: tuple[int, ...]) -> torch.Tensor:
+        place = self._places.get(MetadataIndex(key, offsets))
+        if place is None:
+            raise CheckpointError(f"{self._directory}: no file is named for a piece of the tensor {key}")
+        path = self._directory / Path(place.relative_path).name
+        try:
+            with path.open("rb") as file:
+                piece = load_piece(cast(IO[bytes], _create_file_view(file, place.offset, place.length)))
+        except Exception as error:
+            raise CheckpointError(f"{path}: the tensor {key} cannot be read: {reason(error)}") from None
+        if tuple(piece.shape) != sizes:
+            raise CheckpointError(f"{path}: a piece of the tensor {key} has shape {tuple(piece.shape)}, not {sizes}")
+        return piece
+
+
+Slices = tuple[slice, ...]
+
+
+def _overlap(
+    parameter: Parameter, wanted: Range, begin: tuple[int, ...], sizes: tuple[int, ...]
+) -> tuple[Slices, Slices] | tuple[None, None]:
+    """What a piece at `begin` and the wanted slice share: indices into the slice, and into the piece."""
+    into, out_of = [], []
+    for dim, extent in enumerate(parameter.shape):
+        first, last = (wanted.start, wanted.end) if dim == parameter.dim else (0, extent)
+        low, high = max(first, begin[dim]), min(last, begin[dim] + sizes[dim])
+        if low >= high:
+            return None, None
+        into.append(slice(low - first, high - first))
+        out_of.append(slice(low - begin[dim], high - begin[dim]))
+    return tuple(into), tuple(out_of)

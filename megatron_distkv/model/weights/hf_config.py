@@ -1,0 +1,205 @@
+"""Hugging Face's config.json to a ModelConfig and back."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from megatron_distkv.config.base import parse_config
+from megatron_distkv.config.model import Family, ModelConfig, RopeScaling
+from megatron_distkv.errors import CheckpointError
+
+# What has RMSNorm, SwiGLU and rotate-half RoPE, and differs in ways that ModelConfig can say.
+_FAMILIES: dict[str, Family] = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
+_ARCHITECTURES = {family: architecture for architecture, family in _FAMILIES.items()}
+# What well-known others need beyond that.
+_LACKING = {
+    "GemmaForCausalLM": "scaled embeddings, norms of 1 + weight and GeGLU",
+    "Gemma2ForCausalLM": "soft-capped scores, norms of 1 + weight and norms after each part",
+    "Gemma3ForCausalLM": "sliding-window layers, norms of 1 + weight and norms after each part",
+    "MixtralForCausalLM": "mixture-of-experts layers",
+    "Qwen2MoeForCausalLM": "mixture-of-experts layers",
+    "Qwen3MoeForCausalLM": "mixture-of-experts layers",
+    "DeepseekV3ForCausalLM": "latent attention and mixture-of-experts layers",
+    "GPT2LMHeadModel": "learned positions, LayerNorm and biases",
+    "Phi3ForCausalLM": "fused projections in Hugging Face's own layout",
+}
+_REQUIRED = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "intermediate_size")
+
+
+def architecture_of(directory: Path) -> str:
+    """The first of config.json's architectures, or "(none)"."""
+    return str((_read(directory).get("architectures") or ["(none)"])[0])
+
+
+def read_config(directory: Path) -> ModelConfig:
+    """config.json as a ModelConfig; raises CheckpointError naming what this model needs and we lack."""
+    path = directory / "config.json"
+    values = _read(directory)
+    family = _require_known(values, path)
+    rope = values.get("rope_parameters") or {}
+    heads = values["num_attention_heads"]
+    eos = values.get("eos_token_id")
+    window = _sliding_window(values, family)
+    longest = values.get("max_position_embeddings")
+    dtype = str(values.get("dtype") or values.get("torch_dtype") or "float32")
+    return parse_config(
+        ModelConfig,
+        {
+            "num_layers": values["num_hidden_layers"],
+            "hidden_size": values["hidden_size"],
+            "ffn_hidden_size": values["intermediate_size"],
+            "num_attention_heads": heads,
+            "num_kv_heads": values.get("num_key_value_heads") or heads,
+            "head_dim": values.get("head_dim") or values["hidden_size"] // heads,
+            "vocab_size": values["vocab_size"],
+            "rotary_percent": rope.get("partial_rotary_factor", values.get("partial_rotary_factor") or 1.0),
+            "rotary_base": rope.get("rope_theta", values.get("rope_theta") or 10000.0),
+            "rope_scaling": _rope_scaling(values, path),
+            "qkv_bias": family == "qwen2",
+            "qk_layernorm": family == "qwen3",
+            "sliding_window": window,
+            "norm_epsilon": values.get("rms_norm_eps", 1e-6),
+            "tie_embeddings": bool(values.get("tie_word_embeddings")),
+            "max_context_tokens": longest if window is None else min(window, longest or window),
+            "dtype": "fp32" if dtype == "float32" else "bf16",
+            "eos_token_ids": () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+        },
+        str(path),
+    )
+
+
+def _read(directory: Path) -> dict[str, Any]:
+    path = directory / "config.json"
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} cannot be read: it holds no mapping of keys to values")
+    return values
+
+
+def _require_known(values: dict[str, Any], path: Path) -> Family:
+    name = str((values.get("architectures") or ["(none)"])[0])
+    if name not in _FAMILIES:
+        lacking = f": it needs {_LACKING[name]}" if name in _LACKING else ""
+        known = ", ".join(sorted(_FAMILIES))
+        raise CheckpointError(f"{path}: architecture {name} is not supported yet{lacking}; known: {known}")
+    for key in ("attention_bias", "mlp_bias"):
+        if values.get(key):
+            raise CheckpointError(f"{path}: {key} is not supported yet; only layers without it are")
+    if values.get("hidden_act", "silu") != "silu":
+        raise CheckpointError(f"{path}: hidden_act {values['hidden_act']!r} is not supported yet; only 'silu' is")
+    missing = [key for key in _REQUIRED if key not in values]
+    if missing:
+        raise CheckpointError(f"{path}: the key {missing[0]!r} is missing")
+    return _FAMILIES[name]
+
+
+def _sliding_window(values: dict[str, Any], family: Family) -> int | None:
+    """The window, where it could matter; absent keys mean what transformers takes them for."""
+    if family == "mistral":
+        window = values.get("sliding_window", 4096)
+    elif values.get("use_sliding_window"):
+        kinds = values.get("layer_types")
+        has_windows = (
+            "sliding_attention" in kinds if kinds else values.get("max_window_layers", 0) < values["num_hidden_layers"]
+        )
+        window = values.get("sliding_window") if has_windows else None
+    else:
+        window = None
+    longest = values.get("max_position_embeddings")
+    return None if window is None or (longest and longest < window) else int(window)
+
+
+def _rope_scaling(values: dict[str, Any], path: Path) -> dict[str, Any] | None:
+    rope = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind == "default":
+        return None
+    longest = values.get("max_position_embeddings")
+    original = rope.get("original_max_position_embeddings") or values.get("original_max_position_embeddings") or longest
+    if kind == "linear":
+        return {"kind": kind, "factor": rope.get("factor")}
+    if kind == "llama3":
+        keys = ("factor", "low_freq_factor", "high_freq_factor")
+        return {"kind": kind, "original_context_tokens": original, **{key: rope[key] for key in keys if key in rope}}
+    if kind == "yarn":
+        return _yarn(rope, original, longest)
+    raise CheckpointError(f"{path}: RoPE scaling {kind!r} is not supported yet; known: linear, llama3, yarn")
+
+
+def _yarn(rope: dict[str, Any], original: int | None, longest: int | None) -> dict[str, Any]:
+    factor = rope.get("factor") or (longest / original if longest and original else None)
+    values = {
+        "kind": "yarn",
+        "factor": factor,
+        "original_context_tokens": original,
+        "beta_fast": rope.get("beta_fast") or 32.0,
+        "beta_slow": rope.get("beta_slow") or 1.0,
+        "truncate": rope.get("truncate", True),
+        "attention_factor": rope.get("attention_factor"),
+    }
+    if values["attention_factor"] is None and factor:
+        mscale, all_dims = rope.get("mscale"), rope.get("mscale_all_dim")
+        values["attention_factor"] = (
+            _mscale(factor, mscale) / _mscale(factor, all_dims) if mscale and all_dims else _mscale(factor, 1.0)
+        )
+    return values
+
+
+def _mscale(factor: float, mscale: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def write_config(model: ModelConfig, directory: Path) -> None:
+    """config.json as transformers' own classes read it; raises CheckpointError for a mixture that no family has."""
+    if model.qkv_bias and model.qk_layernorm:
+        raise CheckpointError("no Hugging Face family here has both a bias and norms on queries and keys")
+    if model.rotary_percent != 1.0:
+        raise CheckpointError(f"rotary_percent {model.rotary_percent} has no place in a {model.family} config.json")
+    eos = list(model.eos_token_ids)
+    values: dict[str, Any] = {
+        "architectures": [_ARCHITECTURES[model.family]],
+        "model_type": model.family,
+        "num_hidden_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_kv_heads,
+        "head_dim": model.head_dim,
+        "vocab_size": model.vocab_size,
+        "hidden_act": "silu",
+        "rms_norm_eps": model.norm_epsilon,
+        "tie_word_embeddings": model.tie_embeddings,
+        "rope_theta": model.rotary_base,
+        "rope_scaling": None if model.rope_scaling is None else _written_scaling(model.rope_scaling),
+        "torch_dtype": "float32" if model.dtype == "fp32" else "bfloat16",
+        "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
+    }
+    if model.max_context_tokens is not None:
+        values["max_position_embeddings"] = model.max_context_tokens
+    if model.family == "mistral" or model.sliding_window is not None:
+        values["sliding_window"] = model.sliding_window
+    if model.family.startswith("qwen"):
+        values["use_sliding_window"] = model.sliding_window is not None
+        values["max_window_layers"] = 0 if model.sliding_window is not None else model.num_layers
+    (directory / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+
+
+def _written_scaling(scaling: RopeScaling) -> dict[str, Any]:
+    """Only the keys of its kind: transformers warns of others."""
+    values: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
+    keys: tuple[str, ...] = ()
+    if scaling.kind != "linear":
+        values["original_max_position_embeddings"] = scaling.original_context_tokens
+        keys = ("low_freq_factor", "high_freq_factor")
+    if scaling.kind == "yarn":
+        keys = ("beta_fast", "beta_slow", "truncate", "attention_factor")
+    return {**values, **{key: getattr(scaling, key) for key in keys}}

@@ -1,0 +1,89 @@
+"""Every family, with random weights, gives the logits of transformers on one rank and on two."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_distkv.errors import CheckpointError, ConfigError
+from megatron_distkv.model import build_gpt, find_checkpoint, init_tensor_parallel, load_weights
+from tests.model.against_hf import Errors, compare
+from tests.model.families import FAMILIES, save_family
+
+SCRIPT = Path(__file__).with_name("run_families.py")
+TOLERANCE = 2e-4
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("families")
+    for name in FAMILIES:
+        save_family(name, folder / name, shard="60KB")
+    return folder
+
+
+def run_ranks(folder: Path, references: Path, tp: int, out: Path) -> dict[str, Errors]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={tp}", str(SCRIPT)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": os.getcwd()}
+    arguments = [str(folder), str(references), str(tp), str(out)]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {name: Errors(**errors) for name, errors in json.loads(out.read_text()).items()}
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_one_rank_gives_the_logits_of_transformers(name: str, references: Path) -> None:
+    checkpoint = find_checkpoint(references / name)
+    parallel = init_tensor_parallel(1)
+    module = build_gpt(checkpoint.model, parallel)
+    load_weights(module, checkpoint, checkpoint.model)
+    errors = compare(module, checkpoint.model, parallel, references / name)
+    assert errors.largest_logit > 1
+    assert max(errors.dense, errors.packed) < TOLERANCE
+
+
+def test_two_ranks_give_the_logits_of_transformers(references: Path, tmp_path: Path) -> None:
+    found = run_ranks(references, references, 2, tmp_path / "out")
+    assert found.keys() == FAMILIES.keys()
+    for name, errors in found.items():
+        assert max(errors.dense, errors.packed) < TOLERANCE, name
+
+
+def test_what_each_family_is_read_as(references: Path) -> None:
+    models = {name: find_checkpoint(references / name).model for name in FAMILIES}
+    assert {name: model.family for name, model in models.items()} == {
+        "llama": "llama", "llama3": "llama", "llama3-tied": "llama", "llama-linear": "llama", "mistral": "llama",
+        "mistral-window": "mistral", "qwen2": "qwen2", "qwen2-tied": "qwen2", "qwen3": "qwen3", "qwen3-yarn": "qwen3",
+    }  # fmt: skip
+    # A context ends where the window would begin to matter.
+    assert models["mistral-window"].max_context_tokens == 64
+    assert models["mistral"].max_context_tokens == 2048
+
+
+def changed(references: Path, name: str, target: Path, **changes: Any) -> Path:
+    target.mkdir()
+    config = json.loads((references / name / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**config, **changes}))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"architectures": ["Gemma2ForCausalLM"]}, "Gemma2ForCausalLM is not supported yet: it needs soft-capped"),
+        ({"architectures": ["MixtralForCausalLM"]}, "it needs mixture-of-experts layers"),
+        ({"architectures": None}, r"architecture \(none\) is not supported"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1.0}}, "RoPE scaling 'longrope'"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, "rope_scaling.factor"),
+        ({"attention_bias": True}, "attention_bias"),
+    ],
+)
+def test_what_we_lack_is_one_sentence(references: Path, tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises((CheckpointError, ConfigError), match=sentence) as caught:
+        find_checkpoint(changed(references, "llama", tmp_path / "changed", **changes))
+    assert "\n" not in str(caught.value)

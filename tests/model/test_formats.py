@@ -1,0 +1,73 @@
+"""Writing every format that we write, reading it back by others and by us, bit by bit."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import dist_checkpointing, parallel_state
+from transformers import AutoModelForCausalLM
+
+from megatron_distkv.model import build_gpt, init_tensor_parallel
+from megatron_distkv.model.weights import CheckpointFormat, find_checkpoint, open_source, write_checkpoint
+from megatron_distkv.model.weights.hf_writer import write_hf
+from tests.model.families import FAMILIES, save_family
+from tests.model.tensors import assert_same_bits, safetensors, whole_tensors
+
+
+def convert(source: Path, target: Path, to: str, tp: int = 1) -> Path:
+    checkpoint = find_checkpoint(source)
+    opened = open_source(checkpoint, checkpoint.model)
+    write_checkpoint(opened, checkpoint.model, CheckpointFormat(to), target, iteration=3, tensor_parallel=tp)
+    return target
+
+
+def logits(path: Path) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(path).eval()
+    with torch.no_grad():
+        return model(torch.arange(60)[None] % 131).logits
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_hf_to_torch_dist_of_two_to_legacy_of_four_to_hf_changes_no_bit(name: str, tmp_path: Path) -> None:
+    # Given a model of four KV heads, so that four ranks can have one each
+    source = save_family(name, tmp_path / "hf", num_key_value_heads=4)
+    # When it goes through both of Megatron's formats and back
+    dist = convert(source, tmp_path / "dist", "torch_dist", tp=2)
+    legacy = convert(dist, tmp_path / "legacy", "legacy", tp=4)
+    back = convert(legacy, tmp_path / "back", "hf")
+    # Then each says what it is, and all tensors are what they were
+    assert str(find_checkpoint(legacy)).endswith(f"({find_checkpoint(source).model.family}, TP 4, PP 1, step 3)")
+    assert find_checkpoint(dist).step == 3
+    assert_same_bits(safetensors(source), safetensors(back))
+    # And transformers computes the same from its own and from our directory
+    assert torch.equal(logits(source), logits(back))
+    assert find_checkpoint(back).model == find_checkpoint(source).model
+
+
+def test_bf16_and_many_files(tmp_path: Path) -> None:
+    source = save_family("qwen3", tmp_path / "hf", dtype=torch.bfloat16, shard="30KB")
+    checkpoint = find_checkpoint(source)
+    opened = open_source(checkpoint, checkpoint.model)
+    write_hf(opened, checkpoint.model, torch.bfloat16, tmp_path / "back", max_file_bytes=30_000)
+    assert len(list((tmp_path / "back").glob("*.safetensors"))) > 3
+    assert_same_bits(safetensors(source), safetensors(tmp_path / "back"))
+    AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_megatrons_own_loader_reads_what_we_write(tp: int, tmp_path: Path) -> None:
+    # Given torch_dist pieces of one and of two ranks
+    source = save_family("qwen3", tmp_path / "hf")
+    path = find_checkpoint(convert(source, tmp_path / "dist", "torch_dist", tp=tp))
+    # When Megatron-core's stock strategy loads them
+    gpt = build_gpt(path.model, init_tensor_parallel(1))
+    groups = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    state = dist_checkpointing.load(gpt.sharded_state_dict(metadata=groups), str(path.directory))
+    gpt.load_state_dict(state, strict=False)
+    # Then the model holds the tensors
+    assert_same_bits({name: x.detach() for name, x in gpt.named_parameters()}, reordered(whole_tensors(source), gpt))
+
+
+def reordered(tensors: dict[str, torch.Tensor], gpt: Any) -> dict[str, torch.Tensor]:
+    return {name: tensors[name] for name, _ in gpt.named_parameters()}
