@@ -142,6 +142,6 @@ class Borrowing:
             channel = self._peers.reach(loan.creditor, loan.address)
             reply = channel.call(MessageKind.RELEASE, header, deadline_s=self._deadline_s)
             if decode(reply.header, Acknowledge).refusal is not None:
-                self._release_in_ledger(loan)
+                self._late_releases.release(loan.loan_id)
         except DistkvError:
             self._late_releases.release(loan.loan_id)
