@@ -107,6 +107,6 @@ class DebtLedger(Protocol):
         """Hand moves to their sources' next heartbeats; False when `leader` does not lead."""
 
     def events(self, count: int) -> list[dict[str, str]]:
-        """The last `count` events, oldest first."""
+        """The last `count` events, oldest first; `at_ms` is the server's clock."""
 
     def close(self) -> None: ...

@@ -357,4 +357,4 @@ class MemoryLedger:
             entry.placements.pop(key, None)
 
     def _note(self, event: str, **fields: str) -> None:
-        self._events.append({"event": event, **fields})
+        self._events.append({"at_ms": str(self._clock_ms()), "event": event, **fields})

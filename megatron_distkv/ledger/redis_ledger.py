@@ -230,7 +230,7 @@ class RedisLedger:
     @_reading
     def events(self, count: int) -> list[dict[str, str]]:
         rows: Any = self._redis.xrevrange(f"{self._prefix}:events", count=count)
-        return [fields for _, fields in reversed(rows)]
+        return [{"at_ms": entry.partition("-")[0], **fields} for entry, fields in reversed(rows)]
 
     def close(self) -> None:
         self._redis.close()
