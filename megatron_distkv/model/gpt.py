@@ -16,8 +16,10 @@ from megatron_distkv.model.parallel import TensorParallel, gather_vocabulary
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def build_gpt(config: ModelConfig, parallel: TensorParallel, *, init_std: float = 0.02) -> GPTModel:
-    """This rank's part of the model, randomly initialised (the same on every layout for one torch seed).
+def build_gpt(config: ModelConfig, parallel: TensorParallel, *, init_std: float | None = None) -> GPTModel:
+    """This rank's part of the model, random (the same on every layout for one torch seed) with `init_std`.
+
+    Without it, matrices are left as the memory was, for a checkpoint to fill: random ones cost time and memory.
 
     Raises ConfigError when the heads cannot be split over the ranks.
     """
@@ -46,7 +48,7 @@ def padded_vocab_size(config: ModelConfig, tensor_parallel: int) -> int:
     return -(-config.vocab_size // tensor_parallel) * tensor_parallel
 
 
-def _transformer_config(config: ModelConfig, parallel: TensorParallel, init_std: float) -> TransformerConfig:
+def _transformer_config(config: ModelConfig, parallel: TensorParallel, init_std: float | None) -> TransformerConfig:
     return TransformerConfig(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
@@ -63,7 +65,8 @@ def _transformer_config(config: ModelConfig, parallel: TensorParallel, init_std:
         qk_layernorm=config.qk_layernorm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        init_method_std=init_std,
+        init_method_std=init_std or 0.0,
+        perform_initialization=init_std is not None,
         use_cpu_initialization=not torch.cuda.is_available(),
         bias_activation_fusion=False,
         bias_dropout_fusion=False,

@@ -143,18 +143,22 @@ def _flat(state: dict[str, Any], prefix: str) -> Iterator[tuple[str, torch.Tenso
 
 
 def write_legacy(source: Source, model: ModelConfig, dtype: torch.dtype, path: Path, iteration: int, size: int) -> Path:
-    """One file for each of `size` tensor ranks, one at a time, then the file that names the iteration."""
+    """One file for each of `size` tensor ranks, then the file that names the iteration."""
     directory = path / f"iter_{iteration:07d}"
-    parameters = list(model_parameters(model))
     for rank in range(size):
-        state = {
-            parameter.name: rank_part(source, parameter, rank, size).to(dtype).clone()
-            for parameter in with_progress(parameters, f"rank {rank} of {size}")
-        }
         folder = directory / f"mp_rank_{rank:02d}"
         folder.mkdir(parents=True, exist_ok=True)
+        state = _rank_state(source, model, dtype, rank, size)
         args = write_args(model, tensor_parallel=size)
         content = {"args": args, "checkpoint_version": 3.0, "iteration": iteration, "model": state}
         torch.save(content, folder / _FILES[0])
+        del content, state  # before the next rank's come
     (path / _LATEST).write_text(str(iteration))
     return directory
+
+
+def _rank_state(
+    source: Source, model: ModelConfig, dtype: torch.dtype, rank: int, size: int
+) -> dict[str, torch.Tensor]:
+    parameters = with_progress(list(model_parameters(model)), f"rank {rank} of {size}")
+    return {x.name: rank_part(source, x, rank, size).to(dtype).clone() for x in parameters}
