@@ -2,13 +2,13 @@
 
 import json
 import time
-from collections.abc import Callable
 
 import torch.distributed as dist
 
 from megatron_distkv.config.instance import InstanceConfig
 from megatron_distkv.engine.addresses import rank_address, request_socket
 from megatron_distkv.engine.batch import Slice, StepPlan
+from megatron_distkv.engine.closing import close_in_order
 from megatron_distkv.engine.followers import FollowerRanks
 from megatron_distkv.engine.lender_desk import LenderDesk
 from megatron_distkv.engine.membership import Membership
@@ -256,20 +256,17 @@ class Instance:
 
     def close(self) -> None:
         """Give back what is borrowed, leave the ledger, stop the followers, remove the sockets."""
-        closing: list[Callable[[], None]] = [
-            self._heartbeat.stop,
-            self._finish_all,
-            self._membership.leave,
-            self._listener.close,
-            *([self._followers.stop] if self._followers is not None else []),
-            self._rank.peers.close,
-            self._ledger.close,
-        ]
-        for close in closing:
-            try:
-                close()
-            except Exception as error:
-                logger.warning("while closing: %s", error)
+        close_in_order(
+            [
+                self._heartbeat.stop,
+                self._finish_all,
+                self._membership.leave,
+                self._listener.close,
+                *([self._followers.stop] if self._followers is not None else []),
+                self._rank.peers.close,
+                self._ledger.close,
+            ]
+        )
 
     def _finish_all(self) -> None:
         for request in [*self.scheduler.running, *self.scheduler.waiting]:

@@ -63,6 +63,7 @@ def build_rank(config: InstanceConfig, parallel: TensorParallel) -> Rank:
         Debtor(peers, deadline_s),
     )
     creditor = Creditor(tensor, loan_table, num_query_heads, dtype, model.head_dim**-0.5)
+    creditor.warm_up()
     return Rank(config, model, parallel, shape, identity, peers, loan_table, creditor, runner, secret)
 
 
