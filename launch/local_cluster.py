@@ -35,6 +35,7 @@ class LocalCluster:
     def __init__(self, config: ClusterConfig) -> None:
         self.config = config
         self.base_url = ""
+        self.ledger_server: EmbeddedServer | None = None
         self._stack = ExitStack()
         self._children: dict[str, Child] = {}
 
@@ -74,6 +75,12 @@ class LocalCluster:
         os.killpg(self._children[name].process.pid, signal.SIGKILL)
         self._children[name].process.wait()
 
+    def restart(self, name: str) -> None:
+        """Start a dead part again under its name; `wait_for` says when it is ready. From the main thread only."""
+        old = self._children[name]
+        old.log.rename(self.run_dir / f"{name}.{len(list(self.run_dir.glob(f'{name}.*')))}.log")
+        self._children[name] = Child(name, old.command, old.log, old.env)
+
     def dead_parts(self) -> list[str]:
         return [name for name, child in self._children.items() if not child.is_running]
 
@@ -82,7 +89,8 @@ class LocalCluster:
     def _start_ledger(self, stack: ExitStack) -> str:
         if self.config.ledger.url != EMBEDDED:
             return self.config.ledger.url
-        return stack.enter_context(EmbeddedServer()).url
+        self.ledger_server = stack.enter_context(EmbeddedServer())
+        return self.ledger_server.url
 
     def _find_secret(self) -> Path | None:
         """The configured one or the environment's; else a new one, for this pool's life only."""
@@ -103,13 +111,13 @@ class LocalCluster:
             file = self.run_dir / f"{name}.json"
             file.write_text(self._lender_config(name).model_dump_json())
             self._start(name, command_line("lend", "--config", str(file)))
-        self._wait_for(["gmanager", *self.instance_ids, *self.lender_ids])
+        self.wait_for(["gmanager", *self.instance_ids, *self.lender_ids])
         gateway = command_line(
             "gateway", *self._pool_arguments(), "--host", self.config.host, "--port", str(self.config.port),
             "--served-model-name", self.config.served_model_name,
         )  # fmt: skip
         self._start("gateway", gateway)
-        self._wait_for(["gateway"])
+        self.wait_for(["gateway"])
         ready = self._children["gateway"].ready_line() or ""
         self.base_url = ready.split()[-1]
 
@@ -151,7 +159,7 @@ class LocalCluster:
         env = {**_ENVIRONMENT, "OMP_NUM_THREADS": str(self.config.threads), LEDGER_VARIABLE: self.ledger_url}
         self._children[name] = Child(name, command, self.run_dir / f"{name}.log", env)
 
-    def _wait_for(self, names: list[str]) -> None:
+    def wait_for(self, names: list[str]) -> None:
         deadline = time.monotonic() + self.config.start_timeout_s
         missing = list(names)
         with tqdm(total=len(names), desc=f"starting {names[-1]}", unit="part", leave=False) as bar:

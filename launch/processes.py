@@ -19,7 +19,9 @@ class Child:
 
     def __init__(self, name: str, command: Sequence[str], log: Path, env: Mapping[str, str] | None = None) -> None:
         self.name = name
+        self.command = command
         self.log = log
+        self.env = env
         with log.open("wb") as file:
             self.process = subprocess.Popen(
                 command,

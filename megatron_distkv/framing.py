@@ -21,4 +21,8 @@ async def read(reader: asyncio.StreamReader, decoder: "msgspec.msgpack.Decoder[A
     (size,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
     if size > MAX_MESSAGE_BYTES:
         raise ValueError(f"a message of {size} bytes is longer than {MAX_MESSAGE_BYTES}")
-    return decoder.decode(await reader.readexactly(size))
+    body = await reader.readexactly(size)
+    try:
+        return decoder.decode(body)
+    except RecursionError as error:  # arrays in arrays in arrays
+        raise ValueError(str(error)) from None

@@ -61,6 +61,7 @@ class RequestKV(msgspec.Struct, frozen=True):
     max_borrowed_rblocks: dict[str, int] = {}  # by creditor
     num_preemptions: int = 0
     num_recomputed_tokens: int = 0
+    num_tokens_at_losses: int = 0  # what starting over at each loss would have computed again
 
 
 class TokenOutput(msgspec.Struct, frozen=True, tag="token"):

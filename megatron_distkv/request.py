@@ -47,12 +47,15 @@ class Request:
     sampling_seed: int = field(default_factory=lambda: random.getrandbits(63))
     num_preemptions: int = 0
     num_recomputed_tokens: int = 0
+    num_tokens_at_losses: int = 0  # what starting over at each loss would have computed again
     max_local_rblocks: int = 0
     max_borrowed_rblocks: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.sampling.seed is not None:
             self.sampling_seed = self.sampling.seed
+        if self.output_token_ids:  # another instance computed them, and is gone
+            self.num_recomputed_tokens = self.num_tokens_at_losses = self.num_tokens - 1
 
     @property
     def num_tokens(self) -> int:
@@ -108,10 +111,13 @@ class Request:
         elif left := self.lost_ranges.pop(0)[num_tokens:]:
             self.lost_ranges.insert(0, left)
 
-    def lose(self, lost: range) -> None:
+    def lose(self, *lost: range) -> None:
         """The KV of these positions is gone: compute it again from the tokens, prompt and output alike."""
         num_before = self.num_computed_tokens - self.num_lost_tokens
-        kept = [piece for have in self.computed_ranges() for piece in _without(have, lost)]
+        self.num_tokens_at_losses += num_before
+        kept = self.computed_ranges()
+        for gone in lost:
+            kept = [piece for have in kept for piece in _without(have, gone)]
         self.num_computed_tokens = kept[-1].stop if kept else 0
         edges = [0, *(edge for piece in kept for edge in (piece.start, piece.stop))]
         gaps = zip(edges[0::2], edges[1::2], strict=False)

@@ -87,13 +87,9 @@ def _convert(
 
 
 def _copy_text_files(checkpoint: Checkpoint, target: Path) -> list[str]:
-    """Hugging Face keeps them beside the tensors, we beside the file that names the iteration or above it."""
-    places = [checkpoint.directory]
-    if checkpoint.format is not CheckpointFormat.HF:
-        places = [checkpoint.directory.parent, checkpoint.directory.parent.parent]
     copied = []
     for name in _TEXT_FILES:
-        found = next((place / name for place in places if (place / name).is_file()), None)
+        found = next((place / name for place in checkpoint.text_directories() if (place / name).is_file()), None)
         if found is not None:
             shutil.copyfile(found, target / name)
             copied.append(name)

@@ -96,6 +96,8 @@ class Instance:
         if any(not 0 <= token < self.model.vocab_size for token in request.prompt_token_ids):
             sentence = f"a token id of the prompt is outside of the vocabulary of {self.model.vocab_size}"
             return RequestRefused(request.request_id, "bad_request", sentence)
+        if self.scheduler.find(request.request_id) is not None:
+            return RequestRefused(request.request_id, "bad_request", "a request of this id is not finished yet")
         if not request.prompt_token_ids:
             return RequestRefused(request.request_id, "bad_request", "the prompt is empty: it needs at least one token")
         if self.scheduler.is_full:

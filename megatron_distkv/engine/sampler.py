@@ -16,6 +16,8 @@ from megatron_distkv.sampling_params import SamplingParams
 # Knuth's multiplicative constant spreads consecutive positions over the seed space.
 _POSITION_STRIDE = 0x9E3779B97F4A7C15
 _SEED_MASK = (1 << 63) - 1
+# Below this a distribution is its maximum, and logits divided by the temperature leave the range of fp32.
+_COLDEST = 1e-6
 
 
 class SampledToken(NamedTuple):
@@ -38,7 +40,7 @@ def sample(logits_RV: torch.Tensor, requests: Sequence[Request]) -> list[Sampled
 
 def filtered_probabilities(logits_V: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
     """Probabilities after temperature, top-k, top-p and min-p, in this order, as vLLM does; sums to 1."""
-    logits_V = logits_V / sampling.temperature
+    logits_V = logits_V / max(sampling.temperature, _COLDEST)
     if 0 < sampling.top_k < logits_V.numel():
         kth = torch.topk(logits_V, sampling.top_k).values[-1]
         logits_V = logits_V.masked_fill(logits_V < kth, float("-inf"))
@@ -54,7 +56,7 @@ def filtered_probabilities(logits_V: torch.Tensor, sampling: SamplingParams) -> 
 def _keep_top_p(probabilities_V: torch.Tensor, top_p: float) -> torch.Tensor:
     ordered, order = torch.sort(probabilities_V, descending=True, stable=True)
     before = torch.cumsum(ordered, dim=-1) - ordered
-    kept = ordered.masked_fill(before >= top_p, 0.0)
+    kept = ordered.masked_fill((before >= top_p) & (before > 0.0), 0.0)  # the likeliest stays, however small top_p is
     return torch.zeros_like(probabilities_V).scatter_(0, order, kept)
 
 

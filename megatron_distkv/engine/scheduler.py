@@ -203,4 +203,5 @@ def _receipt(request: Request) -> RequestKV:
         max_borrowed_rblocks=request.max_borrowed_rblocks,
         num_preemptions=request.num_preemptions,
         num_recomputed_tokens=request.num_recomputed_tokens,
+        num_tokens_at_losses=request.num_tokens_at_losses,
     )

@@ -1,9 +1,10 @@
 """The debt ledger in Redis or Valkey (>= 6.2). One Lua script per operation, so each is atomic on the server."""
 
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import redis
 from redis.backoff import NoBackoff
@@ -15,16 +16,13 @@ from megatron_distkv.ledger.pool_snapshot import PoolSnapshot
 from megatron_distkv.ledger.records import (
     Creditor,
     HeartbeatReply,
-    InstanceRecord,
     InstanceReport,
-    InstanceState,
     Loan,
-    LoanState,
     Move,
     Recall,
     Registration,
-    RequestPlacementEntry,
 )
+from megatron_distkv.ledger.redis_records import pairs, read_loan, read_move, read_placements, read_record
 from megatron_distkv.ledger.url import explain, warning_about
 from megatron_distkv.log import get_logger
 from megatron_distkv.messages import Refusal
@@ -36,6 +34,23 @@ _OPERATIONS = (
     "register", "heartbeat", "recommend", "borrow", "accept", "release", "reclaim", "restore", "loans_of", "expire",
     "deregister", "snapshot", "lead", "publish_moves",
 )  # fmt: skip
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def _reading(operation: Callable[_P, _T]) -> Callable[_P, _T]:
+    """A server that is away, and one whose data somebody else has spoilt, are the same to who asks: no answer."""
+
+    @functools.wraps(operation)
+    def guarded(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        try:
+            return operation(*args, **kwargs)
+        except redis.RedisError as error:
+            raise LedgerUnavailable(f"{operation.__name__}: {error}") from error
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
+            raise LedgerUnavailable(f"{operation.__name__}: the ledger's data cannot be read: {error}") from error
+
+    return guarded
 
 
 class RedisLedger:
@@ -74,6 +89,7 @@ class RedisLedger:
 
     # ------------------------------------------------------------------ lives
 
+    @_reading
     def register(
         self,
         instance: InstanceId,
@@ -94,6 +110,7 @@ class RedisLedger:
             raise SupersededError(f"a newer {instance} has registered (epoch {second}, this is {epoch})")
         return Registration(int(first), second)
 
+    @_reading
     def heartbeat(self, instance: InstanceId, epoch: int, report: InstanceReport, lease_s: float) -> HeartbeatReply:
         placements = [
             part
@@ -113,22 +130,26 @@ class RedisLedger:
             lent=int(lent),
             borrowed=int(borrowed),
             free=int(free),
-            recalls=tuple(Recall(LoanId(loan), instance, int(num)) for loan, num in _pairs(recalls)),
-            moves=tuple(_move(instance, text) for text in moves),
+            recalls=tuple(Recall(LoanId(loan), instance, int(num)) for loan, num in pairs(recalls)),
+            moves=tuple(read_move(instance, text) for text in moves),
         )
 
+    @_reading
     def deregister(self, instance: InstanceId, epoch: int) -> None:
         self._run("deregister", instance, epoch)
 
+    @_reading
     def expire(self, limit: int = 64) -> list[InstanceId]:
         return [InstanceId(name) for name in self._run("expire", limit)]
 
     # ------------------------------------------------------------------ loans
 
+    @_reading
     def recommend(self, debtor: InstanceId, num_rblocks: int, limit: int) -> list[Creditor]:
         rows = self._run("recommend", debtor, num_rblocks, limit)
         return [Creditor(InstanceId(name), int(epoch), address, int(free)) for name, epoch, address, free in rows]
 
+    @_reading
     def borrow(
         self,
         loan_id: LoanId,
@@ -145,16 +166,20 @@ class RedisLedger:
             )
         )  # fmt: skip
 
+    @_reading
     def accept(self, loan_id: LoanId, creditor: InstanceId, creditor_epoch: int) -> Refusal | None:
         return _refusal(self._run("accept", loan_id, creditor, creditor_epoch))
 
+    @_reading
     def release(self, loan_id: LoanId, instance: InstanceId, epoch: int) -> int:
         return int(self._run("release", loan_id, instance, epoch))
 
+    @_reading
     def reclaim(self, creditor: InstanceId, epoch: int, num_rblocks: int) -> list[Recall]:
         rows = self._run("reclaim", creditor, epoch, num_rblocks)
         return [Recall(LoanId(loan), InstanceId(debtor), int(num)) for loan, debtor, num in rows]
 
+    @_reading
     def restore(
         self,
         loan_id: LoanId,
@@ -168,37 +193,40 @@ class RedisLedger:
             self._run("restore", loan_id, debtor, debtor_epoch, creditor, creditor_epoch, num_rblocks)
         )  # fmt: skip
 
+    @_reading
     def loans_of(self, creditor: InstanceId) -> list[Loan]:
-        return [_loan(row) for row in self._run("loans_of", creditor)]
+        return [read_loan(row) for row in self._run("loans_of", creditor)]
 
     # ------------------------------------------------------------------ the pool
 
+    @_reading
     def snapshot(self) -> PoolSnapshot:
         generation, now, instances, loans = self._run("snapshot")
         return PoolSnapshot(
             generation,
             int(now),
             tuple(
-                _record(name, float(end_ms) - int(now), dict(_pairs(fields))) for name, end_ms, fields, _ in instances
+                read_record(name, float(end_ms) - int(now), dict(pairs(fields)))
+                for name, end_ms, fields, _ in instances
             ),
-            tuple(_loan(row) for row in loans),
-            {InstanceId(name): _placements(flat) for name, _, _, flat in instances if flat},
+            tuple(read_loan(row) for row in loans),
+            {InstanceId(name): read_placements(flat) for name, _, _, flat in instances if flat},
         )
 
+    @_reading
     def lead(self, candidate: str, lease_s: float) -> bool:
         return bool(self._run("lead", candidate, _ms(lease_s)))
 
+    @_reading
     def publish_moves(self, leader: str, moves: Sequence[Move]) -> bool:
         flat = [
             part for move in moves for part in (move.source, f"{move.request_id}|{move.destination}|{move.num_rblocks}")
         ]
         return bool(self._run("publish_moves", leader, *flat))
 
+    @_reading
     def events(self, count: int) -> list[dict[str, str]]:
-        try:
-            rows: Any = self._redis.xrevrange(f"{self._prefix}:events", count=count)
-        except redis.RedisError as error:
-            raise LedgerUnavailable(str(error)) from error
+        rows: Any = self._redis.xrevrange(f"{self._prefix}:events", count=count)
         return [fields for _, fields in reversed(rows)]
 
     def close(self) -> None:
@@ -208,10 +236,7 @@ class RedisLedger:
 
     def _run(self, operation: str, *arguments: object) -> Any:
         now = str(self._clock_ms()) if self._clock_ms else ""
-        try:
-            return self._scripts[operation](keys=[self._prefix], args=[now, *map(str, arguments)])
-        except redis.RedisError as error:
-            raise LedgerUnavailable(f"{operation}: {error}") from error
+        return self._scripts[operation](keys=[self._prefix], args=[now, *map(str, arguments)])
 
 
 def _ms(seconds: float) -> int:
@@ -220,45 +245,3 @@ def _ms(seconds: float) -> int:
 
 def _refusal(name: str) -> Refusal | None:
     return Refusal(name) if name else None
-
-
-def _pairs(flat: Sequence[str]) -> list[tuple[str, str]]:
-    return list(zip(flat[::2], flat[1::2], strict=True))
-
-
-def _move(source: InstanceId, text: str) -> Move:
-    request_id, destination, num = text.rsplit("|", 2)
-    return Move(request_id, source, InstanceId(destination), int(num))
-
-
-def _loan(row: Sequence[str]) -> Loan:
-    loan, debtor, debtor_epoch, creditor, creditor_epoch, num, state = row
-    return Loan(
-        LoanId(loan), InstanceId(debtor), int(debtor_epoch), InstanceId(creditor), int(creditor_epoch), int(num),
-        LoanState(state),
-    )  # fmt: skip
-
-
-def _record(name: str, lease_left_ms: float, fields: Mapping[str, str]) -> InstanceRecord:
-    counts = {
-        key: int(fields[key])
-        for key in ("epoch", "total", "reserved", "local_used", "lent", "borrowed", "num_running", "num_waiting",
-                    "max_request_tokens")
-    }  # fmt: skip
-    return InstanceRecord(
-        instance=InstanceId(name),
-        address=fields["address"],
-        state=InstanceState(fields["state"]),
-        lease_left_ms=int(lease_left_ms),
-        info=json.loads(fields["info"]),
-        **counts,
-    )
-
-
-def _placements(flat: Sequence[str]) -> tuple[RequestPlacementEntry, ...]:
-    entries = []
-    for key, value in sorted(_pairs(flat)):
-        request_id, _, holder = key.rpartition("|")
-        num, _, is_local = value.partition("|")
-        entries.append(RequestPlacementEntry(request_id, InstanceId(holder), int(num), is_local == "1"))
-    return tuple(sorted(entries, key=lambda entry: (entry.request_id, entry.holder)))

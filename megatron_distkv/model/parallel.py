@@ -48,6 +48,12 @@ def _init_process_group() -> None:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
 
 
+def leave_tensor_parallel() -> None:
+    """Undo `init_tensor_parallel`: this process has no groups any more."""
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
 def gather_vocabulary(logits_RV: torch.Tensor) -> torch.Tensor:
     """Each rank's slice of the vocabulary `[R, V / TP]` -> all of it `[R, V]`, on every rank."""
     group = parallel_state.get_tensor_model_parallel_group()

@@ -13,7 +13,7 @@ import msgspec
 from megatron_distkv.errors import DistkvError, LedgerUnavailable
 from megatron_distkv.ledger import Creditor, DebtLedger
 from megatron_distkv.log import get_logger
-from megatron_distkv.messages import LendHeader, LendReply, MessageKind, Refusal, ReleaseHeader, decode
+from megatron_distkv.messages import Acknowledge, LendHeader, LendReply, MessageKind, Refusal, ReleaseHeader, decode
 from megatron_distkv.rblock import InstanceId, LoanId, new_loan_id
 from megatron_distkv.rmanager.identity import Identity
 from megatron_distkv.rmanager.late_releases import LateReleases
@@ -140,6 +140,8 @@ class Borrowing:
         header = msgspec.msgpack.encode(ReleaseHeader(loan.loan_id, self._identity.instance))
         try:
             channel = self._peers.reach(loan.creditor, loan.address)
-            channel.call(MessageKind.RELEASE, header, deadline_s=self._deadline_s)
+            reply = channel.call(MessageKind.RELEASE, header, deadline_s=self._deadline_s)
+            if decode(reply.header, Acknowledge).refusal is not None:
+                self._release_in_ledger(loan)
         except DistkvError:
             self._late_releases.release(loan.loan_id)

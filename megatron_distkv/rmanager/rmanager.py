@@ -145,13 +145,13 @@ class RManager:
     # ------------------------------------------------------------------ inside
 
     def _lose(self, loans: Sequence[HeldLoan]) -> list[Request]:
-        concerned = {}
-        for loan in loans:
-            request = concerned[loan.request_id] = self._requests[loan.request_id]
-            for span in self._tables[loan.request_id].remove_loans([loan.loan_id]):
-                first, end = span.first, span.first + len(span.block_ids)
-                request.lose(range(first * self.rblock_size, end * self.rblock_size))
-        return list(concerned.values())
+        concerned = [self._requests[request_id] for request_id in dict.fromkeys(loan.request_id for loan in loans)]
+        loan_ids = {loan.loan_id for loan in loans}
+        for request in concerned:
+            spans = self._tables[request.request_id].remove_loans(loan_ids)
+            ends = [(span.first, span.first + len(span.block_ids)) for span in spans]
+            request.lose(*(range(first * self.rblock_size, end * self.rblock_size) for first, end in ends))
+        return concerned
 
     def _rblocks_around(self, positions: range) -> range:
         return range(positions.start // self.rblock_size, num_rblocks_for(positions.stop, self.rblock_size))

@@ -132,6 +132,7 @@ def _receipt(choice: Choice) -> dict[str, Any]:
         "max_borrowed_rblocks": kv.max_borrowed_rblocks,
         "num_preemptions": kv.num_preemptions,
         "num_recomputed_tokens": kv.num_recomputed_tokens,
+        "num_tokens_at_losses": kv.num_tokens_at_losses,
     }
 
 

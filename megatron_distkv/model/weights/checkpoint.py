@@ -34,6 +34,12 @@ class Checkpoint:
     parallelism: str = ""
     """Of the ranks that wrote it, in words; empty where that makes no difference."""
 
+    def text_directories(self) -> list[Path]:
+        """Where its tokenizer may lie: beside Hugging Face's tensors, above the iterations of others."""
+        if self.format is CheckpointFormat.HF:
+            return [self.directory]
+        return [self.directory.parent, self.directory.parent.parent]
+
     def __str__(self) -> str:
         notes = [self.model.family, self.parallelism, "" if self.step is None else f"step {self.step}"]
         return f"{self.format.value} checkpoint {self.directory} ({', '.join(note for note in notes if note)})"
