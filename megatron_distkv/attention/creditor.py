@@ -49,6 +49,14 @@ class Creditor:
         self._prepared: dict[bytes, _PreparedQuery] = {}  # by the nonce of a channel's hello
         self._lock = threading.Lock()
 
+    def warm_up(self) -> None:
+        """Do everything once. The first call of a torch op imports a compiler, and a backend may compile a kernel:
+        seconds that would count against the first debtor's deadline."""
+        zero, one_row = torch.zeros(1, dtype=torch.int64), torch.tensor([0, 1])
+        scatter_rblocks(gather_rblocks(self._pool, zero), self._pool, zero)
+        q_THD = torch.zeros((1, self._num_query_heads, self._pool.shape[-1]), dtype=self._model_dtype)
+        micro_attention(q_THD, self._pool, 0, zero, zero, one_row, one_row, zero, self._scale, causal=False)
+
     def query(self, hello: Hello, request: Request) -> Answer:
         """MicroAttention of one layer over the debtor's rBlocks here (contract: messages.QueryHeader)."""
         header = decode(request.header, QueryHeader)

@@ -10,6 +10,7 @@ from megatron_distkv.errors import SupersededError, UserError
 COMMANDS = {
     "up": "start a whole pool on this host: ledger, gManager, instances, gateway",
     "serve": "start one serving instance",
+    "lend": "lend host memory to a pool: no model, no GPU",
     "gateway": "start the OpenAI-compatible gateway of a pool",
     "gmanager": "start the planner of a pool (any number may run; one leads)",
     "train": "train a model through the deepspeed launcher",

@@ -2,15 +2,16 @@
 
 import json
 import time
-from collections.abc import Callable
 
 import torch.distributed as dist
 
 from megatron_distkv.config.instance import InstanceConfig
 from megatron_distkv.engine.addresses import rank_address, request_socket
 from megatron_distkv.engine.batch import Slice, StepPlan
+from megatron_distkv.engine.closing import close_in_order
 from megatron_distkv.engine.followers import FollowerRanks
 from megatron_distkv.engine.lender_desk import LenderDesk
+from megatron_distkv.engine.membership import Membership
 from megatron_distkv.engine.model_runner import StepResult
 from megatron_distkv.engine.rank import Rank
 from megatron_distkv.engine.sampler import SampledToken, sample
@@ -40,6 +41,7 @@ class Instance:
         cache, lending = config.kv_cache, config.lending
         max_lent = int(cache.num_rblocks * lending.lendable_fraction) if lending.enabled else 0
         self._allocator = RBlockAllocator(cache.num_rblocks, max_lent)
+        self._membership = self._make_membership(ledger)
         self._followers = self._connect_followers()
         outlook = PoolOutlook(ledger, rank.identity, rank.peers, enabled=lending.enabled)
         late_releases = LateReleases(ledger, rank.identity, 2 * config.ledger.lease_s)
@@ -63,13 +65,19 @@ class Instance:
             on_disconnect=rank.creditor.forget,
         )
         self._heartbeat = Heartbeat(
-            ledger, rank.identity, config.ledger, self._lending, late_releases, self._register, lambda: self._report
+            ledger,
+            rank.identity,
+            config.ledger,
+            self._lending,
+            late_releases,
+            self._membership.join,
+            lambda: self._report,
         )
         self._drained_by_s: float | None = None
         self.num_steps = 0
         self.num_computed_tokens = 0
         self._report = InstanceReport(0)
-        self._register()
+        self._membership.join()
         self._heartbeat.start()
 
     # ------------------------------------------------------------------ requests
@@ -205,26 +213,18 @@ class Instance:
             config.run_dir, rank.identity.instance, config.ledger.pool, rank.parallel.size, rank.secret
         )
 
-    def _register(self) -> None:
-        config, identity = self.config, self._rank.identity
-        registration = self._ledger.register(
-            identity.instance,
-            rank_address(config.run_dir, config.instance_id),
-            self._allocator.num_rblocks,
-            self._allocator.num_rblocks - self._allocator.max_lent,
-            config.ledger.lease_s,
-            epoch=identity.epoch,
-            generation=identity.generation,
-            info={
-                "requests": str(request_socket(config.run_dir, config.instance_id)),
-                "rblock_size": str(config.kv_cache.rblock_size),
-                "tensor_parallel": str(config.tensor_parallel),
-                "model": str(config.model.resolve()),
-                "vocab_size": str(self.model.vocab_size),
-                "eos_token_ids": json.dumps(self.model.eos_token_ids),
-            },
-        )
-        identity.epoch, identity.generation = registration.epoch, registration.generation
+    def _make_membership(self, ledger: DebtLedger) -> Membership:
+        config, rank = self.config, self._rank
+        info = {
+            "requests": str(request_socket(config.run_dir, config.instance_id)),
+            "rblock_size": str(config.kv_cache.rblock_size),
+            "tensor_parallel": str(config.tensor_parallel),
+            "model": str(config.model.resolve()),
+            "vocab_size": str(self.model.vocab_size),
+            "eos_token_ids": json.dumps(self.model.eos_token_ids),
+        }
+        address = rank_address(config.run_dir, config.instance_id)
+        return Membership(ledger, rank.identity, config.ledger, address, self._allocator, rank.shape, info)
 
     def _raise_if_superseded(self) -> None:
         if self._heartbeat.superseded is not None:
@@ -270,24 +270,18 @@ class Instance:
 
     def close(self) -> None:
         """Give back what is borrowed, leave the ledger, stop the followers, remove the sockets."""
-        closing: list[Callable[[], None]] = [
-            self._heartbeat.stop,
-            self._finish_all,
-            self._leave_ledger,
-            self._listener.close,
-            *([self._followers.stop] if self._followers is not None else []),
-            self._rank.peers.close,
-            self._ledger.close,
-        ]
-        for close in closing:
-            try:
-                close()
-            except Exception as error:
-                logger.warning("while closing: %s", error)
+        close_in_order(
+            [
+                self._heartbeat.stop,
+                self._finish_all,
+                self._membership.leave,
+                self._listener.close,
+                *([self._followers.stop] if self._followers is not None else []),
+                self._rank.peers.close,
+                self._ledger.close,
+            ]
+        )
 
     def _finish_all(self) -> None:
         for request in [*self.scheduler.running, *self.scheduler.waiting]:
             self.scheduler.finish(request, FinishReason.ABORT)
-
-    def _leave_ledger(self) -> None:
-        self._ledger.deregister(self._rank.identity.instance, self._rank.identity.epoch)
