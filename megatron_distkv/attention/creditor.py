@@ -11,7 +11,7 @@ from megatron_distkv.attention.debtor import wire_dtype
 from megatron_distkv.attention.loan_table import Access, LoanTable
 from megatron_distkv.errors import DistkvError
 from megatron_distkv.log import get_logger
-from megatron_distkv.messages import Acknowledge, QueryHeader, QueryShare, Refusal, StoreHeader, decode
+from megatron_distkv.messages import Acknowledge, FetchHeader, QueryHeader, QueryShare, Refusal, StoreHeader, decode
 from megatron_distkv.ops import gather_rblocks, micro_attention, scatter_rblocks
 from megatron_distkv.transport import Answer, Hello, Request, TensorSpec, read_tensors
 
@@ -98,6 +98,16 @@ class Creditor:
                 return _acknowledge(Refusal.UNKNOWN_LOAN)
             scatter_rblocks(data, self._pool, torch.tensor(header.block_ids, dtype=torch.int64))
         return _acknowledge(None)
+
+    def fetch(self, hello: Hello, request: Request) -> Answer:
+        """Give borrowed rBlocks back (contract: messages.FetchHeader)."""
+        header = decode(request.header, FetchHeader)
+        with self._loans.held():
+            access = self._loans.access(hello.instance_id, [header.loan_id], header.block_ids)
+            if not _is_granted(access, "fetch", hello):
+                return _acknowledge(Refusal.UNKNOWN_LOAN)
+            data = gather_rblocks(self._pool, torch.tensor(header.block_ids, dtype=torch.int64))
+        return Answer(msgspec.msgpack.encode(Acknowledge()), [data])
 
     def forget(self, hello: Hello) -> None:
         """The debtor's channel is gone."""

@@ -17,6 +17,7 @@ COMMANDS = {
     "eval": "passkey recall over HTTP, by context length and depth",
     "convert": "convert a checkpoint to Hugging Face, Megatron torch_dist or Megatron legacy",
     "verify": "compare the logits of two checkpoints, or of transformers and us on one",
+    "drain": "let an instance hand over what it has, and end",
     "ledger": "print who owes how much to whom",
     "doctor": "say what this machine has, and what follows from it",
 }

@@ -17,7 +17,7 @@ from megatron_distkv.engine.rank import Rank
 from megatron_distkv.engine.sampler import SampledToken, sample
 from megatron_distkv.engine.scheduler import Scheduled, Scheduler
 from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
-from megatron_distkv.ledger import DebtLedger, InstanceReport, Move, Recall, RequestPlacementEntry
+from megatron_distkv.ledger import DebtLedger, InstanceReport, InstanceState, Move, RequestPlacementEntry
 from megatron_distkv.log import get_logger
 from megatron_distkv.messages import InstanceStatus, RequestRefused, TokenOutput
 from megatron_distkv.request import FinishReason, Request
@@ -73,6 +73,7 @@ class Instance:
             self._membership.join,
             lambda: self._report,
         )
+        self._drained_by_s: float | None = None
         self.num_steps = 0
         self.num_computed_tokens = 0
         self._report = InstanceReport(0)
@@ -100,6 +101,8 @@ class Instance:
             return RequestRefused(request.request_id, "bad_request", "a request of this id is not finished yet")
         if not request.prompt_token_ids:
             return RequestRefused(request.request_id, "bad_request", "the prompt is empty: it needs at least one token")
+        if self._drained_by_s is not None:
+            return RequestRefused(request.request_id, "draining", "this instance is about to leave")
         if self.scheduler.is_full:
             sentence = f"{len(self.scheduler.waiting)} requests wait already; try again later"
             return RequestRefused(request.request_id, "queue_full", sentence)
@@ -107,6 +110,21 @@ class Instance:
 
     def add(self, request: Request) -> None:
         self.scheduler.add(request)
+
+    def drain(self, within_s: float) -> None:
+        """Take nothing new and give back what is lent; `is_drained` says when it may end."""
+        self._drained_by_s = time.monotonic() + within_s
+        self._lending.draining = True
+        self._update_report()
+
+    @property
+    def is_drained(self) -> bool:
+        """Nothing runs and nothing is lent, or the time for that is over: gateways go on elsewhere."""
+        if self._drained_by_s is None:
+            return False
+        self.rmanager.reclaim_all()
+        is_empty = self.scheduler.is_idle and self._allocator.num_lent == 0
+        return is_empty or time.monotonic() > self._drained_by_s
 
     def abort(self, request_id: str) -> None:
         request = self.scheduler.find(request_id)
@@ -122,9 +140,9 @@ class Instance:
         scheduled = self.scheduler.schedule()
         plan = self._plan(scheduled)
         result = self._run(plan)
-        self.rmanager.end_step()
         sampled = self._sample(scheduled, result)  # before anything counts as lost: the plan's logit rows count on it
         spoiled = self._lose_creditors(result.lost)
+        self.rmanager.end_step()
         outputs = self.scheduler.update([item for item in scheduled if item.request not in spoiled], sampled)
         self._update_report()
         return outputs
@@ -140,10 +158,10 @@ class Instance:
             token_ids.extend(request.token_ids(start, end))
             slices.append(Slice(start, end, self.rmanager.spans_before(request, end), item.needs_logits))
             creditors.update({x.creditor: x.address for x in self._borrowing.loans_of(request.request_id)})
-        return StepPlan(self.num_steps, token_ids, slices, self.rmanager.take_moves(), creditors)
+        return StepPlan(self.num_steps, token_ids, slices, *self.rmanager.take_moves(), creditors)
 
     def _run(self, plan: StepPlan) -> StepResult:
-        if not plan.token_ids and not plan.moves:
+        if not plan.token_ids and not plan.moves and not plan.pulls:
             time.sleep(0 if self.scheduler.is_idle else NO_ROOM_PAUSE_S)
             return StepResult(None, {})
         self.num_steps += 1
@@ -182,14 +200,7 @@ class Instance:
             if isinstance(order, Move):
                 self.rmanager.move_to(order.request_id, order.num_rblocks, order.destination)
             else:
-                self._give_back(order)
-
-    def _give_back(self, recall: Recall) -> None:
-        for request in self.rmanager.give_back(recall.loan_id):
-            logger.info(
-                "the creditor wants loan %s back: %s computes %d tokens again",
-                recall.loan_id, request.request_id, request.num_lost_tokens,
-            )  # fmt: skip
+                self.rmanager.recall(order.loan_id)
 
     # ------------------------------------------------------------------ the pool
 
@@ -223,6 +234,7 @@ class Instance:
         scheduler = self.scheduler
         self._report = InstanceReport(
             local_used_rblocks=self._allocator.num_used,
+            state=InstanceState.UP if self._drained_by_s is None else InstanceState.DRAINING,
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
             max_request_tokens=max((request.num_computed_tokens for request in scheduler.running), default=0),

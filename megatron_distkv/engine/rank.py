@@ -48,7 +48,8 @@ def build_rank(config: InstanceConfig, parallel: TensorParallel) -> Rank:
     )
     per_message = min(config.lending.max_moved_rblocks_per_step, max(1, STORE_MESSAGE_BYTES // pool.rblock_bytes))
     sizes = _mailbox_sizes(config.scheduler.max_batched_tokens, num_query_heads, model.head_dim, dtype)
-    sizes = MailboxSizes(max(sizes.request_bytes, HEADER_BYTES + per_message * pool.rblock_bytes), sizes.reply_bytes)
+    moved_bytes = HEADER_BYTES + per_message * pool.rblock_bytes
+    sizes = MailboxSizes(max(sizes.request_bytes, moved_bytes), max(sizes.reply_bytes, moved_bytes))
     identity = Identity(InstanceId(config.instance_id))
     deadline_s = config.lending.deadline_s
     secret = read_secret(config.ledger.secret_file)
