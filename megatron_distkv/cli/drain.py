@@ -49,6 +49,8 @@ def _find(ledger: DebtLedger, name: str) -> InstanceRecord:
     if record is None:
         names = ", ".join(record.instance for record in live) or "none"
         raise UserError(f"no live instance is called {name!r}; live are: {names}")
+    if not record.takes_requests:
+        raise UserError(f"{name} is a memory-only lender: it gives back what it lends when it is told to end (SIGTERM)")
     return record
 
 

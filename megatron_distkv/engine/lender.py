@@ -1,6 +1,7 @@
 """A memory-only lender: host memory, and the CPU that computes MicroAttention over it. No model, no requests."""
 
 import threading
+import time
 from contextlib import suppress
 
 from megatron_distkv.attention import Creditor, LoanTable
@@ -12,13 +13,15 @@ from megatron_distkv.engine.membership import Membership, published_shape
 from megatron_distkv.errors import LedgerUnavailable, UserError
 from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
 from megatron_distkv.kvcache.rblock_shape import RBlockShape
-from megatron_distkv.ledger import LENDER, ROLE, DebtLedger, InstanceReport
+from megatron_distkv.ledger import LENDER, ROLE, DebtLedger, InstanceReport, InstanceState
 from megatron_distkv.rblock import InstanceId
 from megatron_distkv.rmanager import Heartbeat, Identity, LateReleases, Lending, NoFollowers
 from megatron_distkv.transport import Listener, read_secret
 
 # How often the main thread, which has nothing else to do, looks for the word to stop.
 WATCH_INTERVAL_S = 0.25
+# A lender that is told to end gives its debtors this long to bring home what lies here.
+DRAIN_WITHIN_S = 5.0
 
 
 def shape_of_pool(ledger: DebtLedger, stop: threading.Event) -> RBlockShape | None:
@@ -55,7 +58,7 @@ class Lender:
         self.num_rblocks = num_rblocks_to_lend(config, shape)
         self.allocator = RBlockAllocator(self.num_rblocks, self.num_rblocks)
         self.loan_table = LoanTable()
-        identity = Identity(InstanceId(config.lender_id))
+        self._identity = identity = Identity(InstanceId(config.lender_id))
         address = rank_address(config.run_dir, config.lender_id)
         membership = Membership(ledger, identity, config.ledger, address, self.allocator, shape, {ROLE: LENDER})
         self.lending = Lending(self.allocator, ledger, identity, self.loan_table, NoFollowers(), in_debt=lambda: False)
@@ -68,7 +71,7 @@ class Lender:
             self.lending,
             LateReleases(ledger, identity, patience_s=0),  # of loans that it took: there are none
             membership.join,
-            lambda: InstanceReport(0),
+            lambda: InstanceReport(0, state=InstanceState.DRAINING if self.lending.draining else InstanceState.UP),
         )
         membership.join()
         self._heartbeat.start()
@@ -78,6 +81,16 @@ class Lender:
         while not stop.wait(WATCH_INTERVAL_S):
             if self._heartbeat.superseded is not None:
                 raise self._heartbeat.superseded
+        self.drain(DRAIN_WITHIN_S)
+
+    def drain(self, within_s: float) -> None:
+        """Lend nothing new and ask for everything back; returns when it has come, or the time is over."""
+        self.lending.draining = True
+        until_s = time.monotonic() + within_s
+        while self.allocator.num_lent > 0 and time.monotonic() < until_s:
+            with suppress(LedgerUnavailable):
+                self._ledger.reclaim(self._identity.instance, self._identity.epoch, self.allocator.num_lent)
+            time.sleep(WATCH_INTERVAL_S)
 
     def check_integrity(self) -> None:
         self.allocator.check_integrity([])

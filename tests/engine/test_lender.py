@@ -21,6 +21,7 @@ from megatron_distkv.sampling_params import SamplingParams
 from tests.conftest import MakeConfig
 
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
+LONG = SamplingParams(max_tokens=100, temperature=0.0, ignore_eos=True)
 SMALL = RBlockShape(num_layers=2, num_query_heads=4, num_kv_heads=2, head_dim=16, rblock_size=8, dtype="bf16")
 
 
@@ -61,9 +62,9 @@ class Start:
         return lender
 
 
-def tokens_of(make_config: MakeConfig, prompt: list[int]) -> list[int]:
+def tokens_of(make_config: MakeConfig, prompt: list[int], sampling: SamplingParams = GREEDY) -> list[int]:
     with LLM(make_config("enough", num_rblocks=256)) as enough:
-        return enough.generate([prompt], GREEDY)[0].token_ids
+        return enough.generate([prompt], sampling)[0].token_ids
 
 
 def test_a_prompt_that_only_fits_thanks_to_the_lender(a: LLM, start: Start, make_config: MakeConfig) -> None:
@@ -120,6 +121,34 @@ def test_a_lost_lender_costs_what_it_held(a: LLM, start: Start, make_config: Mak
     assert request.num_recomputed_tokens == held["larger"] * 8
     assert request.num_preemptions == 0
     assert request.output_token_ids == tokens_of(make_config, prompt)
+
+
+def test_a_lender_that_ends_gives_back_without_recomputing(a: LLM, start: Start, make_config: MakeConfig) -> None:
+    # Given a request with rBlocks at the larger of two lenders
+    prompt = random_prompt(200)
+    start("smaller", num_rblocks=40)
+    larger = start("larger", num_rblocks=100)
+    time.sleep(0.3)
+    request = Request("long", prompt, LONG)
+    a.instance.add(request)
+    while len(request.output_token_ids) < 4:
+        a.instance.step()
+    assert larger.allocator.num_lent > 0
+
+    # When that lender is told to end while the request goes on
+    draining = threading.Thread(target=larger.drain, args=(20.0,))
+    draining.start()
+    while draining.is_alive() and not a.instance.scheduler.is_idle:
+        a.instance.step()
+
+    # Then all it held is elsewhere before the request ends, and nothing was computed again
+    assert not a.instance.scheduler.is_idle
+    assert larger.allocator.num_lent == 0
+    draining.join()
+    while not a.instance.scheduler.is_idle:
+        a.instance.step()
+    assert request.num_recomputed_tokens == 0
+    assert request.output_token_ids == tokens_of(make_config, prompt, LONG)
 
 
 def test_a_lender_of_another_shape_cannot_join(a: LLM, start: Start) -> None:
