@@ -1,5 +1,7 @@
 """Command lines that start the parts of a pool."""
 
+import contextlib
+import random
 import socket
 import sys
 from pathlib import Path
@@ -43,9 +45,12 @@ def deepspeed(num_ranks: int) -> list[str]:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Outside of the range of outgoing connections: one of them might take it a moment later."""
+    while True:
+        port = random.randrange(15000, 32000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def command_line(name: str, *arguments: str) -> list[str]:

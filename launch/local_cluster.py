@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from megatron_distkv.cli.pool_arguments import LEDGER_VARIABLE
 from megatron_distkv.config.cluster import ClusterConfig
-from megatron_distkv.config.instance import InstanceConfig
+from megatron_distkv.config.instance import InstanceConfig, LedgerConfig
+from megatron_distkv.config.lender import LenderConfig
 from megatron_distkv.errors import UserError
 from megatron_distkv.ledger import DebtLedger, open_ledger
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
@@ -62,6 +63,10 @@ class LocalCluster:
     def instance_ids(self) -> list[str]:
         return [f"instance-{number}" for number in range(self.config.instances)]
 
+    @property
+    def lender_ids(self) -> list[str]:
+        return [f"lender-{number}" for number in range(self.config.lenders)]
+
     def child(self, name: str) -> Child:
         return self._children[name]
 
@@ -102,7 +107,11 @@ class LocalCluster:
             file = self.run_dir / f"{name}.json"
             file.write_text(config.model_dump_json())
             self._start(name, instance_command(config, file, self.config.launcher))
-        self.wait_for(["gmanager", *self.instance_ids])
+        for name in self.lender_ids:
+            file = self.run_dir / f"{name}.json"
+            file.write_text(self._lender_config(name).model_dump_json())
+            self._start(name, command_line("lend", "--config", str(file)))
+        self.wait_for(["gmanager", *self.instance_ids, *self.lender_ids])
         gateway = command_line(
             "gateway", *self._pool_arguments(), "--host", self.config.host, "--port", str(self.config.port),
             "--served-model-name", self.config.served_model_name,
@@ -130,8 +139,20 @@ class LocalCluster:
             kv_cache=config.kv_cache,
             scheduler=config.scheduler,
             lending=config.lending,
-            ledger=config.ledger.model_copy(update={"url": self.ledger_url, "secret_file": self._secret_file}),
+            ledger=self._ledger_config(),
         )
+
+    def _lender_config(self, name: str) -> LenderConfig:
+        return LenderConfig(
+            lender_id=name,
+            run_dir=self.run_dir,
+            num_rblocks=self.config.lender_rblocks,
+            threads=self.config.threads,
+            ledger=self._ledger_config(),
+        )
+
+    def _ledger_config(self) -> LedgerConfig:
+        return self.config.ledger.model_copy(update={"url": self.ledger_url, "secret_file": self._secret_file})
 
     def _start(self, name: str, command: list[str]) -> None:
         # The ledger's URL may hold a password: on a command line everybody could read it.

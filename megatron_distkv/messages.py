@@ -47,6 +47,12 @@ class StatusQuery(msgspec.Struct, frozen=True, tag="status"):
     query_id: int
 
 
+class DrainInstance(msgspec.Struct, frozen=True, tag="drain"):
+    """Take no new request, give lent memory back, and end: when all is done, or after `within_s` all the same."""
+
+    within_s: float
+
+
 class TokenLogprobs(msgspec.Struct, frozen=True):
     """Natural-log probabilities at one output position, before temperature: the chosen token's and the top ones'."""
 
@@ -96,7 +102,7 @@ class InstanceStatus(msgspec.Struct, frozen=True, tag="instance_status"):
     num_computed_tokens: int
 
 
-ToInstance = NewRequest | AbortRequest | StatusQuery
+ToInstance = NewRequest | AbortRequest | StatusQuery | DrainInstance
 FromInstance = TokenOutput | RequestRefused | InstanceStatus
 
 # --------------------------------------------------------------------------------- instance <-> instance
@@ -112,6 +118,7 @@ class MessageKind(IntEnum):
     GRANT = 5  # creditor's leader -> its own followers: a loan's rBlocks
     REVOKE = 6  # creditor's leader -> its own followers: a loan has ended
     STEP = 7  # an instance's leader -> its own followers: run one engine step
+    FETCH = 9  # debtor's rank r -> creditor's rank r: KV bytes of borrowed rBlocks, back home
     STOP = 8  # an instance's leader -> its own followers: exit
 
 
@@ -161,6 +168,13 @@ class StoreHeader(msgspec.Struct, frozen=True):
     block_ids: list[BlockId]
 
 
+class FetchHeader(msgspec.Struct, frozen=True):
+    """Reply payload: as that of a `StoreHeader`."""
+
+    loan_id: str
+    block_ids: list[int]
+
+
 class QueryShare(msgspec.Struct, frozen=True):
     """One sequence of a query: `num_queries` query rows against these rBlocks (all past: no mask)."""
 
@@ -182,7 +196,7 @@ class QueryHeader(msgspec.Struct, frozen=True):
 
 
 class Acknowledge(msgspec.Struct, frozen=True):
-    """Answer to STORE, QUERY, RELEASE, GRANT and REVOKE: refusal None means done."""
+    """Answer to STORE, FETCH, QUERY, RELEASE, GRANT and REVOKE: refusal None means done."""
 
     refusal: Refusal | None = None
 

@@ -11,8 +11,8 @@ from megatron_distkv.attention.debtor import wire_dtype
 from megatron_distkv.attention.loan_table import Access, LoanTable
 from megatron_distkv.errors import DistkvError
 from megatron_distkv.log import get_logger
-from megatron_distkv.messages import Acknowledge, QueryHeader, QueryShare, Refusal, StoreHeader, decode
-from megatron_distkv.ops import micro_attention, scatter_rblocks
+from megatron_distkv.messages import Acknowledge, FetchHeader, QueryHeader, QueryShare, Refusal, StoreHeader, decode
+from megatron_distkv.ops import gather_rblocks, micro_attention, scatter_rblocks
 from megatron_distkv.transport import Answer, Hello, Request, TensorSpec, read_tensors
 
 logger = get_logger(__name__)
@@ -48,6 +48,14 @@ class Creditor:
         self._scale = scale
         self._prepared: dict[bytes, _PreparedQuery] = {}  # by the nonce of a channel's hello
         self._lock = threading.Lock()
+
+    def warm_up(self) -> None:
+        """Do everything once. The first call of a torch op imports a compiler, and a backend may compile a kernel:
+        seconds that would count against the first debtor's deadline."""
+        zero, one_row = torch.zeros(1, dtype=torch.int64), torch.tensor([0, 1])
+        scatter_rblocks(gather_rblocks(self._pool, zero), self._pool, zero)
+        q_THD = torch.zeros((1, self._num_query_heads, self._pool.shape[-1]), dtype=self._model_dtype)
+        micro_attention(q_THD, self._pool, 0, zero, zero, one_row, one_row, zero, self._scale, causal=False)
 
     def query(self, hello: Hello, request: Request) -> Answer:
         """MicroAttention of one layer over the debtor's rBlocks here (contract: messages.QueryHeader)."""
@@ -90,6 +98,16 @@ class Creditor:
                 return _acknowledge(Refusal.UNKNOWN_LOAN)
             scatter_rblocks(data, self._pool, torch.tensor(header.block_ids, dtype=torch.int64))
         return _acknowledge(None)
+
+    def fetch(self, hello: Hello, request: Request) -> Answer:
+        """Give borrowed rBlocks back (contract: messages.FetchHeader)."""
+        header = decode(request.header, FetchHeader)
+        with self._loans.held():
+            access = self._loans.access(hello.instance_id, [header.loan_id], header.block_ids)
+            if not _is_granted(access, "fetch", hello):
+                return _acknowledge(Refusal.UNKNOWN_LOAN)
+            data = gather_rblocks(self._pool, torch.tensor(header.block_ids, dtype=torch.int64))
+        return Answer(msgspec.msgpack.encode(Acknowledge()), [data])
 
     def forget(self, hello: Hello) -> None:
         """The debtor's channel is gone."""

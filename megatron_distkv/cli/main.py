@@ -10,12 +10,14 @@ from megatron_distkv.errors import SupersededError, UserError
 COMMANDS = {
     "up": "start a whole pool on this host: ledger, gManager, instances, gateway",
     "serve": "start one serving instance",
+    "lend": "lend host memory to a pool: no model, no GPU",
     "gateway": "start the OpenAI-compatible gateway of a pool",
     "gmanager": "start the planner of a pool (any number may run; one leads)",
     "train": "train a model through the deepspeed launcher",
     "eval": "passkey recall over HTTP, by context length and depth",
     "convert": "convert a checkpoint to Hugging Face, Megatron torch_dist or Megatron legacy",
     "verify": "compare the logits of two checkpoints, or of transformers and us on one",
+    "drain": "let an instance hand over what it has, and end",
     "ledger": "print who owes how much to whom",
     "doctor": "say what this machine has, and what follows from it",
 }

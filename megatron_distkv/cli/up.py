@@ -23,6 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--instances", type=int, help="serving instances")
     parser.add_argument("--tensor-parallel", type=int, help="ranks of each instance")
     parser.add_argument("--num-rblocks", type=int, help="rBlocks in each instance's pool")
+    parser.add_argument("--lenders", type=int, help="memory-only lenders beside the instances")
+    parser.add_argument("--lender-rblocks", type=int, help="rBlocks that each lender lends")
     parser.add_argument("--ledger", metavar="URL", help="ledger server; embedded:// starts one")
     parser.add_argument("--port", type=int, help="port of the gateway; 0 takes a free one")
     parser.add_argument("--launcher", choices=("deepspeed", "python"), help="how an instance is started")
@@ -43,14 +45,14 @@ def run(args: argparse.Namespace) -> int:
             for name in set(cluster.dead_parts()) - reported:
                 print(f"{name} has ended: {cluster.child(name).error_line()}", flush=True)
                 reported.add(name)
-            if len(reported) == len(cluster.instance_ids) + 2:
+            if len(reported) == len(cluster.instance_ids) + len(cluster.lender_ids) + 2:
                 raise UserError("every part of the pool has ended")
     return 0
 
 
 def _config(args: argparse.Namespace) -> ClusterConfig:
     values: dict[str, Any] = load_config(ClusterConfig, args.config).model_dump() if args.config else {}
-    for key in ("model", "instances", "tensor_parallel", "port", "launcher"):
+    for key in ("model", "instances", "tensor_parallel", "lenders", "lender_rblocks", "port", "launcher"):
         if getattr(args, key) is not None:
             values[key] = getattr(args, key)
     if args.num_rblocks is not None:

@@ -18,6 +18,10 @@ class ClusterConfig(FrozenConfig):
     """Serving instances."""
     tensor_parallel: int = Field(1, ge=1)
     """Ranks of each instance."""
+    lenders: int = Field(0, ge=0, le=64)
+    """Memory-only lenders: processes that lend host memory to the instances."""
+    lender_rblocks: int = Field(256, ge=1)
+    """rBlocks that each lender lends."""
     threads: int = Field(1, ge=1)
     """CPU threads per rank."""
     dtype: Literal["fp32", "bf16"] | None = None

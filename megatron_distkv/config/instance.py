@@ -33,6 +33,8 @@ class LendingConfig(FrozenConfig):
     """Borrowing starts when less than this share of the pool is free: ahead of need."""
     max_moved_rblocks_per_step: int = Field(16, ge=1)
     """rBlocks that migrate to creditors in one step at most, so that decoding does not feel it."""
+    recall_patience_s: float = Field(1.0, ge=0.0)
+    """rBlocks that a creditor wants back come home; without room for them for this long, they are computed again."""
     deadline_s: float = Field(10.0, gt=0)
     """A creditor that does not answer within this time is lost; its requests are recomputed."""
 

@@ -3,7 +3,7 @@
 import msgspec
 
 from megatron_distkv.rblock import Span
-from megatron_distkv.rmanager.move import Move
+from megatron_distkv.rmanager.move import Move, Pull
 
 
 class Slice(msgspec.Struct, frozen=True):
@@ -16,12 +16,13 @@ class Slice(msgspec.Struct, frozen=True):
 
 
 class StepPlan(msgspec.Struct, frozen=True):
-    """One step: first the moves, then a forward pass over the slices' tokens, one after the other."""
+    """One step: first the moves, then the pulls, then a forward pass over the slices' tokens, one after the other."""
 
     step: int
     token_ids: list[int]
     slices: list[Slice]
     moves: list[Move]
+    pulls: list[Pull]
     creditors: dict[str, str]  # address by creditor, for each that some span names
 
     @property

@@ -2,21 +2,22 @@
 
 import json
 import time
-from collections.abc import Callable
 
 import torch.distributed as dist
 
 from megatron_distkv.config.instance import InstanceConfig
 from megatron_distkv.engine.addresses import rank_address, request_socket
 from megatron_distkv.engine.batch import Slice, StepPlan
+from megatron_distkv.engine.closing import close_in_order
 from megatron_distkv.engine.followers import FollowerRanks
 from megatron_distkv.engine.lender_desk import LenderDesk
+from megatron_distkv.engine.membership import Membership
 from megatron_distkv.engine.model_runner import StepResult
 from megatron_distkv.engine.rank import Rank
 from megatron_distkv.engine.sampler import SampledToken, sample
 from megatron_distkv.engine.scheduler import Scheduled, Scheduler
 from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
-from megatron_distkv.ledger import DebtLedger, InstanceReport, Move, Recall, RequestPlacementEntry
+from megatron_distkv.ledger import DebtLedger, InstanceReport, InstanceState, Move, RequestPlacementEntry
 from megatron_distkv.log import get_logger
 from megatron_distkv.messages import InstanceStatus, RequestRefused, TokenOutput
 from megatron_distkv.request import FinishReason, Request
@@ -40,6 +41,7 @@ class Instance:
         cache, lending = config.kv_cache, config.lending
         max_lent = int(cache.num_rblocks * lending.lendable_fraction) if lending.enabled else 0
         self._allocator = RBlockAllocator(cache.num_rblocks, max_lent)
+        self._membership = self._make_membership(ledger)
         self._followers = self._connect_followers()
         outlook = PoolOutlook(ledger, rank.identity, rank.peers, enabled=lending.enabled)
         late_releases = LateReleases(ledger, rank.identity, 2 * config.ledger.lease_s)
@@ -63,12 +65,19 @@ class Instance:
             on_disconnect=rank.creditor.forget,
         )
         self._heartbeat = Heartbeat(
-            ledger, rank.identity, config.ledger, self._lending, late_releases, self._register, lambda: self._report
+            ledger,
+            rank.identity,
+            config.ledger,
+            self._lending,
+            late_releases,
+            self._membership.join,
+            lambda: self._report,
         )
+        self._drained_by_s: float | None = None
         self.num_steps = 0
         self.num_computed_tokens = 0
         self._report = InstanceReport(0)
-        self._register()
+        self._membership.join()
         self._heartbeat.start()
 
     # ------------------------------------------------------------------ requests
@@ -92,6 +101,8 @@ class Instance:
             return RequestRefused(request.request_id, "bad_request", "a request of this id is not finished yet")
         if not request.prompt_token_ids:
             return RequestRefused(request.request_id, "bad_request", "the prompt is empty: it needs at least one token")
+        if self._drained_by_s is not None:
+            return RequestRefused(request.request_id, "draining", "this instance is about to leave")
         if self.scheduler.is_full:
             sentence = f"{len(self.scheduler.waiting)} requests wait already; try again later"
             return RequestRefused(request.request_id, "queue_full", sentence)
@@ -99,6 +110,21 @@ class Instance:
 
     def add(self, request: Request) -> None:
         self.scheduler.add(request)
+
+    def drain(self, within_s: float) -> None:
+        """Take nothing new and give back what is lent; `is_drained` says when it may end."""
+        self._drained_by_s = time.monotonic() + within_s
+        self._lending.draining = True
+        self._update_report()
+
+    @property
+    def is_drained(self) -> bool:
+        """Nothing runs and nothing is lent, or the time for that is over: gateways go on elsewhere."""
+        if self._drained_by_s is None:
+            return False
+        self.rmanager.reclaim_all()
+        is_empty = self.scheduler.is_idle and self._allocator.num_lent == 0
+        return is_empty or time.monotonic() > self._drained_by_s
 
     def abort(self, request_id: str) -> None:
         request = self.scheduler.find(request_id)
@@ -114,9 +140,9 @@ class Instance:
         scheduled = self.scheduler.schedule()
         plan = self._plan(scheduled)
         result = self._run(plan)
-        self.rmanager.end_step()
         sampled = self._sample(scheduled, result)  # before anything counts as lost: the plan's logit rows count on it
         spoiled = self._lose_creditors(result.lost)
+        self.rmanager.end_step()
         outputs = self.scheduler.update([item for item in scheduled if item.request not in spoiled], sampled)
         self._update_report()
         return outputs
@@ -132,10 +158,10 @@ class Instance:
             token_ids.extend(request.token_ids(start, end))
             slices.append(Slice(start, end, self.rmanager.spans_before(request, end), item.needs_logits))
             creditors.update({x.creditor: x.address for x in self._borrowing.loans_of(request.request_id)})
-        return StepPlan(self.num_steps, token_ids, slices, self.rmanager.take_moves(), creditors)
+        return StepPlan(self.num_steps, token_ids, slices, *self.rmanager.take_moves(), creditors)
 
     def _run(self, plan: StepPlan) -> StepResult:
-        if not plan.token_ids and not plan.moves:
+        if not plan.token_ids and not plan.moves and not plan.pulls:
             time.sleep(0 if self.scheduler.is_idle else NO_ROOM_PAUSE_S)
             return StepResult(None, {})
         self.num_steps += 1
@@ -174,14 +200,7 @@ class Instance:
             if isinstance(order, Move):
                 self.rmanager.move_to(order.request_id, order.num_rblocks, order.destination)
             else:
-                self._give_back(order)
-
-    def _give_back(self, recall: Recall) -> None:
-        for request in self.rmanager.give_back(recall.loan_id):
-            logger.info(
-                "the creditor wants loan %s back: %s computes %d tokens again",
-                recall.loan_id, request.request_id, request.num_lost_tokens,
-            )  # fmt: skip
+                self.rmanager.recall(order.loan_id)
 
     # ------------------------------------------------------------------ the pool
 
@@ -194,26 +213,18 @@ class Instance:
             config.run_dir, rank.identity.instance, config.ledger.pool, rank.parallel.size, rank.secret
         )
 
-    def _register(self) -> None:
-        config, identity = self.config, self._rank.identity
-        registration = self._ledger.register(
-            identity.instance,
-            rank_address(config.run_dir, config.instance_id),
-            self._allocator.num_rblocks,
-            self._allocator.num_rblocks - self._allocator.max_lent,
-            config.ledger.lease_s,
-            epoch=identity.epoch,
-            generation=identity.generation,
-            info={
-                "requests": str(request_socket(config.run_dir, config.instance_id)),
-                "rblock_size": str(config.kv_cache.rblock_size),
-                "tensor_parallel": str(config.tensor_parallel),
-                "model": str(config.model.resolve()),
-                "vocab_size": str(self.model.vocab_size),
-                "eos_token_ids": json.dumps(self.model.eos_token_ids),
-            },
-        )
-        identity.epoch, identity.generation = registration.epoch, registration.generation
+    def _make_membership(self, ledger: DebtLedger) -> Membership:
+        config, rank = self.config, self._rank
+        info = {
+            "requests": str(request_socket(config.run_dir, config.instance_id)),
+            "rblock_size": str(config.kv_cache.rblock_size),
+            "tensor_parallel": str(config.tensor_parallel),
+            "model": str(config.model.resolve()),
+            "vocab_size": str(self.model.vocab_size),
+            "eos_token_ids": json.dumps(self.model.eos_token_ids),
+        }
+        address = rank_address(config.run_dir, config.instance_id)
+        return Membership(ledger, rank.identity, config.ledger, address, self._allocator, rank.shape, info)
 
     def _raise_if_superseded(self) -> None:
         if self._heartbeat.superseded is not None:
@@ -223,6 +234,7 @@ class Instance:
         scheduler = self.scheduler
         self._report = InstanceReport(
             local_used_rblocks=self._allocator.num_used,
+            state=InstanceState.UP if self._drained_by_s is None else InstanceState.DRAINING,
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
             max_request_tokens=max((request.num_computed_tokens for request in scheduler.running), default=0),
@@ -258,24 +270,18 @@ class Instance:
 
     def close(self) -> None:
         """Give back what is borrowed, leave the ledger, stop the followers, remove the sockets."""
-        closing: list[Callable[[], None]] = [
-            self._heartbeat.stop,
-            self._finish_all,
-            self._leave_ledger,
-            self._listener.close,
-            *([self._followers.stop] if self._followers is not None else []),
-            self._rank.peers.close,
-            self._ledger.close,
-        ]
-        for close in closing:
-            try:
-                close()
-            except Exception as error:
-                logger.warning("while closing: %s", error)
+        close_in_order(
+            [
+                self._heartbeat.stop,
+                self._finish_all,
+                self._membership.leave,
+                self._listener.close,
+                *([self._followers.stop] if self._followers is not None else []),
+                self._rank.peers.close,
+                self._ledger.close,
+            ]
+        )
 
     def _finish_all(self) -> None:
         for request in [*self.scheduler.running, *self.scheduler.waiting]:
             self.scheduler.finish(request, FinishReason.ABORT)
-
-    def _leave_ledger(self) -> None:
-        self._ledger.deregister(self._rank.identity.instance, self._rank.identity.epoch)

@@ -23,6 +23,8 @@ class LenderDesk:
                 return self._creditor.query(hello, request)
             case MessageKind.STORE:
                 return self._creditor.store(hello, request)
+            case MessageKind.FETCH:
+                return self._creditor.fetch(hello, request)
             case MessageKind.LEND:
                 return Answer(msgspec.msgpack.encode(self._lending.lend(self._own(hello, request))))
             case MessageKind.RELEASE:

@@ -1,4 +1,4 @@
-"""Carries out a step's plan on one rank: moves, then one forward pass over the packed batch."""
+"""Carries out a step's plan on one rank: moves and pulls, then one forward pass over the packed batch."""
 
 from typing import NamedTuple
 
@@ -29,7 +29,7 @@ class ModelRunner:
 
     def run(self, plan: StepPlan) -> StepResult:
         """The same collectives on every rank, whatever is lost on the way."""
-        lost = self._migration.carry_out(plan.moves)
+        lost = self._migration.carry_out([*plan.moves, *plan.pulls])
         lost.update(self._open_channels(plan, lost))
         if not plan.token_ids:
             return StepResult(None, lost)

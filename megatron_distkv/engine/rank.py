@@ -8,9 +8,8 @@ from megatron_distkv.attention import Creditor, Debtor, LoanTable
 from megatron_distkv.config.instance import InstanceConfig
 from megatron_distkv.config.model import ModelConfig
 from megatron_distkv.engine.model_runner import ModelRunner
-from megatron_distkv.kvcache.rblock_pool import RBlockPool
+from megatron_distkv.kvcache.rblock_shape import RBlockShape
 from megatron_distkv.model import GPT, TensorParallel, build_gpt, find_checkpoint, load_weights
-from megatron_distkv.model.gpt import TORCH_DTYPES
 from megatron_distkv.rblock import InstanceId
 from megatron_distkv.rmanager import Identity, MailboxSizes, Migration, Peers
 from megatron_distkv.transport import read_secret
@@ -26,6 +25,7 @@ class Rank:
     config: InstanceConfig
     model: ModelConfig
     parallel: TensorParallel
+    shape: RBlockShape
     identity: Identity
     peers: Peers
     loan_table: LoanTable
@@ -40,19 +40,16 @@ def build_rank(config: InstanceConfig, parallel: TensorParallel) -> Rank:
     model = checkpoint.model if config.dtype is None else checkpoint.model.model_copy(update={"dtype": config.dtype})
     module = build_gpt(model, parallel)
     load_weights(module, checkpoint, model)
-    dtype = TORCH_DTYPES[model.dtype]
-    pool = RBlockPool(
-        config.kv_cache.num_rblocks,
-        model.num_layers,
-        model.num_kv_heads // parallel.size,
-        config.kv_cache.rblock_size,
-        model.head_dim,
-        dtype,
+    shape = rblock_shape(model, config.kv_cache.rblock_size, parallel.size)
+    pool, dtype, num_query_heads = (
+        shape.rank_pool(config.kv_cache.num_rblocks),
+        shape.torch_dtype,
+        shape.query_heads_per_rank,
     )
-    num_query_heads = model.num_attention_heads // parallel.size
     per_message = min(config.lending.max_moved_rblocks_per_step, max(1, STORE_MESSAGE_BYTES // pool.rblock_bytes))
     sizes = _mailbox_sizes(config.scheduler.max_batched_tokens, num_query_heads, model.head_dim, dtype)
-    sizes = MailboxSizes(max(sizes.request_bytes, HEADER_BYTES + per_message * pool.rblock_bytes), sizes.reply_bytes)
+    moved_bytes = HEADER_BYTES + per_message * pool.rblock_bytes
+    sizes = MailboxSizes(max(sizes.request_bytes, moved_bytes), max(sizes.reply_bytes, moved_bytes))
     identity = Identity(InstanceId(config.instance_id))
     deadline_s = config.lending.deadline_s
     secret = read_secret(config.ledger.secret_file)
@@ -67,7 +64,20 @@ def build_rank(config: InstanceConfig, parallel: TensorParallel) -> Rank:
         Debtor(peers, deadline_s),
     )
     creditor = Creditor(tensor, loan_table, num_query_heads, dtype, model.head_dim**-0.5)
-    return Rank(config, model, parallel, identity, peers, loan_table, creditor, runner, secret)
+    creditor.warm_up()
+    return Rank(config, model, parallel, shape, identity, peers, loan_table, creditor, runner, secret)
+
+
+def rblock_shape(model: ModelConfig, rblock_size: int, tensor_parallel: int) -> RBlockShape:
+    return RBlockShape(
+        model.num_layers,
+        model.num_attention_heads,
+        model.num_kv_heads,
+        model.head_dim,
+        rblock_size,
+        model.dtype,
+        tensor_parallel,
+    )
 
 
 def _mailbox_sizes(max_tokens: int, num_heads: int, head_dim: int, dtype: torch.dtype) -> MailboxSizes:

@@ -12,14 +12,14 @@ import msgspec
 
 from megatron_distkv import framing
 from megatron_distkv.log import get_logger
-from megatron_distkv.messages import AbortRequest, FromInstance, NewRequest, StatusQuery, ToInstance
+from megatron_distkv.messages import AbortRequest, FromInstance, NewRequest, ToInstance
 
 logger = get_logger(__name__)
 
 
 class Inbound(NamedTuple):
     client: int
-    message: NewRequest | AbortRequest | StatusQuery
+    message: ToInstance
 
 
 class RequestIO:

@@ -86,6 +86,9 @@ class Scheduler:
                 budget = self._config.max_batched_tokens - sum(item.num_tokens for item in chosen.values())
         self._admit(budget, chosen)
         self._rmanager.borrow_ahead()
+        for request in self._rmanager.bring_home():
+            logger.info("no room for what a creditor wants back: %d tokens again", request.num_lost_tokens)
+            chosen.pop(request.request_id, None)
         self._note_memory(chosen)
         return list(chosen.values())
 

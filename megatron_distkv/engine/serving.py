@@ -7,7 +7,7 @@ from megatron_distkv.engine.addresses import request_socket
 from megatron_distkv.engine.instance import Instance
 from megatron_distkv.engine.request_io import Inbound, RequestIO
 from megatron_distkv.log import get_logger
-from megatron_distkv.messages import AbortRequest, FromInstance, NewRequest, StatusQuery
+from megatron_distkv.messages import AbortRequest, DrainInstance, FromInstance, NewRequest, StatusQuery
 from megatron_distkv.request import Request
 
 logger = get_logger(__name__)
@@ -26,7 +26,7 @@ class Serving:
 
     def run(self, stop: threading.Event) -> None:
         try:
-            while not stop.is_set():
+            while not stop.is_set() and not self._instance.is_drained:
                 self._take_messages()
                 if not self._instance.scheduler.is_idle:
                     self._was_busy = True
@@ -61,6 +61,8 @@ class Serving:
                 if self._client_of.get(request_id) == inbound.client:
                     del self._client_of[request_id]
                     self._instance.abort(request_id)
+            case DrainInstance(within_s):
+                self._instance.drain(within_s)
             case StatusQuery(query_id):
                 self._io.send(inbound.client, self._instance.status(query_id))
 

@@ -52,6 +52,8 @@ class Worker:
             return self._rank.creditor.query(hello, request)
         if kind is MessageKind.STORE:
             return self._rank.creditor.store(hello, request)
+        if kind is MessageKind.FETCH:
+            return self._rank.creditor.fetch(hello, request)
         if hello.instance_id != self._rank.config.instance_id:
             raise DistkvError(f"{kind.name} is for this instance's own leader, not for {hello.instance_id}")
         return self._obey(kind, request)

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterator, Sequence
 
-import msgspec
+from msgspec.structs import replace
 
 from megatron_distkv.errors import IntegrityError
 from megatron_distkv.rblock import InstanceId, LoanId, LocalSpan, RemoteSpan, Span
@@ -81,6 +81,28 @@ class BlockTable:
                     count -= len(found[-1].block_ids)
         return found
 
+    def num_under(self, loan_id: LoanId) -> int:
+        """rBlocks that lie at a creditor under this loan."""
+        return sum(len(span.block_ids) for span in self.remote_spans() if span.loan_id == loan_id)
+
+    def bring_home(self, loan_id: LoanId, block_ids: Sequence[int]) -> list[RemoteSpan]:
+        """The oldest rBlocks under this loan lie here now, under these physical ids; returns where they lay."""
+        left: list[RemoteSpan] = []
+        spans: list[Span] = []
+        for span in self._spans:
+            count = min(len(span.block_ids), len(block_ids) - sum(len(x.block_ids) for x in left))
+            if not isinstance(span, RemoteSpan) or span.loan_id != loan_id or count == 0:
+                spans.append(span)
+                continue
+            start = sum(len(x.block_ids) for x in left)
+            left.append(replace(span, block_ids=span.block_ids[:count]))
+            spans.append(LocalSpan(span.first, tuple(block_ids[start : start + count])))
+            if span.block_ids[count:]:
+                spans.append(replace(span, first=span.first + count, block_ids=span.block_ids[count:]))
+        self._spans = spans
+        self._merge_neighbours()
+        return left
+
     def remove_loans(self, loan_ids: Collection[LoanId]) -> list[RemoteSpan]:
         """What lay at creditors under these loans lies nowhere now."""
         lost = [span for span in self.remote_spans() if span.loan_id in loan_ids]
@@ -140,7 +162,7 @@ def _cut(span: Span, rblocks: range) -> Span | None:
     """The part of `span` that lies in `rblocks`."""
     start = max(rblocks.start - span.first, 0)
     block_ids = span.block_ids[start : max(rblocks.stop - span.first, 0)]
-    return msgspec.structs.replace(span, first=span.first + start, block_ids=block_ids) if block_ids else None
+    return replace(span, first=span.first + start, block_ids=block_ids) if block_ids else None
 
 
 def _join(left: Span, right: Span) -> Span | None:

@@ -7,6 +7,8 @@ from megatron_distkv.ledger.memory_ledger import MemoryLedger
 from megatron_distkv.ledger.open_ledger import open_ledger
 from megatron_distkv.ledger.pool_snapshot import PoolSnapshot, render_debts
 from megatron_distkv.ledger.records import (
+    LENDER,
+    ROLE,
     Creditor,
     HeartbeatReply,
     InstanceRecord,
@@ -22,6 +24,8 @@ from megatron_distkv.ledger.records import (
 from megatron_distkv.ledger.url import shown
 
 __all__ = [
+    "LENDER",
+    "ROLE",
     "Creditor",
     "DebtLedger",
     "HeartbeatReply",

@@ -39,6 +39,7 @@ def render_debts(snapshot: PoolSnapshot) -> str:
     lines = [f"{'instance':<16}{'total':>7}{'used':>7}{'lent':>7}{'borrowed':>10}{'free':>7}  state"]
     for record in snapshot.instances:
         state = record.state.value if record.lease_left_ms > 0 else "dead"
+        state += "" if record.takes_requests else ", memory only"
         lines.append(
             f"{record.instance:<16}{record.total:>7}{record.local_used:>7}{record.lent:>7}"
             f"{record.borrowed:>10}{record.free:>7}  {state}"

@@ -6,6 +6,9 @@ from enum import StrEnum
 
 from megatron_distkv.rblock import InstanceId, LoanId
 
+# In a registration's `info`: what the member is. Instances, which take requests, say nothing.
+ROLE, LENDER = "role", "lender"
+
 
 class InstanceState(StrEnum):
     UP = "up"
@@ -116,6 +119,11 @@ class InstanceRecord:
     max_request_tokens: int
     lease_left_ms: int
     info: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def takes_requests(self) -> bool:
+        """False: a memory-only lender."""
+        return self.info.get(ROLE) != LENDER
 
     @property
     def lendable_at_most(self) -> int:

@@ -5,7 +5,7 @@ rManager allocates. It ends with its request.
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import msgspec
@@ -29,7 +29,10 @@ MAX_CREDITORS_ASKED = 8
 
 @dataclass(eq=False)
 class HeldLoan:
-    """A loan of `num_rblocks` rBlocks; those not used yet wait in `unused`."""
+    """A loan of `num_rblocks` rBlocks; those not used yet wait in `unused`.
+
+    A loan that its creditor wants back has a time at which it is overdue, and takes nothing in any more.
+    """
 
     loan_id: LoanId
     request_id: str
@@ -37,6 +40,11 @@ class HeldLoan:
     address: str
     num_rblocks: int
     unused: deque[int] = field(default_factory=deque)
+    overdue_at_s: float | None = None
+
+    @property
+    def is_recalled(self) -> bool:
+        return self.overdue_at_s is not None
 
     def take(self, count: int) -> list[int]:
         """Up to `count` physical ids in the creditor's pool, to be filled now."""
@@ -65,11 +73,17 @@ class Borrowing:
         self._num_asked = 0
         self.num_borrowed = 0  # rBlocks of all loans; other threads read it
 
+    def loans(self) -> Iterator[HeldLoan]:
+        return (loan for loans in self._loans.values() for loan in loans)
+
     def loans_of(self, request_id: str) -> list[HeldLoan]:
         return self._loans.get(request_id, [])
 
+    def usable_loans_of(self, request_id: str) -> list[HeldLoan]:
+        return [loan for loan in self.loans_of(request_id) if loan.unused and not loan.is_recalled]
+
     def num_unused(self, request_id: str) -> int:
-        return sum(len(loan.unused) for loan in self.loans_of(request_id))
+        return sum(len(loan.unused) for loan in self.usable_loans_of(request_id))
 
     def borrow(self, request_id: str, count: int, only_from: str | None = None) -> int:
         """Try to borrow `count` rBlocks for a request, over several creditors if need be; returns how many came.
@@ -89,7 +103,7 @@ class Borrowing:
 
     def drop_loans(self, concerned: Callable[[HeldLoan], bool]) -> list[HeldLoan]:
         """End these loans; returns them. A creditor that cannot be told learns it from the ledger."""
-        dropped = [loan for loans in self._loans.values() for loan in loans if concerned(loan)]
+        dropped = [loan for loan in self.loans() if concerned(loan)]
         for loan in dropped:
             self._loans[loan.request_id].remove(loan)
             if not self._loans[loan.request_id]:
@@ -131,6 +145,7 @@ class Borrowing:
                 raise DistkvError(f"{creditor.instance} gave {len(answer.block_ids)} rBlocks instead of {count}")
         except DistkvError as error:  # gone, or unable to answer
             logger.warning("%s", error)
+            self._outlook.leave_alone(creditor.instance)
             answer = LendReply(refusal=Refusal.STALE_CREDITOR)
         if answer.refusal is not None:
             self._late_releases.release(loan_id)

@@ -1,4 +1,4 @@
-"""Carries out a step's moves on one rank: gather rBlocks from the pool, send them to the creditor's same rank."""
+"""Carries out a step's moves and pulls on one rank: rBlocks to the creditor's same rank, and back from it."""
 
 from collections.abc import Iterator, Sequence
 
@@ -6,10 +6,11 @@ import msgspec
 import torch
 
 from megatron_distkv.errors import DistkvError, PeerLost
-from megatron_distkv.messages import Acknowledge, MessageKind, StoreHeader, decode
-from megatron_distkv.ops import gather_rblocks
-from megatron_distkv.rmanager.move import Move
+from megatron_distkv.messages import Acknowledge, FetchHeader, MessageKind, StoreHeader, decode
+from megatron_distkv.ops import gather_rblocks, scatter_rblocks
+from megatron_distkv.rmanager.move import Move, Pull
 from megatron_distkv.rmanager.peers import Peers
+from megatron_distkv.transport import Reply, TensorSpec, read_tensors
 
 
 class Migration:
@@ -21,8 +22,8 @@ class Migration:
         self._rblocks_per_message = rblocks_per_message
         self._deadline_s = deadline_s
 
-    def carry_out(self, moves: Sequence[Move]) -> dict[str, str]:
-        """Do all moves; returns the creditors that were lost, with the reason.
+    def carry_out(self, moves: Sequence[Move | Pull]) -> dict[str, str]:
+        """Do all, in order; returns the creditors that were lost, with the reason.
 
         Never raises for a peer that is lost or cannot answer: with tensor parallelism every rank must come to the
         same next collective.
@@ -32,7 +33,7 @@ class Migration:
             if move.creditor in lost:
                 continue
             try:
-                self._push(move)
+                self._push(move) if isinstance(move, Move) else self._pull(move)
             except DistkvError as error:
                 lost[move.creditor] = error.reason if isinstance(error, PeerLost) else str(error)
         return lost
@@ -42,12 +43,25 @@ class Migration:
         for local_ids, remote_ids in self._portions(move):
             header = msgspec.msgpack.encode(StoreHeader(move.loan_id, remote_ids))
             data = gather_rblocks(self._pool, torch.tensor(local_ids, dtype=torch.int64))
-            reply = channel.call(MessageKind.STORE, header, [data], deadline_s=self._deadline_s)
-            refusal = decode(reply.header, Acknowledge).refusal
-            if refusal is not None:
-                raise PeerLost(move.creditor, f"refused rBlocks of loan {move.loan_id}: {refusal.value}")
+            _check(channel.call(MessageKind.STORE, header, [data], deadline_s=self._deadline_s), move)
 
-    def _portions(self, move: Move) -> Iterator[tuple[list[int], list[int]]]:
+    def _pull(self, pull: Pull) -> None:
+        channel = self._peers.reach(pull.creditor, pull.address)
+        for local_ids, remote_ids in self._portions(pull):
+            header = msgspec.msgpack.encode(FetchHeader(pull.loan_id, remote_ids))
+            reply = channel.call(MessageKind.FETCH, header, deadline_s=self._deadline_s)
+            _check(reply, pull)
+            spec = TensorSpec((len(remote_ids), *self._pool.shape[1:]), self._pool.dtype)
+            (data,) = read_tensors(reply.payload, [spec])
+            scatter_rblocks(data, self._pool, torch.tensor(local_ids, dtype=torch.int64))
+
+    def _portions(self, move: Move | Pull) -> Iterator[tuple[list[int], list[int]]]:
         size = self._rblocks_per_message
         for start in range(0, len(move.local_ids), size):
             yield move.local_ids[start : start + size], move.remote_ids[start : start + size]
+
+
+def _check(reply: Reply, move: Move | Pull) -> None:
+    refusal = decode(reply.header, Acknowledge).refusal
+    if refusal is not None:
+        raise PeerLost(move.creditor, f"refused rBlocks of loan {move.loan_id}: {refusal.value}")

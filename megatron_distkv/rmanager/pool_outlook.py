@@ -15,6 +15,8 @@ RETRY_S = 0.05
 # Debtors need a heartbeat to hear of a reclaim: asking more often only repeats it.
 RECLAIM_INTERVAL_S = 1.0
 MAX_CREDITORS = 64
+# A creditor that wants memory back, or cannot answer, is not asked for more in this time.
+LEFT_ALONE_S = 2.0
 # More rBlocks than any pool has: `recommend` then names every creditor.
 EVERYTHING = 1 << 40
 
@@ -27,6 +29,7 @@ class PoolOutlook:
         self._ledger = ledger
         self._identity = identity
         self._peers = peers
+        self._left_alone_until_s: dict[str, float] = {}
         self._borrowable = 0
         self._most_borrowable = 0
         self._viewed_at_s = float("-inf")
@@ -40,7 +43,12 @@ class PoolOutlook:
             recommended = self._ledger.recommend(self._identity.instance, EVERYTHING, MAX_CREDITORS)
         except LedgerUnavailable:
             return []
-        return [creditor for creditor in recommended if not self._peers.shuns(creditor.instance)]
+        now_s = time.monotonic()
+        left_alone = {name for name, until_s in self._left_alone_until_s.items() if until_s > now_s}
+        return [x for x in recommended if x.instance not in left_alone and not self._peers.shuns(x.instance)]
+
+    def leave_alone(self, creditor: str) -> None:
+        self._left_alone_until_s[creditor] = time.monotonic() + LEFT_ALONE_S
 
     def borrowable_rblocks(self) -> int:
         """rBlocks that all creditors together would lend now; 0 while the ledger is away."""

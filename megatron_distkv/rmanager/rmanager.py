@@ -4,6 +4,7 @@ A request's new tokens always get local rBlocks. When those run short, the oldes
 move to creditors, a bounded number per step, so that a context may be longer than this instance's memory.
 """
 
+import time
 from collections.abc import Iterable, Sequence
 
 from megatron_distkv.config.instance import LendingConfig
@@ -14,7 +15,8 @@ from megatron_distkv.log import get_logger
 from megatron_distkv.rblock import InstanceId, LoanId, Span, num_rblocks_for
 from megatron_distkv.request import Request
 from megatron_distkv.rmanager.borrowing import Borrowing, HeldLoan
-from megatron_distkv.rmanager.move import Move
+from megatron_distkv.rmanager.homecoming import Homecoming
+from megatron_distkv.rmanager.move import Move, Pull
 from megatron_distkv.rmanager.pool_outlook import PoolOutlook
 
 logger = get_logger(__name__)
@@ -47,6 +49,7 @@ class RManager:
         self._vacated: list[int] = []
         self._moves: list[Move] = []
         self._moves_left = config.max_moved_rblocks_per_step
+        self._homecoming = Homecoming(borrowing, outlook, config.recall_patience_s)
 
     def table(self, request: Request) -> BlockTable:
         return self._tables[request.request_id]
@@ -95,15 +98,31 @@ class RManager:
         if self.num_local_free < target:
             self._make_room(target - self.num_local_free)
 
-    def take_moves(self) -> list[Move]:
-        """The moves that the step must do first."""
+    def bring_home(self) -> list[Request]:
+        """Pull back what creditors want back, a bounded number of rBlocks; the last that a step plans.
+
+        Returns requests for which there was no room in time: what lay there must be computed again.
+        """
+        loan = self._homecoming.next_loan()
+        if loan is None:
+            return []
+        count = min(self._tables[loan.request_id].num_under(loan.loan_id), self._moves_left)
+        if count > self.num_local_free:
+            self._make_room(count - self.num_local_free)
+        self._homecoming.pull(loan, self._tables[loan.request_id], self._take_local(min(count, self._moves_left)))
+        is_overdue = loan.overdue_at_s is not None and time.monotonic() > loan.overdue_at_s
+        return self._lose(self._borrowing.drop_loans(lambda other: other is loan)) if is_overdue else []
+
+    def take_moves(self) -> tuple[list[Move], list[Pull]]:
+        """What the step must do first, the moves before the pulls."""
         moves, self._moves = self._moves, []
-        return moves
+        return moves, self._homecoming.take_pulls()
 
     def end_step(self) -> None:
-        """The step has done its moves: vacated rBlocks are free."""
+        """The step has done its moves: vacated rBlocks are free, and loans without rBlocks end."""
         self._allocator.free(self._vacated)
         self._vacated = []
+        self._homecoming.end_step(self._tables)
 
     def move_to(self, request_id: str, count: int, creditor: str) -> None:
         """Carry out a move that the gManager has planned, as far as it is still possible."""
@@ -124,15 +143,20 @@ class RManager:
 
     def lose_creditor(self, creditor: str) -> list[Request]:
         """Nothing that lay at this creditor is there any more; returns the requests whose KV must be computed again."""
-        return self._lose(self._borrowing.drop_loans(lambda loan: loan.creditor == creditor))
+        dropped = self._borrowing.drop_loans(lambda loan: loan.creditor == creditor)
+        return self._lose(dropped, self._homecoming.arrived_from(creditor))
 
-    def give_back(self, loan_id: str) -> list[Request]:
-        """End one loan before its request ends; what lay there must be computed again."""
-        return self._lose(self._borrowing.drop_loans(lambda loan: loan.loan_id == loan_id))
+    def recall(self, loan_id: str) -> None:
+        """The creditor wants this loan back: its rBlocks come home in the next steps."""
+        self._homecoming.recall(loan_id)
 
     def reclaim_for(self, request: Request) -> None:
         """Ask debtors for as much memory back as this request, one of this instance's own, lacks."""
         self._outlook.reclaim(min(self._allocator.num_lent, self._num_missing(request)))
+
+    def reclaim_all(self) -> None:
+        """This instance is about to leave: ask for everything back."""
+        self._outlook.reclaim(self._allocator.num_lent)
 
     def check_integrity(self) -> None:
         """Between steps: tables in order, and every used rBlock in exactly one of them."""
@@ -144,14 +168,17 @@ class RManager:
 
     # ------------------------------------------------------------------ inside
 
-    def _lose(self, loans: Sequence[HeldLoan]) -> list[Request]:
-        concerned = [self._requests[request_id] for request_id in dict.fromkeys(loan.request_id for loan in loans)]
+    def _lose(self, loans: Sequence[HeldLoan], arrived: Sequence[tuple[str, range]] = ()) -> list[Request]:
+        """What lay under these loans is gone, and what should have arrived from there holds nothing."""
+        concerned = dict.fromkeys([*(loan.request_id for loan in loans), *(request_id for request_id, _ in arrived)])
         loan_ids = {loan.loan_id for loan in loans}
-        for request in concerned:
-            spans = self._tables[request.request_id].remove_loans(loan_ids)
-            ends = [(span.first, span.first + len(span.block_ids)) for span in spans]
-            request.lose(*(range(first * self.rblock_size, end * self.rblock_size) for first, end in ends))
-        return concerned
+        for request_id in concerned:
+            spans = self._tables[request_id].remove_loans(loan_ids)
+            lost = [range(span.first, span.first + len(span.block_ids)) for span in spans]
+            lost += [rblocks for other, rblocks in arrived if other == request_id]
+            size = self.rblock_size
+            self._requests[request_id].lose(*(range(x.start * size, x.stop * size) for x in lost))
+        return [self._requests[request_id] for request_id in concerned]
 
     def _rblocks_around(self, positions: range) -> range:
         return range(positions.start // self.rblock_size, num_rblocks_for(positions.stop, self.rblock_size))
@@ -195,7 +222,7 @@ class RManager:
             borrowed = self._borrowing.borrow(request.request_id, missing, only_to)
             self._outlook.note_answer(got_all=borrowed >= missing)
         moved = 0
-        for loan in self._borrowing.loans_of(request.request_id):
+        for loan in self._borrowing.usable_loans_of(request.request_id):
             while loan.unused and moved < movable:
                 moved += self._move_into(loan, table, movable - moved, full)
         self._moves_left -= moved

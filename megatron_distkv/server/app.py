@@ -129,7 +129,7 @@ class Gateway:
         return JSONResponse(body, status_code=200 if names else 503)
 
     async def metrics(self, _: Request) -> Response:
-        for record in self._view.instances:
+        for record in self._view.members:
             counts = {"free": record.free, "used": record.local_used, "lent": record.lent, "borrowed": record.borrowed}
             for state, count in counts.items():
                 metrics.INSTANCE_RBLOCKS.labels(record.instance, state).set(count)

@@ -35,11 +35,16 @@ class PoolView:
                 await self._task
 
     @property
-    def instances(self) -> list[InstanceRecord]:
-        """Live instances that take requests."""
+    def members(self) -> list[InstanceRecord]:
+        """Instances and memory-only lenders that live and do not drain."""
         if self.snapshot is None:
             return []
         return [record for record in self.snapshot.live if record.state is InstanceState.UP]
+
+    @property
+    def instances(self) -> list[InstanceRecord]:
+        """Those that take requests."""
+        return [record for record in self.members if record.takes_requests]
 
     async def _keep_fresh(self) -> None:
         while True:

@@ -5,7 +5,7 @@ from typing import Any
 from megatron_distkv.gmanager import GManager
 from megatron_distkv.gmanager.debt_graph import debt_graph, find_cycle
 from megatron_distkv.gmanager.planner import plan
-from megatron_distkv.ledger import InstanceReport, Loan, LoanState, MemoryLedger, RequestPlacementEntry
+from megatron_distkv.ledger import LENDER, ROLE, InstanceReport, Loan, LoanState, MemoryLedger, RequestPlacementEntry
 from megatron_distkv.rblock import InstanceId, LoanId
 
 A, B, C = (InstanceId(name) for name in "abc")
@@ -34,6 +34,14 @@ def test_the_longest_request_of_a_full_instance_moves_to_the_freest() -> None:
     # When planned, then half of the longest goes to the freest
     (move,) = plan(pool.ledger.snapshot())
     assert (move.request_id, move.source, move.destination, move.num_rblocks) == ("long", A, C, 40)
+
+
+def test_a_memory_only_lender_takes_what_is_to_move() -> None:
+    pool = Pool()
+    pool.ledger.register(InstanceId("lender"), "lender", 400, 0, 10.0, info={ROLE: LENDER})
+    pool.report(A, 95, running=2, waiting=3, long=80)
+    (move,) = plan(pool.ledger.snapshot())
+    assert (move.source, move.destination) == (A, "lender")
 
 
 def test_nothing_moves_without_need_or_without_room() -> None:

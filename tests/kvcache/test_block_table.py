@@ -59,6 +59,29 @@ def test_a_lost_loan_leaves_a_gap_that_local_rblocks_fill() -> None:
     assert (table.num_local, table.num_remote) == (3, 1)
 
 
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=8))
+def test_what_comes_home_is_where_it_was(counts: list[int]) -> None:
+    # Given ten rBlocks, of which 2..5 and 7..9 lie at a creditor, 5..7 at another
+    table = local_table(*range(100, 110))
+    table.move_to_creditor(2, [40, 41, 42], CREDITOR, LOAN)
+    table.move_to_creditor(7, [43, 44], CREDITOR, LOAN)
+    table.move_to_creditor(5, [60, 61], InstanceId("c"), LoanId("a.1.1"))
+    # When they come home a few at a time
+    left, fresh = [], iter(range(200, 300))
+    for count in counts:
+        physical = [next(fresh) for _ in range(min(count, table.num_under(LOAN)))]
+        spans = table.bring_home(LOAN, physical)
+        left += [block_id for span in spans for block_id in span.block_ids]
+        table.check_integrity()
+    # Then the oldest have come, each once, and the rest lies where it was
+    assert left == [40, 41, 42, 43, 44][: len(left)]
+    assert table.num_under(LOAN) == 5 - len(left)
+    home = [100, 101, *range(200, 205), 109]
+    expected = [*home[:2], *[(home[2:7] if i < len(left) else [40, 41, 42, 43, 44])[i] for i in range(5)]]
+    expected = [*expected[:5], 60, 61, *expected[5:], 109]
+    assert [block_id for span in table.spans for block_id in span.block_ids] == expected
+
+
 def test_moving_what_is_not_local_is_refused() -> None:
     table = local_table(1, 2)
     table.move_to_creditor(0, [40], CREDITOR, LOAN)

@@ -153,14 +153,47 @@ def test_a_request_that_waits_for_lent_memory_asks_for_it_back(pool: Pool, serve
         assert time.monotonic() < end, "b waits until a is done"
         assert b.step() == []
 
-    # Then a hears of it, gives the loan back, and both end
-    a.step()
+    # Then a hears of it, gives the loan back, for which it has no room, and both end
+    while not long.num_lost_tokens:
+        a.step()
     assert 0 < long.num_lost_tokens < len(long.prompt_token_ids)
     while not (a.scheduler.is_idle and b.scheduler.is_idle):
         a.step()
         b.step()
     assert len(short.output_token_ids) == len(long.output_token_ids) == GREEDY.max_tokens
     b.step()
+    assert_nothing_is_owed(pool, server)
+
+
+def test_what_a_creditor_wants_back_goes_elsewhere_and_is_not_computed_again(
+    pool: Pool, reference: LLM, server: EmbeddedServer
+) -> None:
+    # Given a request in a with rBlocks at one creditor, and room at the other
+    many = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
+    prompt = random_prompt(130)
+    expected = reference.generate([prompt], many)[0].token_ids
+    a = pool["a"].instance
+    request = Request("r", prompt, many)
+    a.add(request)
+    while len(request.output_token_ids) < 4:
+        a.step()
+    (creditor, count), *_ = a.rmanager.table(request).remote_by_creditor().items()
+    lender = pool[creditor].instance
+
+    # When that creditor wants everything back, for good
+    lender.drain(within_s=60)
+    while not lender.is_drained:
+        a.step()
+        time.sleep(0.01)
+        assert not a.scheduler.is_idle, "the request ended first"
+
+    # Then its rBlocks lie elsewhere, the request goes on, and nothing was computed again
+    assert count > 0
+    assert creditor not in a.rmanager.table(request).remote_by_creditor()
+    while not a.scheduler.is_idle:
+        a.step()
+    assert request.output_token_ids == expected
+    assert (request.num_recomputed_tokens, request.num_preemptions) == (0, 0)
     assert_nothing_is_owed(pool, server)
 
 

@@ -1,0 +1,121 @@
+"""A memory-only lender: host memory, and the CPU that computes MicroAttention over it. No model, no requests."""
+
+import threading
+import time
+from contextlib import suppress
+
+from megatron_distkv.attention import Creditor, LoanTable
+from megatron_distkv.config.lender import LenderConfig
+from megatron_distkv.engine.addresses import rank_address
+from megatron_distkv.engine.closing import close_in_order
+from megatron_distkv.engine.lender_desk import LenderDesk
+from megatron_distkv.engine.membership import Membership, published_shape
+from megatron_distkv.errors import LedgerUnavailable, UserError
+from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
+from megatron_distkv.kvcache.rblock_shape import RBlockShape
+from megatron_distkv.ledger import LENDER, ROLE, DebtLedger, InstanceReport, InstanceState
+from megatron_distkv.rblock import InstanceId
+from megatron_distkv.rmanager import Heartbeat, Identity, LateReleases, Lending, NoFollowers
+from megatron_distkv.transport import Listener, read_secret
+
+# How often the main thread, which has nothing else to do, looks for the word to stop.
+WATCH_INTERVAL_S = 0.25
+# A lender that is told to end gives its debtors this long to bring home what lies here.
+DRAIN_WITHIN_S = 5.0
+
+
+def shape_of_pool(ledger: DebtLedger, stop: threading.Event) -> RBlockShape | None:
+    """Waits for a pool's first member that says how its rBlocks look; None when `stop` came before."""
+    while not stop.is_set():
+        with suppress(LedgerUnavailable):
+            for record in ledger.snapshot().live:
+                shape = published_shape(record)
+                if shape is not None:
+                    return shape
+        stop.wait(WATCH_INTERVAL_S)
+    return None
+
+
+def num_rblocks_to_lend(config: LenderConfig, shape: RBlockShape) -> int:
+    """Raises UserError when not even one rBlock fits."""
+    if config.num_rblocks is not None:
+        return config.num_rblocks
+    assert config.memory is not None
+    if config.memory < shape.rblock_bytes:
+        raise UserError(f"{config.memory} bytes of memory are less than one rBlock of {shape.rblock_bytes} bytes")
+    return config.memory // shape.rblock_bytes
+
+
+class Lender:
+    """A creditor like any instance, in one process for all tensor-parallel ranks. It never borrows.
+
+    Every rank of a debtor finds a listener of its own, over a pool with that rank's heads; physical ids are the same in
+    all pools, so one allocator and one loan table hold for all of them.
+    """
+
+    def __init__(self, config: LenderConfig, shape: RBlockShape, ledger: DebtLedger) -> None:
+        self._ledger = ledger
+        self.num_rblocks = num_rblocks_to_lend(config, shape)
+        self.allocator = RBlockAllocator(self.num_rblocks, self.num_rblocks)
+        self.loan_table = LoanTable()
+        self._identity = identity = Identity(InstanceId(config.lender_id))
+        address = rank_address(config.run_dir, config.lender_id)
+        membership = Membership(ledger, identity, config.ledger, address, self.allocator, shape, {ROLE: LENDER})
+        self.lending = Lending(self.allocator, ledger, identity, self.loan_table, NoFollowers(), in_debt=lambda: False)
+        self._membership = membership
+        self._listeners = [self._listen(config, shape, rank) for rank in range(shape.tensor_parallel)]
+        self._heartbeat = Heartbeat(
+            ledger,
+            identity,
+            config.ledger,
+            self.lending,
+            LateReleases(ledger, identity, patience_s=0),  # of loans that it took: there are none
+            membership.join,
+            lambda: InstanceReport(0, state=InstanceState.DRAINING if self.lending.draining else InstanceState.UP),
+        )
+        membership.join()
+        self._heartbeat.start()
+
+    def run(self, stop: threading.Event) -> None:
+        """Until `stop`; raises SupersededError when another has come under the same name."""
+        while not stop.wait(WATCH_INTERVAL_S):
+            if self._heartbeat.superseded is not None:
+                raise self._heartbeat.superseded
+        self.drain(DRAIN_WITHIN_S)
+
+    def drain(self, within_s: float) -> None:
+        """Lend nothing new and ask for everything back; returns when it has come, or the time is over."""
+        self.lending.draining = True
+        until_s = time.monotonic() + within_s
+        while self.allocator.num_lent > 0 and time.monotonic() < until_s:
+            with suppress(LedgerUnavailable):
+                self._ledger.reclaim(self._identity.instance, self._identity.epoch, self.allocator.num_lent)
+            time.sleep(WATCH_INTERVAL_S)
+
+    def check_integrity(self) -> None:
+        self.allocator.check_integrity([])
+
+    def close(self) -> None:
+        """Leave the pool: debtors compute again what lay here."""
+        close_in_order(
+            [
+                self._heartbeat.stop,
+                self._membership.leave,
+                *(listener.close for listener in self._listeners),
+                self._ledger.close,
+            ]
+        )
+
+    def _listen(self, config: LenderConfig, shape: RBlockShape, rank: int) -> Listener:
+        pool_BLK2ND = shape.rank_pool(self.num_rblocks).tensor_BLK2ND
+        creditor = Creditor(
+            pool_BLK2ND, self.loan_table, shape.query_heads_per_rank, shape.torch_dtype, shape.head_dim**-0.5
+        )
+        creditor.warm_up()
+        return Listener(
+            rank_address(config.run_dir, config.lender_id, rank),
+            config.ledger.pool,
+            LenderDesk(self.lending, creditor).answer,
+            secret=read_secret(config.ledger.secret_file),
+            on_disconnect=creditor.forget,
+        )

@@ -1,0 +1,75 @@
+"""Membership of a pool, for instances and lenders alike: what the ledger knows of them."""
+
+from collections.abc import Mapping
+
+import msgspec
+
+from megatron_distkv.config.instance import LedgerConfig
+from megatron_distkv.errors import UserError
+from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
+from megatron_distkv.kvcache.rblock_shape import RBlockShape
+from megatron_distkv.ledger import DebtLedger, InstanceRecord
+from megatron_distkv.log import get_logger
+from megatron_distkv.rmanager import Identity
+
+logger = get_logger(__name__)
+_SHAPE = "rblock_shape"
+
+
+def published_shape(record: InstanceRecord) -> RBlockShape | None:
+    """The shape of this member's rBlocks; None where it says nothing that can be read."""
+    try:
+        return msgspec.json.decode(record.info.get(_SHAPE, ""), type=RBlockShape)
+    except msgspec.MsgspecError:
+        return None
+
+
+class Membership:
+    """Raises UserError in a pool whose rBlocks have another shape than `shape`."""
+
+    def __init__(
+        self,
+        ledger: DebtLedger,
+        identity: Identity,
+        config: LedgerConfig,
+        address: str,
+        allocator: RBlockAllocator,
+        shape: RBlockShape,
+        info: Mapping[str, str],
+    ) -> None:
+        self._ledger = ledger
+        self._identity = identity
+        self._config = config
+        self._address = address
+        self._allocator = allocator
+        self._shape = shape
+        self._info = {**info, _SHAPE: msgspec.json.encode(shape).decode()}
+        self._compare_with_the_pool()
+
+    def join(self) -> None:
+        """Register, and again where the ledger has forgotten."""
+        identity, allocator = self._identity, self._allocator
+        registration = self._ledger.register(
+            identity.instance,
+            self._address,
+            allocator.num_rblocks,
+            allocator.num_rblocks - allocator.max_lent,
+            self._config.lease_s,
+            epoch=identity.epoch,
+            generation=identity.generation,
+            info=self._info,
+        )
+        identity.epoch, identity.generation = registration.epoch, registration.generation
+
+    def leave(self) -> None:
+        self._ledger.deregister(self._identity.instance, self._identity.epoch)
+
+    def _compare_with_the_pool(self) -> None:
+        for record in self._ledger.snapshot().live:
+            theirs = published_shape(record)
+            if record.instance != self._identity.instance and theirs not in (None, self._shape):
+                assert theirs is not None
+                raise UserError(
+                    f"{self._identity.instance} cannot join pool {self._config.pool!r}: its rBlocks have"
+                    f" {'; '.join(self._shape.differences(theirs))} as those of {record.instance}"
+                )
