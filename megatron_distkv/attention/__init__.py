@@ -1,5 +1,6 @@
 """DistAttention: attention over rBlocks computed where they lie, merged exactly by log-sum-exp."""
 
+from megatron_distkv.attention.context_parallel import ContextShard, context_attention
 from megatron_distkv.attention.creditor import Creditor
 from megatron_distkv.attention.debtor import Debtor
 from megatron_distkv.attention.dist_attention import DistAttention
@@ -8,9 +9,11 @@ from megatron_distkv.attention.loan_table import LoanTable
 from megatron_distkv.attention.metadata import AttentionMetadata, RemoteShare, SequenceSlice, build_metadata
 from megatron_distkv.attention.partial import Partial, merge_partials
 from megatron_distkv.attention.rotary import RotaryConfig
+from megatron_distkv.attention.shard_order import ShardOrder
 
 __all__ = [
     "AttentionMetadata",
+    "ContextShard",
     "Creditor",
     "Debtor",
     "DistAttention",
@@ -20,7 +23,9 @@ __all__ = [
     "RemoteShare",
     "RotaryConfig",
     "SequenceSlice",
+    "ShardOrder",
     "build_metadata",
+    "context_attention",
     "forward_context",
     "merge_partials",
 ]
