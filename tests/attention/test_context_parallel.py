@@ -1,15 +1,21 @@
 """Attention over a context group of real gloo processes, against float64 autograd on one process."""
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_distkv.attention import tile_attention
-from megatron_distkv.attention.context_parallel import ContextShard, context_attention
-from megatron_distkv.attention.shard_order import ShardOrder
+from megatron_distkv.attention import (
+    ContextShard,
+    DistAttention,
+    RotaryConfig,
+    ShardOrder,
+    context_attention,
+    tile_attention,
+)
 from megatron_distkv.attention.visits import Heads, plan_rounds, plan_visit
 from tests.attention.context_ranks import NUM_RANKS, SCALE, Case, Ranks, Result, run_shard
 
@@ -137,6 +143,20 @@ def test_documents_apart_have_no_visits() -> None:
     order = ShardOrder(64, 4, tuple(range(0, 64, 8)))
     for rank in range(4):
         assert [len(visits) for visits in plan_rounds(order, rank, Heads(4, 2, 8, 4))] == [1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("rotary", [RotaryConfig(), RotaryConfig(percent=0.5)])
+def test_packed_documents_are_the_documents_one_by_one(rotary: RotaryConfig) -> None:
+    # Given the module, with positions, over three documents in one sequence
+    case = Case(24, 1, document_starts=(0, 10, 11))
+    attention = DistAttention(SimpleNamespace(kv_channels=case.head_dim), layer_number=1, rotary=rotary)
+    q, k, v, _ = case.tensors()
+    attention.shard = ContextShard(case.order)
+    packed = attention(q, k, v, None)
+    # Then each is what it is alone
+    attention.shard = None
+    for document, out in zip((slice(0, 10), slice(10, 11), slice(11, 24)), packed.split([10, 1, 13]), strict=True):
+        torch.testing.assert_close(out, attention(q[document], k[document], v[document], None), rtol=1e-5, atol=1e-6)
 
 
 def test_a_shard_of_the_wrong_length_is_refused() -> None:
