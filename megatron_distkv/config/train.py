@@ -84,7 +84,7 @@ class TrainConfig(FrozenConfig):
 
     @model_validator(mode="after")
     def _every_rank_has_tokens(self) -> Any:
-        shortest = min(stage.sequence_length for stage in self.data.stages)
+        shortest = min(self.evaluation_length, *(stage.sequence_length for stage in self.data.stages))
         if shortest < 2 * self.context_parallel:
             raise ValueError(
                 f"context_parallel {self.context_parallel} cuts sequences in {2 * self.context_parallel}, "

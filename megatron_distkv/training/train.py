@@ -19,7 +19,7 @@ from megatron_distkv.training.data import Batch, PasskeyData
 from megatron_distkv.training.deepspeed_engine import build_engine, init_distributed, whole_parameters
 from megatron_distkv.training.loss import token_weights
 from megatron_distkv.training.passkey import load_prose
-from megatron_distkv.training.recall import recall
+from megatron_distkv.training.recall import num_inputs, recall
 from megatron_distkv.training.schedule import learning_rate
 
 NUM_EVALUATION_PROMPTS = 16
@@ -116,10 +116,13 @@ class Trainer:
 
     def _recall(self) -> float:
         """Every rank takes part: with ZeRO-3 and tensor parallelism a forward pass has collectives."""
-        self._set_attention(1.0, None)
-        return recall(
-            self.engine, self._held_out, self.config.evaluation_length, NUM_EVALUATION_PROMPTS, EVALUATION_SEED
-        )
+        length = self.config.evaluation_length
+        shard = self._shard(num_inputs(length))
+        self._set_attention(1.0, shard)
+        try:
+            return recall(self.engine, self._held_out, length, NUM_EVALUATION_PROMPTS, EVALUATION_SEED, shard)
+        finally:
+            self._set_attention(1.0, None)
 
     def _progress(self) -> Iterator[int]:
         steps = range(self.step, self.config.steps)
