@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_distkv.attention import Creditor, Debtor, LoanTable
+from megatron_distkv.attention import Creditor, Debtor, HostMemory, LoanTable
 from megatron_distkv.config.instance import InstanceConfig
 from megatron_distkv.config.model import ModelConfig
 from megatron_distkv.engine.model_runner import ModelRunner
@@ -55,15 +55,17 @@ def build_rank(config: InstanceConfig, parallel: TensorParallel) -> Rank:
     secret = read_secret(config.ledger.secret_file)
     peers = Peers(config.ledger.pool, identity, parallel.rank, sizes, deadline_s, secret)
     loan_table = LoanTable()
-    tensor = pool.tensor_BLK2ND
+    tensor, scale = pool.tensor_BLK2ND, model.head_dim**-0.5
+    num_host = config.kv_cache.num_host_rblocks
+    host = HostMemory(shape.rank_pool(num_host).tensor_BLK2ND, scale) if num_host else None
     runner = ModelRunner(
         GPT(module, model),
         pool,
         peers,
-        Migration(tensor, peers, per_message, deadline_s),
-        Debtor(peers, deadline_s),
+        Migration(tensor, peers, per_message, deadline_s, host),
+        Debtor(peers, deadline_s, host),
     )
-    creditor = Creditor(tensor, loan_table, num_query_heads, dtype, model.head_dim**-0.5)
+    creditor = Creditor(tensor, loan_table, num_query_heads, dtype, scale)
     creditor.warm_up()
     return Rank(config, model, parallel, shape, identity, peers, loan_table, creditor, runner, secret)
 

@@ -5,6 +5,7 @@ from megatron_distkv.ledger.memory_ledger import MemoryLedger
 from megatron_distkv.ledger.open_ledger import open_ledger
 from megatron_distkv.ledger.pool_snapshot import PoolSnapshot, render_debts
 from megatron_distkv.ledger.records import (
+    HOST_RBLOCKS,
     LENDER,
     ROLE,
     Creditor,
@@ -22,6 +23,7 @@ from megatron_distkv.ledger.records import (
 from megatron_distkv.ledger.url import shown
 
 __all__ = [
+    "HOST_RBLOCKS",
     "LENDER",
     "ROLE",
     "Creditor",

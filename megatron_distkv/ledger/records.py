@@ -8,6 +8,8 @@ from megatron_distkv.rblock import InstanceId, LoanId
 
 # In a registration's `info`: what the member is. Instances, which take requests, say nothing.
 ROLE, LENDER = "role", "lender"
+# And how many rBlocks it has in its own host memory, beside those that the ledger accounts for.
+HOST_RBLOCKS = "host_rblocks"
 
 
 class InstanceState(StrEnum):
@@ -124,6 +126,12 @@ class InstanceRecord:
     def takes_requests(self) -> bool:
         """False: a memory-only lender."""
         return self.info.get(ROLE) != LENDER
+
+    @property
+    def host_rblocks(self) -> int:
+        """rBlocks of its own host memory; never lent, so they are in no other count."""
+        said = self.info.get(HOST_RBLOCKS, "")
+        return int(said) if said.isdecimal() else 0
 
     @property
     def lendable_at_most(self) -> int:
