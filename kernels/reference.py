@@ -73,6 +73,8 @@ def _over_blocks(
         key_positions_X = (starts[:, None] + torch.arange(rblock_size, device=starts.device)).flatten()
         is_future_TX = key_positions_X[None, :] > positions[:, None]
         scores_KRX.view(kv_heads, num_tokens, group, -1).masked_fill_(is_future_TX[None, :, None, :], float("-inf"))
+        # Slots that nobody sees yet may hold anything, and 0 * NaN is NaN.
+        v_KXD = v_KXD.masked_fill(is_future_TX.all(dim=0)[None, :, None], 0.0)
     top_KR1 = scores_KRX.amax(dim=-1, keepdim=True)
     top_KR1 = top_KR1.masked_fill(top_KR1 == float("-inf"), 0.0)  # a row without any key stays empty, not NaN
     weights_KRX = scores_KRX.sub_(top_KR1).exp_()

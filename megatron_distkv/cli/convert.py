@@ -60,7 +60,7 @@ def _require_divisible(model: ModelConfig, tp: int, to: CheckpointFormat) -> Non
         raise UserError(f"--tp must be at least 1 (got {tp})")
     if tp > 1 and to is CheckpointFormat.HF:
         raise UserError("Hugging Face checkpoints are not split over ranks: leave --tp out")
-    for name, count in (("KV heads", model.num_kv_heads), ("ffn_hidden_size", model.ffn_hidden_size)):
+    for name, count in (("KV heads", model.num_kv_heads), ("ffn_hidden_size", model.mlp_hidden_size)):
         if count % tp:
             raise UserError(f"--tp {tp} does not divide the model's {name} ({count})")
 

@@ -129,13 +129,16 @@ def _torch() -> Iterator[Finding]:
 
 def _backends() -> Finding:
     try:
-        from megatron_distkv.ops import available_backends
+        from megatron_distkv.ops import available_backends, instruction_set
 
-        names = available_backends()
+        names, variant = available_backends(), instruction_set()
     except ImportError as error:
         return Finding("kernel backends", "none", f"MicroAttention cannot be imported: {error}", True)
-    best = "torch's reference kernels serve: right, not fast" if names == ["reference"] else "chosen at start"
-    return Finding("kernel backends", ", ".join(names), best)
+    if variant is None:
+        follows = "torch's reference kernels serve: right, not fast; for C++ install a compiler, then this again"
+    else:
+        follows = f"C++ kernels serve, in their {variant} variant"
+    return Finding("kernel backends", ", ".join(names), follows)
 
 
 def _required_packages() -> Iterator[Finding]:

@@ -36,7 +36,28 @@ class RopeScaling(FrozenConfig):
         return self
 
 
-Family = Literal["llama", "mistral", "qwen2", "qwen3"]
+class MixtureConfig(FrozenConfig):
+    """A mixture of experts in place of every layer's MLP (no dense layers, no shared experts)."""
+
+    num_experts: int = Field(ge=1)
+    """Experts per layer."""
+    experts_per_token: int = Field(ge=1)
+    """The router's best experts compute a token."""
+    ffn_hidden_size: int = Field(ge=1)
+    """Width of an expert's gate and up projections."""
+    normalize_weights: bool = True
+    """The chosen experts' weights sum to 1; else they are their shares among all experts."""
+
+    @model_validator(mode="after")
+    def _enough(self) -> Any:
+        if self.experts_per_token > self.num_experts:
+            raise ValueError(
+                f"experts_per_token ({self.experts_per_token}) must not exceed num_experts ({self.num_experts})"
+            )
+        return self
+
+
+Family = Literal["llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe"]
 
 
 class ModelConfig(FrozenConfig):
@@ -56,6 +77,8 @@ class ModelConfig(FrozenConfig):
     """Dims per head (Megatron: kv_channels)."""
     vocab_size: int = Field(ge=1)
     """Rows of the embedding that mean a token."""
+    mixture: MixtureConfig | None = None
+    """Mixture-of-experts layers; None: one dense MLP per layer."""
     rotary_percent: float = Field(1.0, ge=0.0, le=1.0)
     """Share of each head's dims that RoPE rotates; 0 is no position embedding at all."""
     rotary_base: float = Field(10000.0, gt=0)
@@ -100,11 +123,18 @@ class ModelConfig(FrozenConfig):
     @property
     def family(self) -> Family:
         """The first family that has these layers: a Mistral without a window is a Llama."""
+        if self.mixture is not None:
+            return "qwen3_moe" if self.qk_layernorm else "mixtral"
         if self.qk_layernorm:
             return "qwen3"
         if self.qkv_bias:
             return "qwen2"
         return "llama" if self.sliding_window is None else "mistral"
+
+    @property
+    def mlp_hidden_size(self) -> int:
+        """Width of the MLPs that there are: an expert's, or the dense one's."""
+        return self.ffn_hidden_size if self.mixture is None else self.mixture.ffn_hidden_size
 
     def kv_bytes_per_token(self) -> int:
         """K and V of all layers, over all tensor-parallel ranks."""

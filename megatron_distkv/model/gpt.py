@@ -1,6 +1,7 @@
 """From a ModelConfig to Megatron-core's GPTModel, and its forward pass over a packed batch."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +9,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_distkv.attention import RotaryConfig
-from megatron_distkv.config.model import ModelConfig
+from megatron_distkv.config.model import MixtureConfig, ModelConfig
 from megatron_distkv.errors import ConfigError
 from megatron_distkv.model.layer_spec import layer_spec
 from megatron_distkv.model.parallel import TensorParallel, gather_vocabulary
@@ -16,21 +17,28 @@ from megatron_distkv.model.parallel import TensorParallel, gather_vocabulary
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def build_gpt(config: ModelConfig, parallel: TensorParallel, *, init_std: float = 0.02) -> GPTModel:
-    """This rank's part of the model, randomly initialised (the same on every layout for one torch seed).
+def build_gpt(config: ModelConfig, parallel: TensorParallel, *, init_std: float | None = None) -> GPTModel:
+    """This rank's part of the model, random (the same on every layout for one torch seed) with `init_std`.
 
-    Raises ConfigError when the heads cannot be split over the ranks.
+    Without it, matrices are left as the memory was, for a checkpoint to fill: random ones cost time and memory.
+
+    Raises ConfigError when heads or MLPs cannot be split over the ranks.
     """
     if config.num_kv_heads % parallel.size:
         raise ConfigError(
             f"tensor_parallel {parallel.size} does not divide the model's {config.num_kv_heads} KV heads; "
             f"use {math.gcd(config.num_kv_heads, parallel.size)}"
         )
+    if config.mlp_hidden_size % parallel.size:
+        raise ConfigError(
+            f"tensor_parallel {parallel.size} does not divide the model's ffn_hidden_size {config.mlp_hidden_size}"
+        )
     gpt = GPTModel(
         config=_transformer_config(config, parallel, init_std),
         transformer_layer_spec=layer_spec(
             RotaryConfig(config.rotary_percent, config.rotary_base, config.rope_scaling),
             qk_layernorm=config.qk_layernorm,
+            num_experts=None if config.mixture is None else config.mixture.num_experts,
         ),
         vocab_size=padded_vocab_size(config, parallel.size),
         max_sequence_length=config.max_context_tokens or 1,  # read by learned positions only
@@ -46,7 +54,7 @@ def padded_vocab_size(config: ModelConfig, tensor_parallel: int) -> int:
     return -(-config.vocab_size // tensor_parallel) * tensor_parallel
 
 
-def _transformer_config(config: ModelConfig, parallel: TensorParallel, init_std: float) -> TransformerConfig:
+def _transformer_config(config: ModelConfig, parallel: TensorParallel, init_std: float | None) -> TransformerConfig:
     return TransformerConfig(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
@@ -63,7 +71,8 @@ def _transformer_config(config: ModelConfig, parallel: TensorParallel, init_std:
         qk_layernorm=config.qk_layernorm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        init_method_std=init_std,
+        init_method_std=init_std or 0.0,
+        perform_initialization=init_std is not None,
         use_cpu_initialization=not torch.cuda.is_available(),
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
@@ -71,7 +80,20 @@ def _transformer_config(config: ModelConfig, parallel: TensorParallel, init_std:
         params_dtype=TORCH_DTYPES[config.dtype],
         bf16=config.dtype == "bf16",
         tensor_model_parallel_size=parallel.size,
+        **({} if config.mixture is None else _mixture_settings(config.mixture, parallel)),
     )
+
+
+def _mixture_settings(mixture: MixtureConfig, parallel: TensorParallel) -> dict[str, Any]:
+    return {
+        "num_moe_experts": mixture.num_experts,
+        "moe_router_topk": mixture.experts_per_token,
+        "moe_ffn_hidden_size": mixture.ffn_hidden_size,
+        "moe_router_pre_softmax": not mixture.normalize_weights,
+        "moe_router_load_balancing_type": "none",
+        "moe_token_dispatcher_type": "allgather",
+        "expert_tensor_parallel_size": parallel.size,
+    }
 
 
 class GPT:

@@ -4,7 +4,7 @@ Legend for shape suffixes: T query tokens, H query heads, K KV heads, D head dim
 N tokens per rBlock, M rBlocks listed, P partials, R rotated dims.
 """
 
-from megatron_distkv.ops.backend import available_backends, backend_in_use, use_backend
+from megatron_distkv.ops.backend import available_backends, backend_in_use, instruction_set, use_backend
 from megatron_distkv.ops.micro_attention import merge, micro_attention
 from megatron_distkv.ops.move_rblocks import gather_rblocks, scatter_rblocks
 from megatron_distkv.ops.store_kv import apply_rope, store_kv
@@ -14,6 +14,7 @@ __all__ = [
     "available_backends",
     "backend_in_use",
     "gather_rblocks",
+    "instruction_set",
     "merge",
     "micro_attention",
     "scatter_rblocks",

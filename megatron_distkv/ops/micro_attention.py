@@ -35,7 +35,7 @@ def micro_attention(
 
     Returns out `[T, H, D]` and lse `[T, H]`, fp32, natural log; a query without any key gets (0, -inf).
     """
-    out, lse = kernels().micro_attention(
+    out, lse = kernels(q_THD, pool_BLK2ND).micro_attention(
         q_THD, pool_BLK2ND, layer, block_ids_M, block_starts_M, cu_blocks, cu_queries, positions_T, scale, causal
     )
     return out, lse
@@ -60,7 +60,7 @@ def _(
 @torch.library.custom_op("distkv::merge", mutates_args=())
 def merge(outs_PTHD: torch.Tensor, lses_PTH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """One partial out of P (fp32): out `[T, H, D]` and lse `[T, H]`."""
-    out, lse = kernels().merge(outs_PTHD, lses_PTH)
+    out, lse = kernels(outs_PTHD, lses_PTH).merge(outs_PTHD, lses_PTH)
     return out, lse
 
 

@@ -10,7 +10,7 @@ def store_kv(
     k_TKD: torch.Tensor, v_TKD: torch.Tensor, pool_BLK2ND: torch.Tensor, layer: int, slot_mapping_T: torch.Tensor
 ) -> None:
     """Token t goes to slot `slot_mapping_T[t]` = physical rBlock id * N + offset, cast to the pool's dtype."""
-    kernels().store_kv(k_TKD, v_TKD, pool_BLK2ND, layer, slot_mapping_T)
+    kernels(k_TKD, v_TKD, pool_BLK2ND).store_kv(k_TKD, v_TKD, pool_BLK2ND, layer, slot_mapping_T)
 
 
 @store_kv.register_fake
@@ -26,7 +26,7 @@ def apply_rope(x_THD: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor) 
 
     `cos_TR` and `sin_TR` are fp32, their two halves equal; the other D - R dims pass (partial RoPE).
     """
-    return kernels().apply_rope(x_THD, cos_TR, sin_TR)
+    return kernels(x_THD).apply_rope(x_THD, cos_TR, sin_TR)
 
 
 @apply_rope.register_fake

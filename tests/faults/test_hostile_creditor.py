@@ -19,7 +19,16 @@ from megatron_distkv.errors import DistkvError, PeerLost, UnreadableMessage
 from megatron_distkv.ledger import MemoryLedger
 from megatron_distkv.messages import Acknowledge, MessageKind, QueryShare, decode
 from megatron_distkv.rblock import InstanceId, LoanId
-from megatron_distkv.rmanager import Borrowing, Identity, MailboxSizes, Migration, Move, Peers, PoolOutlook
+from megatron_distkv.rmanager import (
+    Borrowing,
+    Identity,
+    LateReleases,
+    MailboxSizes,
+    Migration,
+    Move,
+    Peers,
+    PoolOutlook,
+)
 from megatron_distkv.transport import Answer, Hello, Listener, Request, connect
 from megatron_distkv.transport.frame import FRAME_BYTES, Frame
 from megatron_distkv.transport.handshake import Greeting
@@ -47,7 +56,8 @@ class HostileCreditor:
         self.ledger.register(InstanceId("h"), self.address, 64, 0, 600.0)
         self.peers = Peers("p", self.identity, 0, SIZES, DEADLINE_S)
         self.outlook = PoolOutlook(self.ledger, self.identity, self.peers, enabled=True)
-        self.borrowing = Borrowing(self.ledger, self.identity, self.peers, self.outlook, DEADLINE_S)
+        late = LateReleases(self.ledger, self.identity, 1.0)
+        self.borrowing = Borrowing(self.ledger, self.identity, self.peers, self.outlook, late, DEADLINE_S)
 
     def _answer(self, _: Hello, request: Request) -> Answer:
         return Answer(self.header, [self.payload])

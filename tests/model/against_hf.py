@@ -51,7 +51,7 @@ def compare(module: Any, config: ModelConfig, parallel: TensorParallel, referenc
     texts = [torch.randint(0, config.vocab_size, (n,), generator=generator) for n in LENGTHS]
     expected = [hf(text[None]).logits[0].float() for text in texts]
     ids = torch.stack([text[:14] for text in texts])
-    dense = gather_vocabulary(module(ids, None, None))[..., : config.vocab_size].float()
+    dense = gather_vocabulary(module.eval()(ids, None, None))[..., : config.vocab_size].float()
     dense_error = max(float((dense[i] - expected[i][:14]).abs().max()) for i in range(3))
     pool = RBlockPool(16, config.num_layers, config.num_kv_heads // parallel.size, N, config.head_dim, dtype)
     gpt, packed_error = GPT(module, config), 0.0

@@ -9,9 +9,11 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 _SIZES: dict[str, Any] = {
@@ -43,6 +45,13 @@ FAMILIES: dict[str, PretrainedConfig] = {
     "qwen2-tied": _make(Qwen2Config, tie_word_embeddings=True, num_key_value_heads=4),
     "qwen3": _make(Qwen3Config, head_dim=32),
     "qwen3-yarn": _make(Qwen3Config, rope_parameters=_YARN),
+    "mixtral": _make(MixtralConfig, num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
+    "qwen3-moe": _make(
+        Qwen3MoeConfig, moe_intermediate_size=32, num_experts=8, num_experts_per_tok=3, norm_topk_prob=True
+    ),
+    "qwen3-moe-shares": _make(
+        Qwen3MoeConfig, moe_intermediate_size=32, num_experts=8, num_experts_per_tok=3, norm_topk_prob=False
+    ),
 }
 
 

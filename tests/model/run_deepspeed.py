@@ -1,6 +1,6 @@
 """Run by torchrun from test_deepspeed.py: train a little with each ZeRO stage, save as DeepSpeed and as torch_dist.
 
-usage: run_deepspeed.py CHECKPOINT TP DTYPE FOLDER STAGE...
+usage: run_deepspeed.py CHECKPOINT TP DTYPE FOLDER STEPS STAGE...
 """
 
 import os
@@ -26,11 +26,11 @@ def main() -> None:
     checkpoint = find_checkpoint(source)
     model = checkpoint.model.model_copy(update={"dtype": dtype})
     tokens = torch.randint(0, model.vocab_size, (2, 16), generator=torch.Generator().manual_seed(3))
-    for stage in map(int, sys.argv[5:]):
+    for stage in map(int, sys.argv[6:]):
         gpt = build_gpt(model, parallel)
         load_weights(gpt, checkpoint, model)
         engine = build_engine(gpt, OptimizerConfig(learning_rate=1e-2), stage, bf16=dtype == "bf16")
-        for _ in range(2):
+        for _ in range(int(sys.argv[5])):
             loss = engine(tokens, None, None, labels=tokens).float().mean()
             engine.backward(loss)
             engine.step()

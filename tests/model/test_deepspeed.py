@@ -10,19 +10,19 @@ import pytest
 import torch
 
 from megatron_distkv.errors import CheckpointError
-from megatron_distkv.model.weights import find_checkpoint, open_source
+from megatron_distkv.model.weights import CheckpointFormat, find_checkpoint, open_source, write_checkpoint
 from megatron_distkv.model.weights.parameters import model_parameters
 from megatron_distkv.model.weights.source import rank_part
 from tests.model.families import save_family
-from tests.model.tensors import assert_same_bits, whole_tensors
+from tests.model.tensors import assert_same_bits, safetensors, whole_tensors
 
 SCRIPT = Path(__file__).with_name("run_deepspeed.py")
 
 
-def train(source: Path, tp: int, dtype: str, folder: Path, *stages: int) -> Path:
+def train(source: Path, tp: int, dtype: str, folder: Path, *stages: int, steps: int = 2) -> Path:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(SCRIPT)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": os.getcwd()}
-    arguments = [str(source), str(tp), dtype, str(folder), *map(str, stages)]
+    arguments = [str(source), str(tp), dtype, str(folder), str(steps), *map(str, stages)]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
@@ -55,6 +55,26 @@ def test_every_stage_holds_the_weights_that_megatron_saved(layout: str, stage: i
     if (layout, stage) == ("dp2", 3):  # only fp32 masters are there: rounding them gives what was saved
         ours = {name: tensor.to(torch.bfloat16) for name, tensor in ours.items()}
     assert_same_bits(ours, theirs)
+
+
+def convert(source: Path, target: Path, to: str, tp: int = 1) -> Path:
+    checkpoint = find_checkpoint(source)
+    opened = open_source(checkpoint, checkpoint.model)
+    write_checkpoint(opened, checkpoint.model, CheckpointFormat(to), target, tensor_parallel=tp)
+    return target
+
+
+def test_through_all_four_formats_and_back_no_bit_changes(tmp_path: Path) -> None:
+    # Given a model that has gone from Hugging Face to torch_dist of two ranks to Megatron legacy of four
+    source = save_family("qwen2", tmp_path / "hf", num_key_value_heads=4)
+    dist = convert(source, tmp_path / "dist", "torch_dist", tp=2)
+    legacy = convert(dist, tmp_path / "legacy", "legacy", tp=4)
+    # When DeepSpeed takes it over on two ranks, saves it before any step, and that becomes Hugging Face again
+    runs = train(legacy, 2, "fp32", tmp_path / "runs", 1, 3, steps=0)
+    for stage in (1, 3):
+        back = convert(runs / f"zero{stage}" / "deepspeed", tmp_path / f"back{stage}", "hf")
+        # Then it is the same, bit by bit
+        assert_same_bits(safetensors(source), safetensors(back))
 
 
 @pytest.mark.parametrize("stage", [2, 3])

@@ -58,6 +58,7 @@ def test_what_each_family_is_read_as(references: Path) -> None:
     assert {name: model.family for name, model in models.items()} == {
         "llama": "llama", "llama3": "llama", "llama3-tied": "llama", "llama-linear": "llama", "mistral": "llama",
         "mistral-window": "mistral", "qwen2": "qwen2", "qwen2-tied": "qwen2", "qwen3": "qwen3", "qwen3-yarn": "qwen3",
+        "mixtral": "mixtral", "qwen3-moe": "qwen3_moe", "qwen3-moe-shares": "qwen3_moe",
     }  # fmt: skip
     # A context ends where the window would begin to matter.
     assert models["mistral-window"].max_context_tokens == 64
@@ -75,12 +76,20 @@ def changed(references: Path, name: str, target: Path, **changes: Any) -> Path:
     ("changes", "sentence"),
     [
         ({"architectures": ["Gemma2ForCausalLM"]}, "Gemma2ForCausalLM is not supported yet: it needs soft-capped"),
-        ({"architectures": ["MixtralForCausalLM"]}, "it needs mixture-of-experts layers"),
+        ({"architectures": ["Qwen2MoeForCausalLM"]}, "it needs shared experts beside"),
         ({"architectures": None}, r"architecture \(none\) is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1.0}}, "RoPE scaling 'longrope'"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, "rope_scaling.factor"),
         ({"attention_bias": True}, "attention_bias"),
+        (
+            {"architectures": ["Qwen3MoeForCausalLM"], "decoder_sparse_step": 2},
+            "dense layers among mixture-of-experts layers",
+        ),
+        (
+            {"architectures": ["MixtralForCausalLM"], "num_local_experts": 2, "num_experts_per_tok": 3},
+            "experts_per_token",
+        ),
     ],
 )
 def test_what_we_lack_is_one_sentence(references: Path, tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:

@@ -1,5 +1,6 @@
 """Writing every format that we write, reading it back by others and by us, bit by bit."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,14 @@ from megatron.core import dist_checkpointing, parallel_state
 from transformers import AutoModelForCausalLM
 
 from megatron_distkv.model import build_gpt, init_tensor_parallel
-from megatron_distkv.model.weights import CheckpointFormat, find_checkpoint, open_source, write_checkpoint
+from megatron_distkv.model.weights import (
+    CheckpointFormat,
+    find_checkpoint,
+    load_weights,
+    open_source,
+    torch_dist,
+    write_checkpoint,
+)
 from megatron_distkv.model.weights.hf_writer import write_hf
 from tests.model.families import FAMILIES, save_family
 from tests.model.tensors import assert_same_bits, safetensors, whole_tensors
@@ -55,10 +63,10 @@ def test_bf16_and_many_files(tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(tmp_path / "back")
 
 
-@pytest.mark.parametrize("tp", [1, 2])
-def test_megatrons_own_loader_reads_what_we_write(tp: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "tp"), [("qwen3", 1), ("qwen3", 2), ("mixtral", 2)])
+def test_megatrons_own_loader_reads_what_we_write(name: str, tp: int, tmp_path: Path) -> None:
     # Given torch_dist pieces of one and of two ranks
-    source = save_family("qwen3", tmp_path / "hf")
+    source = save_family(name, tmp_path / "hf")
     path = find_checkpoint(convert(source, tmp_path / "dist", "torch_dist", tp=tp))
     # When Megatron-core's stock strategy loads them
     gpt = build_gpt(path.model, init_tensor_parallel(1))
@@ -67,6 +75,32 @@ def test_megatrons_own_loader_reads_what_we_write(tp: int, tmp_path: Path) -> No
     gpt.load_state_dict(state, strict=False)
     # Then the model holds the tensors
     assert_same_bits({name: x.detach() for name, x in gpt.named_parameters()}, reordered(whole_tensors(source), gpt))
+
+
+def test_what_megatron_itself_saved_of_a_mixture_is_read(tmp_path: Path) -> None:
+    # Given a mixture in a Megatron model, saved by Megatron's sharded state dict
+    source = save_family("qwen3-moe", tmp_path / "hf")
+    checkpoint = find_checkpoint(source)
+    gpt = build_gpt(checkpoint.model, init_tensor_parallel(1))
+    load_weights(gpt, checkpoint, checkpoint.model)
+    torch_dist.save(gpt, checkpoint.model, tmp_path / "dist", iteration=1)
+    # Then we know its shape and its tensors
+    assert find_checkpoint(tmp_path / "dist").model == checkpoint.model
+    assert_same_bits(whole_tensors(source), whole_tensors(tmp_path / "dist"))
+
+
+def test_transformer_engines_names_of_grouped_experts_are_read(tmp_path: Path) -> None:
+    source = save_family("mixtral", tmp_path / "hf")
+    folder = convert(source, tmp_path / "legacy", "legacy", tp=2)
+    for file in folder.rglob("*.pt"):
+        state = torch.load(file, weights_only=False)
+        grouped = {
+            re.sub(r"local_experts\.(\d+)\.(linear_fc[12]\.weight)", r"\2\1", name): tensor
+            for name, tensor in state["model"].items()
+        }
+        assert "decoder.layers.1.mlp.experts.linear_fc2.weight3" in grouped
+        torch.save({**state, "model": grouped}, file)
+    assert_same_bits(whole_tensors(source), whole_tensors(folder))
 
 
 def reordered(tensors: dict[str, torch.Tensor], gpt: Any) -> dict[str, torch.Tensor]:

@@ -131,8 +131,8 @@ def test_missing_ranks_stages_and_what_we_lack_are_one_sentence(hf: Path, tmp_pa
     (folder / "iter_0000040" / "mp_rank_01_001" / "model_optim_rng.pt").unlink()
     with pytest.raises(CheckpointError, match="mp_rank_01_001 is missing"):
         find_checkpoint(folder)
-    with pytest.raises(CheckpointError, match=r"mp_rank_00/.*num_experts=8; only None is supported"):
-        find_checkpoint(save_by_hand(tmp_path / "b", tensors, tp=1, pp=1, names="te", num_experts=8))
+    with pytest.raises(CheckpointError, match=r"mp_rank_00/.*moe_layer_freq=2; only 1 is supported"):
+        find_checkpoint(save_by_hand(tmp_path / "b", tensors, tp=1, pp=1, names="te", moe_layer_freq=2))
     with pytest.raises(CheckpointError, match="position_embedding_type 'learned_absolute'"):
         find_checkpoint(
             save_by_hand(tmp_path / "c", tensors, tp=1, pp=1, names="te", position_embedding_type="learned_absolute")

@@ -94,7 +94,7 @@ def open_source(checkpoint: Checkpoint, model: ModelConfig) -> Source:
         case CheckpointFormat.HF:
             return hf.HfSource(checkpoint.directory, model)
         case CheckpointFormat.TORCH_DIST:
-            return DistSource(checkpoint.directory, model.num_layers)
+            return DistSource(checkpoint.directory, model)
         case CheckpointFormat.LEGACY:
             return legacy.open_legacy(checkpoint.directory)
         case CheckpointFormat.DEEPSPEED:

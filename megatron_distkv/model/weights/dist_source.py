@@ -11,6 +11,7 @@ import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.utils import _create_file_view
 
+from megatron_distkv.config.model import ModelConfig
 from megatron_distkv.errors import CheckpointError
 from megatron_distkv.model.weights.parameters import Parameter, Range, Split
 from megatron_distkv.model.weights.safe_load import load_index, load_piece, reason
@@ -22,27 +23,32 @@ _STORED_NAMES = {
 
 
 class Stored(NamedTuple):
-    """A parameter's key in torch_dist, and its layer if that is the key's first dimension."""
+    """A parameter's key in torch_dist, and its place in the key's leading dimensions: layer, expert, or none."""
 
     key: str
-    layer: int | None
+    lead: tuple[int, ...]
+    lead_sizes: tuple[int, ...]
 
 
-def stored_names(name: str) -> list[Stored]:
+def stored_names(name: str, model: ModelConfig) -> list[Stored]:
     """Where a parameter may lie, the usual place first."""
     if not name.startswith("decoder.layers."):
-        return [Stored(name, None)]
+        return [Stored(name, (), ())]
     _, _, layer, rest = name.split(".", 3)
+    expert: tuple[int, ...] = ()
+    expert_sizes: tuple[int, ...] = ()
+    if model.mixture is not None and ".local_experts." in rest:
+        _, _, _, number, rest = rest.split(".", 4)
+        rest, expert, expert_sizes = f"mlp.experts.experts.{rest}", (int(number),), (model.mixture.num_experts,)
     rests = [_STORED_NAMES[rest], rest] if rest in _STORED_NAMES else [rest]
-    return [Stored(f"decoder.layers.{x}", int(layer)) for x in rests] + [
-        Stored(f"decoder.layers.{layer}.{x}", None) for x in rests
-    ]
+    together = [Stored(f"decoder.layers.{x}", (int(layer), *expert), (model.num_layers, *expert_sizes)) for x in rests]
+    return together + [Stored(f"decoder.layers.{layer}.{x}", expert, expert_sizes) for x in rests]
 
 
 class DistSource:
-    def __init__(self, directory: Path, num_layers: int) -> None:
+    def __init__(self, directory: Path, model: ModelConfig) -> None:
         self._directory = directory
-        self._num_layers = num_layers
+        self._model = model
         index = load_index(directory / ".metadata")
         try:
             self._tensors: dict[str, Any] = index.state_dict_metadata
@@ -54,33 +60,33 @@ class DistSource:
         stored = self._find(parameter)
         metadata: TensorStorageMetadata = self._tensors[stored.key]
         self._check_shape(parameter, stored, tuple(metadata.size))
-        lead = 0 if stored.layer is None else 1
+        lead = len(stored.lead)
         result = torch.empty(parameter.shape_of(wanted.extent), dtype=metadata.properties.dtype)
         num_copied = 0
         for chunk in metadata.chunks:
             begin, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
-            if stored.layer is not None and not begin[0] <= stored.layer < begin[0] + sizes[0]:
+            place = tuple(index - first for index, first in zip(stored.lead, begin, strict=False))
+            if not all(0 <= index < size for index, size in zip(place, sizes, strict=False)):
                 continue
             into, out_of = _overlap(parameter, wanted, begin[lead:], sizes[lead:])
             if into is None:
                 continue
             piece = self._piece(stored.key, chunk.offsets, sizes)
-            result[into] = piece[stored.layer - begin[0]][out_of] if stored.layer is not None else piece[out_of]
+            result[into] = piece[place][out_of] if place else piece[out_of]
             num_copied += result[into].numel()
         if num_copied != result.numel():
             raise CheckpointError(f"{self._directory}: the tensor {stored.key} has pieces missing or twice")
         return result
 
     def _find(self, parameter: Parameter) -> Stored:
-        names = stored_names(parameter.name)
+        names = stored_names(parameter.name, self._model)
         for stored in names:
             if isinstance(self._tensors.get(stored.key), TensorStorageMetadata):
                 return stored
         raise CheckpointError(f"{self._directory}: the tensor {names[0].key} is missing")
 
     def _check_shape(self, parameter: Parameter, stored: Stored, found: tuple[int, ...]) -> None:
-        lead = () if stored.layer is None else (self._num_layers,)
-        wanted = (*lead, *parameter.shape)
+        wanted = (*stored.lead_sizes, *parameter.shape)
         is_padded = parameter.split is Split.VOCABULARY and found[:1] >= wanted[:1] and found[1:] == wanted[1:]
         if found != wanted and not is_padded:
             raise CheckpointError(

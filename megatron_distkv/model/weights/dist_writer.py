@@ -29,14 +29,14 @@ _LAYOUT = {
     "common_backend_version": 1,
 }
 # Linear layers have an (empty) state for fp8 that Megatron's own loader asks for.
-_WITH_EXTRA_STATE = ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
+_WITH_EXTRA_STATE = ("linear_proj.weight", "linear_qkv.weight", "linear_fc1.weight", "linear_fc2.weight")
 
 
 @dataclass(frozen=True)
 class _Chunk:
     parameter: Parameter
     held: Range
-    has_layer: bool
+    num_lead: int
 
 
 def write_torch_dist(
@@ -92,26 +92,27 @@ class _StreamingPlanner(SavePlanner):
             return empty
         chunk = self._chunks[index.fqn, index.offset]
         piece = self._source.read(chunk.parameter, chunk.held).to(self._dtype)
-        return (piece[None] if chunk.has_layer else piece).clone()
+        return piece.reshape(*(1 for _ in range(chunk.num_lead)), *piece.shape).clone()
 
     def _items(self, parameter: Parameter) -> Iterator[WriteItem]:
-        stored = stored_names(parameter.name)[0]
-        lead = () if stored.layer is None else (stored.layer,)
-        size = torch.Size((*(self._model.num_layers for _ in lead), *parameter.shape))
+        stored = stored_names(parameter.name, self._model)[0]
+        lead = stored.lead
+        size = torch.Size((*stored.lead_sizes, *parameter.shape))
         for held in _pieces(parameter, self._size):
             begin = [0] * len(parameter.shape)
             begin[parameter.dim] = held.start
             offsets = torch.Size((*lead, *begin))
             sizes = torch.Size((*(1 for _ in lead), *parameter.shape_of(held.extent)))
-            self._chunks[stored.key, offsets] = _Chunk(parameter, held, bool(lead))
+            self._chunks[stored.key, offsets] = _Chunk(parameter, held, len(lead))
             data = TensorWriteData(ChunkStorageMetadata(offsets, sizes), TensorProperties(dtype=self._dtype), size)
             yield WriteItem(MetadataIndex(stored.key, offsets), WriteItemType.SHARD, tensor_data=data)
 
     def _extra_states(self) -> Iterator[WriteItem]:
-        count = self._model.num_layers
-        for layer in range(count):
-            for name in _WITH_EXTRA_STATE:
-                key = f"decoder.layers.{name}._extra_state/shard_{layer}_{count}"
+        for parameter in model_parameters(self._model):
+            if parameter.name.endswith(_WITH_EXTRA_STATE):
+                stored = stored_names(parameter.name, self._model)[0]
+                at, of = (".".join(map(str, numbers)) for numbers in (stored.lead, stored.lead_sizes))
+                key = f"{stored.key.removesuffix('weight')}_extra_state/shard_{at}_{of}"
                 yield WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO)
 
 

@@ -7,6 +7,7 @@
 | gate_proj, up_proj                 | linear_fc1: [gate; up]            |
 | down_proj                          | linear_fc2                        |
 | q_norm, k_norm                     | q_layernorm, k_layernorm          |
+| Mixtral: w1, w3, w2                | an expert's gate, up, down        |
 | embed_tokens, lm_head              | word_embeddings, output_layer     |
 """
 
@@ -31,7 +32,6 @@ _LAYER_NAMES = {
     "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
     "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
     "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
-    "mlp.linear_fc2.weight": "mlp.down_proj.weight",
 }
 
 
@@ -53,9 +53,21 @@ def pieces(parameter: Parameter, c: ModelConfig) -> list[Piece]:
     if rest.startswith("self_attention.linear_qkv"):
         rows = {"q": c.num_attention_heads * c.head_dim, "k": c.num_kv_heads * c.head_dim}
         return [Piece(f"{prefix}self_attn.{x}_proj.{kind}", rows["q" if x == "q" else "k"]) for x in "qkv"]
-    if rest.startswith("mlp.linear_fc1"):
-        return [Piece(f"{prefix}mlp.{x}_proj.{kind}", c.ffn_hidden_size) for x in ("gate", "up")]
+    if rest == "mlp.router.weight":
+        return [Piece(f"{prefix}{_mixture_prefix(c)}gate.weight", parameter.shape[0])]
+    mlp, names = "mlp.", ("gate_proj", "up_proj", "down_proj")
+    if ".local_experts." in rest:
+        mlp = f"{_mixture_prefix(c)}experts.{rest.split('.')[3]}."
+        names = names if c.family == "qwen3_moe" else ("w1", "w3", "w2")
+    if rest.endswith("linear_fc1.weight"):
+        return [Piece(f"{prefix}{mlp}{x}.weight", parameter.shape[0] // 2) for x in names[:2]]
+    if rest.endswith("linear_fc2.weight"):
+        return [Piece(f"{prefix}{mlp}{names[2]}.weight", parameter.shape[0])]
     return [Piece(prefix + _LAYER_NAMES[rest], parameter.shape[0])]
+
+
+def _mixture_prefix(c: ModelConfig) -> str:
+    return "mlp." if c.family == "qwen3_moe" else "block_sparse_moe."
 
 
 class HfSource:

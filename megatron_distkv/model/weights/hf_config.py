@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_distkv.config.base import parse_config
-from megatron_distkv.config.model import Family, ModelConfig, RopeScaling
+from megatron_distkv.config.model import Family, MixtureConfig, ModelConfig, RopeScaling
 from megatron_distkv.errors import CheckpointError
 
 # What has RMSNorm, SwiGLU and rotate-half RoPE, and differs in ways that ModelConfig can say.
@@ -15,6 +15,8 @@ _FAMILIES: dict[str, Family] = {
     "MistralForCausalLM": "mistral",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
+    "MixtralForCausalLM": "mixtral",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
 }
 _ARCHITECTURES = {family: architecture for architecture, family in _FAMILIES.items()}
 # What well-known others need beyond that.
@@ -22,9 +24,7 @@ _LACKING = {
     "GemmaForCausalLM": "scaled embeddings, norms of 1 + weight and GeGLU",
     "Gemma2ForCausalLM": "soft-capped scores, norms of 1 + weight and norms after each part",
     "Gemma3ForCausalLM": "sliding-window layers, norms of 1 + weight and norms after each part",
-    "MixtralForCausalLM": "mixture-of-experts layers",
-    "Qwen2MoeForCausalLM": "mixture-of-experts layers",
-    "Qwen3MoeForCausalLM": "mixture-of-experts layers",
+    "Qwen2MoeForCausalLM": "shared experts beside the routed ones",
     "DeepseekV3ForCausalLM": "latent attention and mixture-of-experts layers",
     "GPT2LMHeadModel": "learned positions, LayerNorm and biases",
     "Phi3ForCausalLM": "fused projections in Hugging Face's own layout",
@@ -62,7 +62,8 @@ def read_config(directory: Path) -> ModelConfig:
             "rotary_base": rope.get("rope_theta", values.get("rope_theta") or 10000.0),
             "rope_scaling": _rope_scaling(values, path),
             "qkv_bias": family == "qwen2",
-            "qk_layernorm": family == "qwen3",
+            "qk_layernorm": family in ("qwen3", "qwen3_moe"),
+            "mixture": _mixture(values, family, path),
             "sliding_window": window,
             "norm_epsilon": values.get("rms_norm_eps", 1e-6),
             "tie_embeddings": bool(values.get("tie_word_embeddings")),
@@ -104,8 +105,8 @@ def _require_known(values: dict[str, Any], path: Path) -> Family:
 
 def _sliding_window(values: dict[str, Any], family: Family) -> int | None:
     """The window, where it could matter; absent keys mean what transformers takes them for."""
-    if family == "mistral":
-        window = values.get("sliding_window", 4096)
+    if family in ("mistral", "mixtral"):
+        window = values.get("sliding_window", 4096 if family == "mistral" else None)
     elif values.get("use_sliding_window"):
         kinds = values.get("layer_types")
         has_windows = (
@@ -116,6 +117,20 @@ def _sliding_window(values: dict[str, Any], family: Family) -> int | None:
         window = None
     longest = values.get("max_position_embeddings")
     return None if window is None or (longest and longest < window) else int(window)
+
+
+def _mixture(values: dict[str, Any], family: Family, path: Path) -> dict[str, Any] | None:
+    if family not in ("mixtral", "qwen3_moe"):
+        return None
+    if values.get("mlp_only_layers") or values.get("decoder_sparse_step", 1) != 1:
+        raise CheckpointError(f"{path}: dense layers among mixture-of-experts layers are not supported yet")
+    is_qwen = family == "qwen3_moe"
+    return {
+        "num_experts": values.get("num_local_experts") or values.get("num_experts"),
+        "experts_per_token": values.get("num_experts_per_tok"),
+        "ffn_hidden_size": values.get("moe_intermediate_size") if is_qwen else values["intermediate_size"],
+        "normalize_weights": bool(values.get("norm_topk_prob", False)) if is_qwen else True,
+    }
 
 
 def _rope_scaling(values: dict[str, Any], path: Path) -> dict[str, Any] | None:
@@ -160,8 +175,12 @@ def _mscale(factor: float, mscale: float) -> float:
 
 def write_config(model: ModelConfig, directory: Path) -> None:
     """config.json as transformers' own classes read it; raises CheckpointError for a mixture that no family has."""
-    if model.qkv_bias and model.qk_layernorm:
-        raise CheckpointError("no Hugging Face family here has both a bias and norms on queries and keys")
+    if model.qkv_bias and (model.qk_layernorm or model.mixture is not None):
+        raise CheckpointError(
+            "no Hugging Face family here has a bias together with norms on queries and keys or experts"
+        )
+    if model.family == "mixtral" and model.mixture is not None and not model.mixture.normalize_weights:
+        raise CheckpointError("Mixtral's experts have weights that sum to 1; this model's do not")
     if model.rotary_percent != 1.0:
         raise CheckpointError(f"rotary_percent {model.rotary_percent} has no place in a {model.family} config.json")
     eos = list(model.eos_token_ids)
@@ -183,14 +202,31 @@ def write_config(model: ModelConfig, directory: Path) -> None:
         "torch_dtype": "float32" if model.dtype == "fp32" else "bfloat16",
         "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
     }
+    if model.mixture is not None:
+        values.update(_written_mixture(model, model.mixture))
     if model.max_context_tokens is not None:
         values["max_position_embeddings"] = model.max_context_tokens
-    if model.family == "mistral" or model.sliding_window is not None:
+    if model.family in ("mistral", "mixtral") or model.sliding_window is not None:
         values["sliding_window"] = model.sliding_window
     if model.family.startswith("qwen"):
         values["use_sliding_window"] = model.sliding_window is not None
         values["max_window_layers"] = 0 if model.sliding_window is not None else model.num_layers
     (directory / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+
+
+def _written_mixture(model: ModelConfig, mixture: MixtureConfig) -> dict[str, Any]:
+    """transformers 4 and 5 call the number of experts differently."""
+    count = {"num_experts": mixture.num_experts, "num_local_experts": mixture.num_experts}
+    values: dict[str, Any] = {**count, "num_experts_per_tok": mixture.experts_per_token}
+    if model.family == "mixtral":
+        return {**values, "intermediate_size": mixture.ffn_hidden_size}
+    return {
+        **values,
+        "moe_intermediate_size": mixture.ffn_hidden_size,
+        "norm_topk_prob": mixture.normalize_weights,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
 
 
 def _written_scaling(scaling: RopeScaling) -> dict[str, Any]:

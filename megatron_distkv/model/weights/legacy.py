@@ -37,6 +37,8 @@ _RENAMED = {
     "mlp.dense_h_to_4h.weight": "mlp.linear_fc1.weight",
     "mlp.dense_4h_to_h.weight": "mlp.linear_fc2.weight",
 }
+# Experts that Transformer Engine multiplies together.
+_GROUPED = re.compile(r"mlp\.experts\.linear_fc([12])\.weight(\d+)$")
 _FINAL_NORMS = {"decoder.final_norm.weight": "decoder.final_layernorm.weight"}
 
 
@@ -68,6 +70,8 @@ def read_layout(directory: Path) -> Layout:
     """Raises CheckpointError when a rank's file is missing."""
     files = rank_files(directory)
     args = _args(files[0].path)
+    if (args.get("expert_model_parallel_size") or 1) > 1:
+        raise CheckpointError(f"{directory}: experts spread over ranks (expert_model_parallel_size) are not read yet")
     layout = Layout(
         max(args.get("tensor_model_parallel_size") or 1, max(file.tensor_rank for file in files) + 1),
         max(args.get("pipeline_model_parallel_size") or 1, max(file.stage for file in files) + 1),
@@ -130,7 +134,8 @@ def _named(state: dict[str, Any], first_layer: int) -> Iterator[tuple[str, torch
         name = _FINAL_NORMS.get(name, name)
         if name.startswith("decoder.layers."):
             _, _, layer, rest = name.split(".", 3)
-            name = f"decoder.layers.{int(layer) + first_layer}.{_RENAMED.get(rest, rest)}"
+            rest = _GROUPED.sub(r"mlp.experts.local_experts.\2.linear_fc\1.weight", _RENAMED.get(rest, rest))
+            name = f"decoder.layers.{int(layer) + first_layer}.{rest}"
         yield name, tensor
 
 
@@ -143,18 +148,22 @@ def _flat(state: dict[str, Any], prefix: str) -> Iterator[tuple[str, torch.Tenso
 
 
 def write_legacy(source: Source, model: ModelConfig, dtype: torch.dtype, path: Path, iteration: int, size: int) -> Path:
-    """One file for each of `size` tensor ranks, one at a time, then the file that names the iteration."""
+    """One file for each of `size` tensor ranks, then the file that names the iteration."""
     directory = path / f"iter_{iteration:07d}"
-    parameters = list(model_parameters(model))
     for rank in range(size):
-        state = {
-            parameter.name: rank_part(source, parameter, rank, size).to(dtype).clone()
-            for parameter in with_progress(parameters, f"rank {rank} of {size}")
-        }
         folder = directory / f"mp_rank_{rank:02d}"
         folder.mkdir(parents=True, exist_ok=True)
+        state = _rank_state(source, model, dtype, rank, size)
         args = write_args(model, tensor_parallel=size)
         content = {"args": args, "checkpoint_version": 3.0, "iteration": iteration, "model": state}
         torch.save(content, folder / _FILES[0])
+        del content, state  # before the next rank's come
     (path / _LATEST).write_text(str(iteration))
     return directory
+
+
+def _rank_state(
+    source: Source, model: ModelConfig, dtype: torch.dtype, rank: int, size: int
+) -> dict[str, torch.Tensor]:
+    parameters = with_progress(list(model_parameters(model)), f"rank {rank} of {size}")
+    return {x.name: rank_part(source, x, rank, size).to(dtype).clone() for x in parameters}

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_distkv.config.base import parse_config
-from megatron_distkv.config.model import ModelConfig
+from megatron_distkv.config.model import MixtureConfig, ModelConfig
 from megatron_distkv.errors import CheckpointError
 
 # What else than this changes the computation: key, the only value that we compute, why in words.
@@ -16,7 +16,12 @@ _ONLY = (
     ("rotary_interleaved", False),
     ("apply_layernorm_1p", False),
     ("multi_latent_attention", False),
-    ("num_experts", None),
+    ("moe_shared_expert_intermediate_size", None),
+    ("moe_router_score_function", "softmax"),
+    ("moe_router_enable_expert_bias", False),
+    ("moe_router_topk_scaling_factor", None),
+    ("moe_router_num_groups", None),
+    ("moe_layer_freq", 1),
     ("qk_l2_norm", False),
 )
 _POSITIONS = ("rope", "none")
@@ -49,6 +54,7 @@ def read_args(args: dict[str, Any], where: str) -> ModelConfig:
         "rope_scaling": _rope_scaling(args),
         "qkv_bias": bool(args.get("add_qkv_bias")),
         "qk_layernorm": bool(args.get("qk_layernorm")),
+        "mixture": _mixture(args),
         "sliding_window": None if not window else window[0] + 1,
         "norm_epsilon": args.get("norm_epsilon", 1e-5),
         "tie_embeddings": not args.get("untie_embeddings_and_output_weights", False),
@@ -57,6 +63,17 @@ def read_args(args: dict[str, Any], where: str) -> ModelConfig:
         "eos_token_ids": tuple(args.get("eos_token_ids", ())),
     }
     return parse_config(ModelConfig, values, where)
+
+
+def _mixture(args: dict[str, Any]) -> dict[str, Any] | None:
+    if not args.get("num_experts"):
+        return None
+    return {
+        "num_experts": args["num_experts"],
+        "experts_per_token": args.get("moe_router_topk", 2),
+        "ffn_hidden_size": args.get("moe_ffn_hidden_size") or args.get("ffn_hidden_size"),
+        "normalize_weights": not args.get("moe_router_pre_softmax", False),
+    }
 
 
 def _longest(max_positions: int | None, window: tuple[int, int] | None) -> int | None:
@@ -100,6 +117,7 @@ def write_args(config: ModelConfig, *, tensor_parallel: int = 1) -> argparse.Nam
         distkv_rope_scaling=None if scaling is None else scaling.model_dump(),
         add_qkv_bias=config.qkv_bias,
         qk_layernorm=config.qk_layernorm,
+        **({} if config.mixture is None else _written_mixture(config.mixture)),
         window_size=None if window is None else (window - 1, 0),
         norm_epsilon=config.norm_epsilon,
         normalization="RMSNorm",
@@ -112,6 +130,17 @@ def write_args(config: ModelConfig, *, tensor_parallel: int = 1) -> argparse.Nam
         tensor_model_parallel_size=tensor_parallel,
         pipeline_model_parallel_size=1,
     )
+
+
+def _written_mixture(mixture: MixtureConfig) -> dict[str, Any]:
+    return {
+        "num_experts": mixture.num_experts,
+        "moe_router_topk": mixture.experts_per_token,
+        "moe_ffn_hidden_size": mixture.ffn_hidden_size,
+        "moe_router_pre_softmax": not mixture.normalize_weights,
+        "moe_router_load_balancing_type": "none",
+        "expert_model_parallel_size": 1,
+    }
 
 
 def args_of(state: dict[str, Any], path: Path) -> dict[str, Any]:

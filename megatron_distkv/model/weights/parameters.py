@@ -9,7 +9,9 @@ any source parallelism becomes any target parallelism without a copy of the mode
 | linear_qkv         | per KV head: [queries.. k v]   | the rows of its KV heads                       |
 | linear_proj, fc2   | [hidden, in]                   | columns                                        |
 | linear_fc1         | [gate; up]                     | [its rows of gate; its rows of up]             |
-| norms              | [hidden] or [head_dim]         | all                                            |
+| norms, router      | [hidden], [experts, hidden]    | all                                            |
+
+Experts are split like an MLP, each by itself: every rank holds a slice of every expert.
 """
 
 from collections.abc import Iterator
@@ -91,8 +93,17 @@ def model_parameters(c: ModelConfig) -> Iterator[Parameter]:
             yield Parameter(attention + "k_layernorm.weight", (c.head_dim,), Split.WHOLE)
         yield Parameter(attention + "linear_proj.weight", (h, queries), Split.COLUMNS)
         yield Parameter(f"decoder.layers.{layer}.pre_mlp_layernorm.weight", (h,), Split.WHOLE)
-        yield Parameter(mlp + "linear_fc1.weight", (2 * c.ffn_hidden_size, h), Split.GATED)
-        yield Parameter(mlp + "linear_fc2.weight", (h, c.ffn_hidden_size), Split.COLUMNS)
+        if c.mixture is None:
+            yield from _mlp(mlp, h, c.ffn_hidden_size)
+        else:
+            yield Parameter(mlp + "router.weight", (c.mixture.num_experts, h), Split.WHOLE)
+            for expert in range(c.mixture.num_experts):
+                yield from _mlp(f"{mlp}experts.local_experts.{expert}.", h, c.mixture.ffn_hidden_size)
     yield Parameter("decoder.final_layernorm.weight", (h,), Split.WHOLE)
     if not c.tie_embeddings:
         yield Parameter("output_layer.weight", (c.vocab_size, h), Split.VOCABULARY)
+
+
+def _mlp(prefix: str, hidden_size: int, ffn_hidden_size: int) -> Iterator[Parameter]:
+    yield Parameter(prefix + "linear_fc1.weight", (2 * ffn_hidden_size, hidden_size), Split.GATED)
+    yield Parameter(prefix + "linear_fc2.weight", (hidden_size, ffn_hidden_size), Split.COLUMNS)

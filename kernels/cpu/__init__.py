@@ -1,0 +1,192 @@
+"""The same functions as `reference`, in C++ for CPUs: contract and shape legend there and in megatron_distkv/ops.
+
+Tensors lie on the CPU; K, V, pools and queries are fp32, bf16 or fp16. Raises IndexError for an id outside its pool.
+"""
+
+import ctypes
+
+import torch
+
+from .library import Attention, Rope, Store, check, load_library
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+library = load_library()
+
+
+def is_built() -> bool:
+    return library is not None
+
+
+def instruction_set() -> str:
+    """Which of the compiled variants this machine runs."""
+    assert library is not None
+    return str(library.distkv_isa().decode())
+
+
+def use_instruction_set(name: str) -> bool:
+    """For tests and measurements; False where this machine or build lacks it."""
+    assert library is not None
+    return bool(library.distkv_use_isa(name.encode()))
+
+
+def can_serve(*tensors: torch.Tensor) -> bool:
+    """Whether these may be given to the functions below."""
+    return all(tensor.dtype in _DTYPES and tensor.device.type == "cpu" for tensor in tensors)
+
+
+def micro_attention(
+    q_THD: torch.Tensor,
+    pool_BLK2ND: torch.Tensor,
+    layer: int,
+    block_ids_M: torch.Tensor,
+    block_starts_M: torch.Tensor,
+    cu_blocks: torch.Tensor,
+    cu_queries: torch.Tensor,
+    positions_T: torch.Tensor,
+    scale: float,
+    causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if q_THD.stride(2) != 1:
+        q_THD = q_THD.contiguous()
+    num_tokens, num_heads, head_dim = q_THD.shape
+    num_blocks, num_layers, kv_heads, _, rblock_size, _ = pool_BLK2ND.shape
+    out_THD = torch.empty(num_tokens, num_heads, head_dim)
+    lse_TH = torch.empty(num_tokens, num_heads)
+    args = Attention(
+        ctypes.sizeof(Attention),
+        torch.get_num_threads(),
+        _DTYPES[q_THD.dtype],
+        _DTYPES[pool_BLK2ND.dtype],
+        num_heads,
+        kv_heads,
+        head_dim,
+        rblock_size,
+        layer,
+        num_layers,
+        causal,
+        scale,
+        num_tokens,
+        cu_queries.shape[0] - 1,
+        block_ids_M.shape[0],
+        num_blocks,
+        q_THD.data_ptr(),
+        q_THD.stride(0),
+        q_THD.stride(1),
+        pool_BLK2ND.data_ptr(),
+        block_ids_M.data_ptr(),
+        block_starts_M.data_ptr(),
+        cu_blocks.data_ptr(),
+        cu_queries.data_ptr(),
+        positions_T.data_ptr(),
+        out_THD.data_ptr(),
+        lse_TH.data_ptr(),
+    )
+    check(library.distkv_micro_attention(ctypes.byref(args)))
+    return out_THD, lse_TH
+
+
+def merge(outs_PTHD: torch.Tensor, lses_PTH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    outs_PTHD, lses_PTH = outs_PTHD.contiguous(), lses_PTH.contiguous()
+    num_parts, num_tokens, num_heads, head_dim = outs_PTHD.shape
+    out_THD, lse_TH = torch.empty(num_tokens, num_heads, head_dim), torch.empty(num_tokens, num_heads)
+    status = library.distkv_merge(
+        outs_PTHD.data_ptr(),
+        lses_PTH.data_ptr(),
+        num_parts,
+        num_tokens * num_heads,
+        head_dim,
+        out_THD.data_ptr(),
+        lse_TH.data_ptr(),
+        torch.get_num_threads(),
+    )
+    check(status)
+    return out_THD, lse_TH
+
+
+def store_kv(
+    k_TKD: torch.Tensor, v_TKD: torch.Tensor, pool_BLK2ND: torch.Tensor, layer: int, slot_mapping_T: torch.Tensor
+) -> None:
+    k_TKD, v_TKD = (x if x.stride(2) == 1 else x.contiguous() for x in (k_TKD, v_TKD))
+    num_blocks, num_layers, kv_heads, _, rblock_size, head_dim = pool_BLK2ND.shape
+    args = Store(
+        ctypes.sizeof(Store),
+        torch.get_num_threads(),
+        _DTYPES[k_TKD.dtype],
+        _DTYPES[pool_BLK2ND.dtype],
+        kv_heads,
+        head_dim,
+        rblock_size,
+        layer,
+        num_layers,
+        0,
+        k_TKD.shape[0],
+        num_blocks,
+        k_TKD.data_ptr(),
+        v_TKD.data_ptr(),
+        k_TKD.stride(0),
+        k_TKD.stride(1),
+        v_TKD.stride(0),
+        v_TKD.stride(1),
+        pool_BLK2ND.data_ptr(),
+        slot_mapping_T.data_ptr(),
+    )
+    check(library.distkv_store_kv(ctypes.byref(args)))
+
+
+def apply_rope(x_THD: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor) -> torch.Tensor:
+    if x_THD.stride(2) != 1:
+        x_THD = x_THD.contiguous()
+    cos_TR, sin_TR = cos_TR.contiguous(), sin_TR.contiguous()
+    num_tokens, num_heads, head_dim = x_THD.shape
+    out_THD = torch.empty(x_THD.shape, dtype=x_THD.dtype)
+    args = Rope(
+        ctypes.sizeof(Rope),
+        torch.get_num_threads(),
+        _DTYPES[x_THD.dtype],
+        num_heads,
+        head_dim,
+        cos_TR.shape[-1],
+        num_tokens,
+        x_THD.stride(0),
+        x_THD.stride(1),
+        x_THD.data_ptr(),
+        cos_TR.data_ptr(),
+        sin_TR.data_ptr(),
+        out_THD.data_ptr(),
+    )
+    check(library.distkv_apply_rope(ctypes.byref(args)))
+    return out_THD
+
+
+def gather_rblocks(pool_BLK2ND: torch.Tensor, block_ids: torch.Tensor) -> torch.Tensor:
+    data_MLK2ND = pool_BLK2ND.new_empty((block_ids.shape[0], *pool_BLK2ND.shape[1:]))
+    status = library.distkv_gather(
+        pool_BLK2ND.data_ptr(),
+        pool_BLK2ND.shape[0],
+        _rblock_bytes(pool_BLK2ND),
+        block_ids.data_ptr(),
+        block_ids.shape[0],
+        data_MLK2ND.data_ptr(),
+        torch.get_num_threads(),
+    )
+    check(status)
+    return data_MLK2ND
+
+
+def scatter_rblocks(data_MLK2ND: torch.Tensor, pool_BLK2ND: torch.Tensor, block_ids: torch.Tensor) -> None:
+    data_MLK2ND = data_MLK2ND.contiguous()
+    status = library.distkv_scatter(
+        data_MLK2ND.data_ptr(),
+        pool_BLK2ND.data_ptr(),
+        pool_BLK2ND.shape[0],
+        _rblock_bytes(pool_BLK2ND),
+        block_ids.data_ptr(),
+        block_ids.shape[0],
+        torch.get_num_threads(),
+    )
+    check(status)
+
+
+def _rblock_bytes(pool_BLK2ND: torch.Tensor) -> int:
+    return pool_BLK2ND[0].numel() * pool_BLK2ND.element_size()

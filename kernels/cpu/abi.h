@@ -1,0 +1,86 @@
+// The plain C interface of the CPU kernels: what kernels/cpu/library.py loads with ctypes. No torch, no exceptions.
+//
+// Strides are in elements; the last dimension of every tensor is contiguous. Pools are [B, L, K, 2, N, D], contiguous.
+#pragma once
+
+#include <cstdint>
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+enum DistkvDtype : int32_t { DISTKV_FP32 = 0, DISTKV_BF16 = 1, DISTKV_FP16 = 2 };
+
+enum DistkvStatus : int32_t {
+  DISTKV_OK = 0,
+  DISTKV_OTHER_ABI = 1,     // the caller's struct is not this one
+  DISTKV_BAD_INDEX = 2,     // an rBlock id, slot or offset points outside its tensor
+  DISTKV_UNSUPPORTED = 3,   // a shape or dtype that the caller should have refused
+  DISTKV_OUT_OF_MEMORY = 4,
+};
+
+// Contract: megatron_distkv/ops/micro_attention.py. Outputs are contiguous fp32.
+struct DistkvAttention {
+  uint32_t struct_size;
+  int32_t num_threads;
+  int32_t q_dtype, kv_dtype;
+  int32_t num_heads, kv_heads, head_dim, rblock_size;
+  int32_t layer, num_layers;
+  int32_t causal;
+  float scale;
+  int64_t num_tokens, num_sequences, num_listed, num_blocks;
+  const void* q;
+  int64_t q_token_stride, q_head_stride;
+  const void* pool;
+  const int64_t *block_ids, *block_starts, *cu_blocks, *cu_queries, *positions;
+  float *out, *lse;
+};
+
+// Token t's K and V, [T, K, D] each, into slot slots[t] = rBlock id * N + offset of `layer`, cast to the pool's dtype.
+struct DistkvStore {
+  uint32_t struct_size;
+  int32_t num_threads;
+  int32_t source_dtype, pool_dtype;
+  int32_t kv_heads, head_dim, rblock_size, layer, num_layers, unused;
+  int64_t num_tokens, num_blocks;
+  const void *k, *v;
+  int64_t k_token_stride, k_head_stride, v_token_stride, v_head_stride;
+  void* pool;
+  const int64_t* slots;
+};
+
+// Rotate-half RoPE of the first `rotated` dims of x [T, H, D] by cos and sin [T, rotated]; out is contiguous.
+struct DistkvRope {
+  uint32_t struct_size;
+  int32_t num_threads;
+  int32_t dtype, num_heads, head_dim, rotated;
+  int64_t num_tokens, token_stride, head_stride;
+  const void* x;
+  const float *cos, *sin;
+  void* out;
+};
+
+int32_t distkv_micro_attention(const DistkvAttention* args);
+int32_t distkv_store_kv(const DistkvStore* args);
+int32_t distkv_apply_rope(const DistkvRope* args);
+
+// One partial out of `parts`: outs [parts, rows, D], lses [parts, rows], all contiguous fp32.
+int32_t distkv_merge(const float* outs, const float* lses, int64_t parts, int64_t rows, int64_t head_dim, float* out,
+                     float* lse, int32_t num_threads);
+
+// data[i] = pool[ids[i]] (gather) or the reverse (scatter), of `bytes` per rBlock.
+int32_t distkv_gather(const void* pool, int64_t num_blocks, int64_t bytes, const int64_t* ids, int64_t count,
+                      void* data, int32_t num_threads);
+int32_t distkv_scatter(const void* data, void* pool, int64_t num_blocks, int64_t bytes, const int64_t* ids,
+                       int64_t count, int32_t num_threads);
+
+// The instruction set in use. distkv_use_isa takes one by name, returns 0 where this machine or build lacks it.
+const char* distkv_isa();
+int32_t distkv_use_isa(const char* name);
+
+// Reads `count` chunks of `bytes` (a multiple of 4096) at base + offsets[i], in order, prefetching what comes `ahead`
+// bytes later (a multiple of 4096, at most `bytes`): the ceiling that the bench measures decode against.
+float distkv_read_probe(const void* base, const int64_t* offsets, int64_t count, int64_t bytes, int64_t ahead,
+                        int32_t num_threads);
+
+}  // extern "C"
+#pragma GCC visibility pop

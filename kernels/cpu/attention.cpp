@@ -1,0 +1,159 @@
+// distkv_micro_attention: checks, cuts the work into items for threads, merges what was cut along the keys.
+//
+// Where a sequence's keys are cut depends on its own shape only, so neither the batch around it nor the number of
+// threads changes a bit of its result.
+#include <vector>
+
+#include "dispatch.h"
+#include "isa.h"
+#include "threads.h"
+
+namespace distkv {
+namespace {
+
+// K and V that one item of few rows reads: small enough to share out, large enough that merging costs little.
+constexpr int64_t BYTES_PER_ITEM = 2 << 20;
+// Keys that one item of many rows reads where a sequence has only one tile of rows.
+constexpr int64_t KEYS_PER_ITEM = 4096;
+// Below this much K and V in the whole call, waking another thread takes longer than the work.
+constexpr int64_t BYTES_WORTH_A_THREAD = 256 * 1024;
+
+struct Parts {
+  int64_t seq, count;
+  float *outs, *lses;  // [count, tokens, H, D] and [count, tokens, H]
+};
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+bool is_sound(const DistkvAttention& a) {
+  const int64_t *blocks = a.cu_blocks, *queries = a.cu_queries;
+  for (int64_t s = 0; s < a.num_sequences; ++s)
+    if (blocks[s] > blocks[s + 1] || queries[s] > queries[s + 1]) return false;
+  if (blocks[0] != 0 || queries[0] != 0) return false;
+  if (blocks[a.num_sequences] > a.num_listed || queries[a.num_sequences] > a.num_tokens) return false;
+  for (int64_t i = 0; i < a.num_listed; ++i)
+    if (a.block_ids[i] < 0 || a.block_ids[i] >= a.num_blocks) return false;
+  return true;
+}
+
+class Plan {
+ public:
+  explicit Plan(const DistkvAttention& a) : a_(a), group_(a.num_heads / a.kv_heads) {
+    const int64_t kv_bytes = 2 * a.kv_heads * a.rblock_size * a.head_dim * (a.kv_dtype == DISTKV_FP32 ? 4 : 2);
+    few_blocks_ = BYTES_PER_ITEM / kv_bytes > 0 ? BYTES_PER_ITEM / kv_bytes : 1;
+    many_blocks_ = KEYS_PER_ITEM / a.rblock_size > 0 ? KEYS_PER_ITEM / a.rblock_size : 1;
+    call_bytes_ = a.num_listed * kv_bytes;
+  }
+
+  int32_t run() {
+    for (int64_t s = 0; s < a_.num_sequences; ++s) add(s);
+    if (!place_parts()) return DISTKV_OUT_OF_MEMORY;
+    const Isa& isa = isa_in_use();
+    const int64_t scratch = static_cast<int64_t>(isa.scratch_bytes(a_));
+    std::atomic<bool> has_memory{true};
+    const int threads = call_bytes_ < BYTES_WORTH_A_THREAD && many_.empty() ? 1 : a_.num_threads;
+    const int64_t num_many = static_cast<int64_t>(many_.size()), count = num_many + static_cast<int64_t>(few_.size());
+    // The longest items first, so that none is left over at the end: those of prefill, later rows before earlier.
+    parallel_for(count, threads, [&](int64_t i) {
+      char* memory = thread_memory(0, scratch);
+      if (memory == nullptr) return has_memory.store(false);
+      if (i < num_many) isa.many_rows(a_, many_[num_many - 1 - i], memory);
+      else isa.few_rows(a_, few_[i - num_many], memory);
+    });
+    for (const Parts& parts : parts_) merge(isa, parts);
+    return has_memory ? DISTKV_OK : DISTKV_OUT_OF_MEMORY;
+  }
+
+ private:
+  int64_t tokens_of(int64_t s) const { return a_.cu_queries[s + 1] - a_.cu_queries[s]; }
+
+  void add(int64_t s) {
+    const int64_t rows = tokens_of(s) * group_, blocks = a_.cu_blocks[s + 1] - a_.cu_blocks[s];
+    if (rows == 0) return;
+    if (blocks == 0) return clear(s);
+    if (rows <= FEW_ROWS) return cut(few_, s, rows, few_blocks_, a_.kv_heads);
+    if (rows <= ROW_TILE) return cut(many_, s, rows, many_blocks_, 1);
+    for (int32_t h = 0; h < a_.kv_heads; ++h)
+      for (int64_t r = 0; r < rows; r += ROW_TILE) {
+        const int64_t end = r + ROW_TILE < rows ? r + ROW_TILE : rows;
+        many_.push_back(item(s, a_.cu_blocks[s], a_.cu_blocks[s + 1], r, end, h, h + 1));
+      }
+  }
+
+  Item item(int64_t s, int64_t block_begin, int64_t block_end, int64_t row_begin, int64_t row_end, int32_t head_begin,
+            int32_t head_end) const {
+    const int64_t first = a_.cu_queries[s], row = first * a_.num_heads;
+    return {block_begin, block_end, first, row_begin, row_end, head_begin, head_end, a_.out + row * a_.head_dim,
+            a_.lse + row};
+  }
+
+  // All rows, `heads` KV heads at a time, in parts of `step` rBlocks.
+  void cut(std::vector<Item>& items, int64_t s, int64_t rows, int64_t step, int32_t heads) {
+    const int64_t begin = a_.cu_blocks[s], end = a_.cu_blocks[s + 1], count = ceil_div(end - begin, step);
+    if (count > 1) parts_.push_back({s, count, nullptr, nullptr});
+    for (int64_t b = begin; b < end; b += step)
+      for (int32_t h = 0; h < a_.kv_heads; h += heads) {
+        items.push_back(item(s, b, b + step < end ? b + step : end, 0, rows, h, h + heads));
+        if (count > 1) parted_.push_back({&items == &few_, items.size() - 1, parts_.size() - 1, (b - begin) / step});
+      }
+  }
+
+  bool place_parts() {
+    const int64_t width = a_.num_heads * (a_.head_dim + 1);
+    int64_t floats = 0;
+    for (const Parts& parts : parts_) floats += parts.count * tokens_of(parts.seq) * width;
+    if (floats == 0) return true;
+    float* memory = reinterpret_cast<float*>(thread_memory(1, floats * static_cast<int64_t>(sizeof(float))));
+    if (memory == nullptr) return false;
+    for (Parts& parts : parts_) {
+      const int64_t rows = parts.count * tokens_of(parts.seq) * a_.num_heads;
+      parts.outs = memory;
+      parts.lses = memory + rows * a_.head_dim;
+      memory = parts.lses + rows;
+    }
+    for (const Parted& piece : parted_) {
+      Item& item = piece.is_few ? few_[piece.item] : many_[piece.item];
+      const Parts& parts = parts_[piece.parts];
+      const int64_t rows = piece.part * tokens_of(parts.seq) * a_.num_heads;
+      item.out = parts.outs + rows * a_.head_dim;
+      item.lse = parts.lses + rows;
+    }
+    return true;
+  }
+
+  void merge(const Isa& isa, const Parts& parts) const {
+    const int64_t rows = tokens_of(parts.seq) * a_.num_heads, first = a_.cu_queries[parts.seq] * a_.num_heads;
+    isa.merge(parts.outs, parts.lses, parts.count, rows, 0, rows, a_.head_dim, a_.out + first * a_.head_dim,
+              a_.lse + first);
+  }
+
+  void clear(int64_t s) const {
+    const int64_t rows = tokens_of(s) * a_.num_heads, first = a_.cu_queries[s] * a_.num_heads;
+    for (int64_t i = 0; i < rows * a_.head_dim; ++i) a_.out[first * a_.head_dim + i] = 0;
+    for (int64_t i = 0; i < rows; ++i) a_.lse[first + i] = -__builtin_inff();
+  }
+
+  struct Parted {
+    bool is_few;
+    size_t item, parts;
+    int64_t part;
+  };
+
+  const DistkvAttention& a_;
+  const int64_t group_;
+  int64_t few_blocks_, many_blocks_, call_bytes_;
+  std::vector<Item> few_, many_;
+  std::vector<Parts> parts_;
+  std::vector<Parted> parted_;
+};
+
+}  // namespace
+}  // namespace distkv
+
+extern "C" int32_t distkv_micro_attention(const DistkvAttention* args) {
+  if (args->struct_size != sizeof *args) return DISTKV_OTHER_ABI;
+  if (args->kv_heads <= 0 || args->num_heads % args->kv_heads || args->head_dim <= 0 || args->rblock_size <= 0)
+    return DISTKV_UNSUPPORTED;
+  if (!distkv::is_sound(*args)) return DISTKV_BAD_INDEX;
+  return distkv::Plan(*args).run();
+}

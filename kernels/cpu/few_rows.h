@@ -1,0 +1,270 @@
+// MicroAttention for at most FEW_ROWS query rows per KV head (decode): bound by reading K and V once.
+//
+// rBlock by rBlock, head by head, K then V: the order in which they lie in memory. Up to four query rows share each
+// load of K and V; what lies AHEAD_BYTES further on this walk is prefetched meanwhile.
+#pragma once
+
+#include "isa.h"
+#include "kinds.h"
+
+namespace {
+
+using distkv::CHUNK_TOKENS;
+using distkv::FEW_ROWS;
+using distkv::Item;
+
+constexpr int64_t AHEAD_BYTES = 32 * 1024;
+
+// s[r][t] = q[r] . k[t] for R query rows; `ahead` is the distance in bytes to what to prefetch.
+template <class X, int R, bool PREFETCH>
+inline void few_scores(const typename X::Query* q, int64_t padded, const typename X::Element* k, int64_t head_dim,
+                       int64_t num_keys, ptrdiff_t ahead, float* s) {
+  constexpr int J = W / R;  // tokens at a time: W accumulators, which one transposition sums up
+  const int64_t whole = head_dim / X::CHUNK * X::CHUNK, rest = head_dim - whole;
+  int64_t t = 0;
+  for (; t + J <= num_keys; t += J) {
+    vf sums[W];
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) sums[i] = vf{};
+    for (int64_t d = 0; d < whole; d += X::CHUNK) {
+      typename X::Operand keys[J];
+#pragma GCC unroll 16
+      for (int j = 0; j < J; ++j) {
+        const typename X::Element* key = k + (t + j) * head_dim + d;
+        keys[j] = X::load(key);
+        if (PREFETCH) prefetch((const char*)key + ahead);
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        const typename X::Operand query = X::load_query(q + r * padded + d);
+#pragma GCC unroll 16
+        for (int j = 0; j < J; ++j) sums[r * J + j] = X::multiply_add(query, keys[j], sums[r * J + j]);
+      }
+    }
+    if (rest) {
+#pragma GCC unroll 16
+      for (int j = 0; j < J; ++j) {
+        const typename X::Operand key = X::load_first(k + (t + j) * head_dim + whole, rest);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r)
+          sums[r * J + j] = X::multiply_add(X::load_query(q + r * padded + whole), key, sums[r * J + j]);
+      }
+    }
+    const vf scores = sums_of_lanes(sums);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) memcpy(s + r * CHUNK_TOKENS + t, (const float*)&scores + r * J, J * sizeof(float));
+  }
+  for (; t < num_keys; ++t) {
+    for (int r = 0; r < R; ++r) {
+      vf sum = {};
+      const typename X::Element* key = k + t * head_dim;
+      for (int64_t d = 0; d < whole; d += X::CHUNK)
+        sum = X::multiply_add(X::load_query(q + r * padded + d), X::load(key + d), sum);
+      if (rest) sum = X::multiply_add(X::load_query(q + r * padded + whole), X::load_first(key + whole, rest), sum);
+      s[r * CHUNK_TOKENS + t] = sum_lane(sum);
+    }
+  }
+}
+
+// acc[r][d] = acc[r][d] * shrink[r] + sum over tokens of p[r][t] v[t][d], for C chunks of dims from `d` on.
+// With `rest`, C is 1 and only the first `rest` dims of the chunk exist.
+template <class X, int R, int C, bool PREFETCH>
+inline void few_values(const typename X::Weight* p, const typename X::Element* v, int64_t head_dim, int64_t num_keys,
+                       int64_t d, int64_t rest, ptrdiff_t ahead, const float* shrink, float* acc, int64_t padded) {
+  constexpr int N = C * X::PARTS;
+  vf sums[R * N];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i) sums[r * N + i] = load(acc + r * padded + d + i * W) * splat(shrink[r]);
+  const auto add = [&](int64_t t, const typename X::Element* value, const typename X::Element* next)
+                       __attribute__((always_inline)) {
+    typename X::Operand values[N];
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) {
+      if (rest)
+        X::load_first_values(value, next, rest, values);
+      else
+        X::load_values(value + c * X::CHUNK, next ? next + c * X::CHUNK : nullptr, values + c * X::PARTS);
+      if (PREFETCH) {
+        prefetch((const char*)(value + c * X::CHUNK) + ahead);
+        if (X::STEP == 2) prefetch((const char*)(value + head_dim + c * X::CHUNK) + ahead);
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const typename X::Operand weight = X::weight(p + r * CHUNK_TOKENS + t);
+#pragma GCC unroll 16
+      for (int i = 0; i < N; ++i) sums[r * N + i] = X::multiply_add(weight, values[i], sums[r * N + i]);
+    }
+  };
+  int64_t t = 0;
+  for (const typename X::Element* value = v + d; t + X::STEP <= num_keys; t += X::STEP, value += X::STEP * head_dim)
+    add(t, value, value + head_dim);
+  if (t < num_keys) add(t, v + t * head_dim + d, nullptr);
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i) store(acc + r * padded + d + i * W, sums[r * N + i]);
+}
+
+template <class X, int R, bool PREFETCH>
+inline void few_all_values(const typename X::Weight* p, const typename X::Element* v, int64_t head_dim,
+                           int64_t num_keys, ptrdiff_t ahead, const float* shrink, float* acc, int64_t padded) {
+  constexpr int ACCUMULATORS = W == 4 ? 8 : W;
+  constexpr int MOST = ACCUMULATORS / R / X::PARTS > 4 ? 4 : ACCUMULATORS / R / X::PARTS;
+  constexpr int C = MOST < 1 ? 1 : MOST;
+  const int64_t whole = head_dim / X::CHUNK * X::CHUNK;
+  int64_t d = 0;
+  for (; d + C * X::CHUNK <= whole; d += C * X::CHUNK)
+    few_values<X, R, C, PREFETCH>(p, v, head_dim, num_keys, d, 0, ahead, shrink, acc, padded);
+  for (; d < whole; d += X::CHUNK)
+    few_values<X, R, 1, PREFETCH>(p, v, head_dim, num_keys, d, 0, ahead, shrink, acc, padded);
+  if (d < head_dim) few_values<X, R, 1, PREFETCH>(p, v, head_dim, num_keys, d, head_dim - d, ahead, shrink, acc, padded);
+}
+
+// Scores of one row to weights 2^(score - top); keeps the row's running top and its sums (one per lane), gives what to
+// shrink acc by. Most chunks hold no new top: then nothing is reduced across lanes.
+template <class X>
+inline void few_weights(const float* s, int64_t num_seen, int64_t num_keys, float scale, float* top, float* sums,
+                        float* shrink, typename X::Weight* p) {
+  constexpr int64_t MOST = CHUNK_TOKENS / W;
+  const vi lanes = lane_numbers();
+  const int64_t vectors = (num_keys + W - 1) / W;
+  vf scores[MOST], most = splat(*top);
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < vectors; ++i) {
+    const vi seen = lanes + (int32_t)(i * W) < vi{} + (int32_t)num_seen;
+    scores[i] = seen ? load(s + i * W) * splat(scale) : splat(NO_SCORE);
+    most = vmax(most, scores[i]);
+  }
+  const float old_top = *top;
+  *shrink = 1;
+  vf total = load(sums);
+  if (any_above(most, splat(old_top))) {
+    *top = max_lane(most);
+    *shrink = exp2_of(old_top - *top);
+    total = total * splat(*shrink);
+  }
+  const vf base = splat(*top == NO_SCORE ? 0.f : *top);
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < vectors; ++i) {
+    const vi seen = lanes + (int32_t)(i * W) < vi{} + (int32_t)num_seen;
+    const vf weights = seen ? exp2_of(scores[i] - base) : vf{};
+    X::store_weights(p + i * W, weights);
+    total = total + weights;
+  }
+  store(sums, total);
+}
+
+template <class X>
+struct FewRows {
+  using Element = typename X::Element;
+
+  const DistkvAttention& a;
+  const Item& item;
+  const int64_t rows = item.row_end - item.row_begin;
+  const int64_t held = rows == 3 || rows == 7 ? rows + 1 : rows;  // with the empty row that fills a tile
+  const int64_t padded = round_up(a.head_dim, X::CHUNK);
+  const int64_t slab = (int64_t)a.rblock_size * a.head_dim;           // elements of one head's K, or V
+  const int64_t stretch = (item.head_end - item.head_begin) * 2 * slab;  // what of an rBlock this item reads
+  float *acc, *tops, *sums, *scores, *shrinks;
+  typename X::Query* queries;
+  typename X::Weight* weights;
+
+  FewRows(const DistkvAttention& attention, const Item& work, char* scratch) : a(attention), item(work) {
+    const int64_t heads = item.head_end - item.head_begin, all = heads * held;
+    acc = (float*)scratch;
+    tops = acc + all * padded;
+    sums = tops + all;
+    scores = sums + all * W;
+    shrinks = scores + FEW_ROWS * CHUNK_TOKENS;
+    weights = (typename X::Weight*)(shrinks + FEW_ROWS);
+    queries = (typename X::Query*)((float*)weights + FEW_ROWS * CHUNK_TOKENS);
+    memset(acc, 0, all * padded * sizeof(float));
+    memset(sums, 0, all * W * sizeof(float));
+    memset((void*)queries, 0, all * padded * sizeof(typename X::Query));
+    for (int64_t i = 0; i < all; ++i) tops[i] = NO_SCORE;
+  }
+
+  void run() {
+    for (int64_t h = item.head_begin; h < item.head_end; ++h)
+      for (int64_t r = 0; r < rows; ++r)
+        X::load_queries(a.q, a.q_dtype, query_offset(a, item, h, item.row_begin + r), a.head_dim,
+                        queries + ((h - item.head_begin) * held + r) * padded);
+    for (int64_t b = item.block_begin; b < item.block_end; ++b) over_block(b);
+    for (int64_t h = item.head_begin; h < item.head_end; ++h)
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t state = (h - item.head_begin) * held + r;
+        emit_row<X>(a, item, h, item.row_begin + r, acc + state * padded, tops[state],
+                    sum_lane(load(sums + state * W)));
+      }
+  }
+
+  void over_block(int64_t b) {
+    int64_t seen[FEW_ROWS], most = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+      seen[r] = num_visible(a, position_of(a, item, item.row_begin + r), a.block_starts[b]);
+      most = larger(most, seen[r]);
+    }
+    const Element* base = (const Element*)a.pool + slab_offset(a, a.block_ids[b], item.head_begin);
+    for (int64_t h = 0; h < item.head_end - item.head_begin; ++h)
+      for (int64_t from = 0; from < most; from += CHUNK_TOKENS) {
+        const int64_t n = smaller(CHUNK_TOKENS, most - from), place = h * 2 * slab + from * a.head_dim;
+        over_chunk(h, base + place, n, from, seen, ahead_of(b, base, place), ahead_of(b, base, place + slab));
+      }
+  }
+
+  // The distance in bytes from element `place` of rBlock b's stretch to what the walk reads AHEAD_BYTES later.
+  ptrdiff_t ahead_of(int64_t b, const Element* base, int64_t place) const {
+    int64_t target = place + AHEAD_BYTES / (int64_t)sizeof(Element);
+    const int64_t block = b;
+    while (target >= stretch && b + 1 < item.block_end) {
+      target -= stretch;
+      ++b;
+    }
+    if (target >= stretch) return 0;
+    const Element* other =
+        b == block ? base : (const Element*)a.pool + slab_offset(a, a.block_ids[b], item.head_begin);
+    return (const char*)(other + target) - (const char*)(base + place);
+  }
+
+  void over_chunk(int64_t h, const Element* k, int64_t n, int64_t from, const int64_t* seen, ptrdiff_t k_ahead,
+                  ptrdiff_t v_ahead) {
+    const int64_t state = h * held;
+    for_tiles([&](auto tile, int64_t r) {
+      constexpr int R = decltype(tile)::ROWS;
+      const typename X::Query* q = queries + (state + r) * padded;
+      float* s = scores + r * CHUNK_TOKENS;
+      if (r == 0) few_scores<X, R, true>(q, padded, k, a.head_dim, n, k_ahead, s);
+      else few_scores<X, R, false>(q, padded, k, a.head_dim, n, 0, s);
+      for (int64_t i = r; i < r + R; ++i)
+        few_weights<X>(scores + i * CHUNK_TOKENS, i < rows ? larger(0, smaller(n, seen[i] - from)) : 0, n,
+                       a.scale * 1.44269504089f, tops + state + i, sums + (state + i) * W, shrinks + i,
+                       weights + i * CHUNK_TOKENS);
+    });
+    for_tiles([&](auto tile, int64_t r) {
+      constexpr int R = decltype(tile)::ROWS;
+      const typename X::Weight* p = weights + r * CHUNK_TOKENS;
+      float* out = acc + (state + r) * padded;
+      if (r == 0) few_all_values<X, R, true>(p, k + slab, a.head_dim, n, v_ahead, shrinks + r, out, padded);
+      else few_all_values<X, R, false>(p, k + slab, a.head_dim, n, 0, shrinks + r, out, padded);
+    });
+  }
+
+  template <int R>
+  struct Tile {
+    static constexpr int ROWS = R;
+  };
+
+  // Tiles of four rows, then two or one; three are a tile of four with an empty row.
+  template <class F>
+  void for_tiles(F work) const {
+    int64_t r = 0;
+    for (; rows - r >= 3; r += 4) work(Tile<4>{}, r);
+    if (rows - r == 2) work(Tile<2>{}, r);
+    if (rows - r == 1) work(Tile<1>{}, r);
+  }
+};
+
+}  // namespace

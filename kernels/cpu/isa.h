@@ -1,0 +1,47 @@
+// What each instruction set offers: one table of functions per translation unit isa_*.cpp.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "abi.h"
+
+namespace distkv {
+
+// Work that one thread does at a time: some query rows of one sequence over some of its rBlocks and KV heads.
+struct Item {
+  int64_t block_begin, block_end;  // of the listed rBlocks
+  int64_t first_token;             // of the sequence; row r is query head r % group of token first_token + r / group
+  int64_t row_begin, row_end;
+  int32_t head_begin, head_end;    // KV heads
+  float *out, *lse;                // of the sequence's first token, query head 0: [tokens, H, D] and [tokens, H]
+};
+
+// Most query rows (tokens x group) of one KV head that the engine for few rows takes.
+constexpr int64_t FEW_ROWS = 8;
+// Most query rows of one KV head in an item of the engine for many rows.
+constexpr int64_t ROW_TILE = 64;
+// Keys whose scores are held at a time.
+constexpr int64_t CHUNK_TOKENS = 64;
+
+struct Isa {
+  const char* name;
+  void (*few_rows)(const DistkvAttention&, const Item&, char* scratch);
+  void (*many_rows)(const DistkvAttention&, const Item&, char* scratch);
+  size_t (*scratch_bytes)(const DistkvAttention&);
+  // Rows [begin, end) of the merge; part p's out and lse are p * stride rows further on.
+  void (*merge)(const float* outs, const float* lses, int64_t parts, int64_t stride, int64_t begin, int64_t end,
+                int64_t head_dim, float* out, float* lse);
+  void (*rope)(const DistkvRope&, int64_t token_begin, int64_t token_end);
+  void (*cast)(const void* from, int32_t from_dtype, void* to, int32_t to_dtype, int64_t count);
+  float (*read)(const char* from, const char* ahead, int64_t bytes);
+};
+
+const Isa& isa_baseline();
+#if defined(__x86_64__)
+const Isa& isa_avx2();
+const Isa& isa_avx512();
+const Isa& isa_avx512bf16();
+#endif
+
+}  // namespace distkv

@@ -1,0 +1,74 @@
+// The table of this translation unit's functions, from attention to casts.
+#pragma once
+
+#include "few_rows.h"
+#include "many_rows.h"
+#include "rows.h"
+
+namespace {
+
+// bf16 queries and keys are multiplied as they are where the machine can. Not in heads of a few dims: the rounding of
+// the weights then does not average out.
+inline bool takes_pairs(const DistkvAttention& a) {
+  return a.q_dtype == DISTKV_BF16 && a.kv_dtype == DISTKV_BF16 && a.head_dim % 2 == 0 && a.head_dim >= 32;
+}
+
+void few_rows(const DistkvAttention& a, const Item& item, char* scratch) {
+#if defined(__AVX512BF16__)
+  if (takes_pairs(a)) return FewRows<Pairs>(a, item, scratch).run();
+#endif
+  if (a.kv_dtype == DISTKV_FP32) return FewRows<Widened<Fp32>>(a, item, scratch).run();
+  if (a.kv_dtype == DISTKV_BF16) return FewRows<Widened<Bf16>>(a, item, scratch).run();
+  FewRows<Widened<Fp16>>(a, item, scratch).run();
+}
+
+constexpr int MOST_VECTORS = W == 16 ? 4 : 2;  // of query rows that the registers take
+
+template <class X, class E>
+inline void many_rows_of(const DistkvAttention& a, const Item& item, char* scratch) {
+  const int64_t rows = item.row_end - item.row_begin;
+  if (rows <= W) ManyRows<X, E, 1>(a, item, scratch).run();
+  else if (rows <= 2 * W) ManyRows<X, E, 2>(a, item, scratch).run();
+  else ManyRows<X, E, MOST_VECTORS>(a, item, scratch).run();
+}
+
+void many_rows(const DistkvAttention& a, const Item& item, char* scratch) {
+  constexpr int64_t LANES = MOST_VECTORS * W;
+  for (int64_t r = item.row_begin; r < item.row_end; r += LANES) {
+    Item part = item;
+    part.row_begin = r;
+    part.row_end = smaller(r + LANES, item.row_end);
+#if defined(__AVX512BF16__)
+    if (takes_pairs(a)) {
+      many_rows_of<Pairs, Bf16>(a, part, scratch);
+      continue;
+    }
+#endif
+    if (a.kv_dtype == DISTKV_FP32) many_rows_of<Widened<Fp32>, Fp32>(a, part, scratch);
+    else if (a.kv_dtype == DISTKV_BF16) many_rows_of<Widened<Fp32>, Bf16>(a, part, scratch);
+    else many_rows_of<Widened<Fp32>, Fp16>(a, part, scratch);
+  }
+}
+
+// Enough for either engine at any kind.
+size_t scratch_bytes(const DistkvAttention& a) {
+  const int64_t padded = round_up(a.head_dim, 32), states = a.kv_heads * FEW_ROWS;
+  const int64_t few = states * (2 * padded + 1 + W) + 2 * FEW_ROWS * CHUNK_TOKENS + FEW_ROWS;
+  constexpr int64_t LANES = MOST_VECTORS * W;
+  const int64_t many = 2 * LANES * padded + 3 * LANES + 2 * CHUNK_TOKENS * LANES + 2 * CHUNK_TOKENS * padded;
+  return larger(few, many) * sizeof(float);
+}
+
+}  // namespace
+
+#define DISTKV_JOIN(a, b) a##b
+#define DISTKV_TABLE(name) DISTKV_JOIN(isa_, name)
+#define DISTKV_QUOTE(name) #name
+#define DISTKV_STRING(name) DISTKV_QUOTE(name)
+
+const distkv::Isa& distkv::DISTKV_TABLE(DISTKV_ISA)() {
+  static constexpr Isa table = {
+      DISTKV_STRING(DISTKV_ISA), few_rows, many_rows, scratch_bytes, merge_rows, rope_tokens, cast, read_once,
+  };
+  return table;
+}

@@ -1,0 +1,122 @@
+// How products of queries and keys, and of weights and values, are formed: the two engines are templates over this.
+//
+// Widened: elements become floats as they are loaded, one fused multiply-add per vector.
+// Pairs:   bf16 x bf16 two at a time into fp32 (AVX512_BF16); tokens of V are taken in pairs.
+#pragma once
+
+#include "elements.h"
+#include "isa.h"
+
+namespace {
+
+template <class E>
+struct Widened {
+  using Element = typename E::Type;
+  using Query = float;
+  using Weight = float;
+  using Operand = vf;
+  static constexpr int CHUNK = W;  // dims per load
+  static constexpr int PARTS = 1;  // vectors of accumulators per chunk of V's dims
+  static constexpr int STEP = 1;   // tokens of V per multiplication
+  static constexpr bool IS_PAIRS = false;
+
+  static Operand load(const Element* p) { return E::load(p); }
+  static Operand load_first(const Element* p, int64_t n) { return ::load_first<E>(p, n); }
+  static Operand load_query(const Query* p) { return ::load(p); }
+  static vf multiply_add(Operand a, Operand b, vf sum) { return a * b + sum; }
+
+  static void load_values(const Element* v, const Element*, Operand* parts) { parts[0] = E::load(v); }
+  static void load_first_values(const Element* v, const Element*, int64_t n, Operand* parts) {
+    parts[0] = ::load_first<E>(v, n);
+  }
+  static Operand weight(const Weight* p) { return splat(*p); }
+  // Weights are stored as they will be multiplied; sums are formed before that, so the LSE stays fp32.
+  static void store_weights(Weight* p, vf x) { ::store(p, x); }
+  // Where dim d stands among the accumulators.
+  static int64_t place(int64_t d) { return d; }
+  static void load_queries(const void* q, int32_t dtype, int64_t offset, int64_t n, Query* to) {
+    widen(q, dtype, offset, n, to);
+  }
+};
+
+#if defined(__AVX512BF16__)
+struct Pairs {
+  using Element = uint16_t;
+  using Query = uint16_t;
+  using Weight = uint16_t;
+  using Operand = __m512bh;
+  static constexpr int CHUNK = 32;
+  static constexpr int PARTS = 2;
+  static constexpr int STEP = 2;
+  static constexpr bool IS_PAIRS = true;
+
+  static __mmask32 first(int64_t n) { return (__mmask32)((1ull << n) - 1); }
+  static Operand load(const Element* p) { return (Operand)_mm512_loadu_si512(p); }
+  static Operand load_first(const Element* p, int64_t n) { return (Operand)_mm512_maskz_loadu_epi16(first(n), p); }
+  static Operand load_query(const Query* p) { return load(p); }
+  static vf multiply_add(Operand a, Operand b, vf sum) { return (vf)_mm512_dpbf16_ps((__m512)sum, a, b); }
+
+  // Interleaves two tokens; `next` may be null: the token after an odd last one does not exist.
+  static void interleave(__m512i v, __m512i next, Operand* parts) {
+    parts[0] = (Operand)_mm512_unpacklo_epi16(v, next);
+    parts[1] = (Operand)_mm512_unpackhi_epi16(v, next);
+  }
+  static void load_values(const Element* v, const Element* next, Operand* parts) {
+    interleave(_mm512_loadu_si512(v), next ? _mm512_loadu_si512(next) : _mm512_setzero_si512(), parts);
+  }
+  static void load_first_values(const Element* v, const Element* next, int64_t n, Operand* parts) {
+    interleave(_mm512_maskz_loadu_epi16(first(n), v), _mm512_maskz_loadu_epi16(next ? first(n) : 0, next), parts);
+  }
+  static Operand weight(const Weight* p) {
+    int32_t two;
+    memcpy(&two, p, 4);
+    return (Operand)_mm512_set1_epi32(two);
+  }
+  static void store_weights(Weight* p, vf x) {
+    _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)x));
+  }
+  // The interleaving takes four dims of each eight to one part, four to the other.
+  static int64_t place(int64_t d) {
+    const int64_t in_chunk = d % 32;
+    return d - in_chunk + (in_chunk % 8 < 4 ? 0 : 16) + in_chunk / 8 * 4 + in_chunk % 4;
+  }
+  static void load_queries(const void* q, int32_t, int64_t offset, int64_t n, Query* to) {
+    memcpy(to, (const uint16_t*)q + offset, n * 2);
+  }
+};
+#endif
+
+// Where one KV head of one layer of rBlock `id` starts, in elements.
+inline int64_t slab_offset(const DistkvAttention& a, int64_t id, int64_t head) {
+  return ((id * a.num_layers + a.layer) * a.kv_heads + head) * 2 * a.rblock_size * a.head_dim;
+}
+
+// How many of an rBlock's keys from position `start` on a query at `position` sees.
+inline int64_t num_visible(const DistkvAttention& a, int64_t position, int64_t start) {
+  if (!a.causal) return a.rblock_size;
+  return larger(0, smaller(a.rblock_size, position - start + 1));
+}
+
+// A row of an item: its position, and where its query of KV head `head` starts in q.
+inline int64_t position_of(const DistkvAttention& a, const distkv::Item& item, int64_t row) {
+  return a.positions[item.first_token + row / (a.num_heads / a.kv_heads)];
+}
+
+inline int64_t query_offset(const DistkvAttention& a, const distkv::Item& item, int64_t head, int64_t row) {
+  const int64_t group = a.num_heads / a.kv_heads;
+  return (item.first_token + row / group) * a.q_token_stride + (head * group + row % group) * a.q_head_stride;
+}
+
+// Normalises one row of accumulators; a row without any key becomes (0, -inf). `top` and `sum` are in powers of two.
+template <class X>
+inline void emit_row(const DistkvAttention& a, const distkv::Item& item, int64_t head, int64_t row, const float* acc,
+                     float top, float sum) {
+  const int64_t group = a.num_heads / a.kv_heads;
+  const int64_t place = row / group * a.num_heads + head * group + row % group;
+  const float inverse = sum == 0 ? 0 : 1 / sum;
+  float* out = item.out + place * a.head_dim;
+  for (int64_t d = 0; d < a.head_dim; ++d) out[d] = acc[X::place(d)] * inverse;
+  item.lse[place] = sum == 0 ? NO_SCORE : (top + log2f(sum)) * 0.69314718056f;
+}
+
+}  // namespace

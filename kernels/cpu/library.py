@@ -1,0 +1,79 @@
+"""The shared library beside this file, and the structs of its interface (abi.h, field by field)."""
+
+import ctypes
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_uint32, c_void_p
+from pathlib import Path
+
+PATH = Path(__file__).with_name("libdistkv_cpu.so")
+
+_FAULTS = {
+    1: (RuntimeError, "libdistkv_cpu.so is of another build than this package: install again"),
+    2: (IndexError, "an rBlock id, slot or offset points outside its tensor"),
+    3: (ValueError, "shapes or dtypes that the CPU kernels do not take"),
+    4: (MemoryError, "no memory for the CPU kernels' scratch"),
+}
+
+
+def _fields(*groups: tuple[str, type]) -> list[tuple[str, type]]:
+    return [(name, kind) for names, kind in groups for name in names.split()]
+
+
+class Attention(Structure):
+    _fields_ = _fields(
+        ("struct_size", c_uint32),
+        ("num_threads q_dtype kv_dtype num_heads kv_heads head_dim rblock_size layer num_layers causal", c_int32),
+        ("scale", c_float),
+        ("num_tokens num_sequences num_listed num_blocks", c_int64),
+        ("q", c_void_p),
+        ("q_token_stride q_head_stride", c_int64),
+        ("pool block_ids block_starts cu_blocks cu_queries positions out lse", c_void_p),
+    )
+
+
+class Store(Structure):
+    _fields_ = _fields(
+        ("struct_size", c_uint32),
+        ("num_threads source_dtype pool_dtype kv_heads head_dim rblock_size layer num_layers unused", c_int32),
+        ("num_tokens num_blocks", c_int64),
+        ("k v", c_void_p),
+        ("k_token_stride k_head_stride v_token_stride v_head_stride", c_int64),
+        ("pool slots", c_void_p),
+    )
+
+
+class Rope(Structure):
+    _fields_ = _fields(
+        ("struct_size", c_uint32),
+        ("num_threads dtype num_heads head_dim rotated", c_int32),
+        ("num_tokens token_stride head_stride", c_int64),
+        ("x cos sin out", c_void_p),
+    )
+
+
+def load_library(path: Path = PATH) -> ctypes.CDLL | None:
+    """None where the package was installed without a C++ compiler."""
+    if not path.exists():
+        return None
+    library = ctypes.CDLL(str(path))
+    pointer, int64, int32 = c_void_p, c_int64, c_int32
+    signatures = {
+        "distkv_micro_attention": (int32, [POINTER(Attention)]),
+        "distkv_store_kv": (int32, [POINTER(Store)]),
+        "distkv_apply_rope": (int32, [POINTER(Rope)]),
+        "distkv_merge": (int32, [pointer, pointer, int64, int64, int64, pointer, pointer, int32]),
+        "distkv_gather": (int32, [pointer, int64, int64, pointer, int64, pointer, int32]),
+        "distkv_scatter": (int32, [pointer, pointer, int64, int64, pointer, int64, int32]),
+        "distkv_isa": (c_char_p, []),
+        "distkv_use_isa": (int32, [c_char_p]),
+        "distkv_read_probe": (c_float, [pointer, pointer, int64, int64, int64, int32]),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
+def check(status: int) -> None:
+    if status:
+        kind, sentence = _FAULTS[status]
+        raise kind(sentence)

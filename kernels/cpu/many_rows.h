@@ -1,0 +1,265 @@
+// MicroAttention for many query rows per KV head (prefill, large groups): bound by multiplications.
+//
+// Scores are formed transposed, S[key][row] = K Q^T, with query rows in the lanes: K is read as it lies (one 32-bit
+// unit at a time for all lanes), the queries are packed once per item, and the softmax over keys needs no sum across
+// lanes. Then O[row][dim] += P[key][row] V[key][dim], where P is already in the shape that it is read in.
+// A unit is 32 bits: one fp32 number or two bf16 numbers (of neighbouring dims in K, of neighbouring keys in V).
+#pragma once
+
+#include "isa.h"
+#include "kinds.h"
+
+namespace {
+
+using distkv::ROW_TILE;
+
+template <class X>
+inline vf unit_of_all_lanes(const uint32_t* p) {
+  return (vf)(vu{} + *p);
+}
+
+template <class X>
+inline vf multiply_add_units(vf a, vf b, vf sum) {
+  return X::multiply_add((typename X::Operand)a, (typename X::Operand)b, sum);
+}
+
+// s[m][lanes] = k[m] . q[lanes] for M keys, NV vectors of query rows.
+template <class X, int M, int NV>
+inline void many_scores(const uint32_t* k, int64_t key_stride, const uint32_t* q, int64_t units, float* s) {
+  vf sums[M * NV];
+#pragma GCC unroll 16
+  for (int i = 0; i < M * NV; ++i) sums[i] = vf{};
+  for (int64_t u = 0; u < units; ++u) {
+    vf query[NV];
+#pragma GCC unroll 4
+    for (int i = 0; i < NV; ++i) query[i] = load((const float*)q + u * NV * W + i * W);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      const vf key = unit_of_all_lanes<X>(k + m * key_stride + u);
+#pragma GCC unroll 4
+      for (int i = 0; i < NV; ++i) sums[m * NV + i] = multiply_add_units<X>(key, query[i], sums[m * NV + i]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < M * NV; ++i) store(s + i * W, sums[i]);
+}
+
+// acc[m][dims] = acc[m][dims] * shrink[m] + sum over units of keys of p[unit][m] v[unit][dims], C vectors of dims.
+template <class X, int M, int C>
+inline void many_values(const uint32_t* p, int64_t lanes, const uint32_t* v, int64_t unit_stride, int64_t units,
+                        const float* shrink, float* acc, int64_t padded) {
+  vf sums[M * C];
+#pragma GCC unroll 4
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int i = 0; i < C; ++i) sums[m * C + i] = load(acc + m * padded + i * W) * splat(shrink[m]);
+  for (int64_t u = 0; u < units; ++u) {
+    vf value[C];
+#pragma GCC unroll 4
+    for (int i = 0; i < C; ++i) value[i] = load((const float*)v + u * unit_stride + i * W);
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) {
+      const vf weight = unit_of_all_lanes<X>(p + u * lanes + m);
+#pragma GCC unroll 4
+      for (int i = 0; i < C; ++i) sums[m * C + i] = multiply_add_units<X>(weight, value[i], sums[m * C + i]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int i = 0; i < C; ++i) store(acc + m * padded + i * W, sums[m * C + i]);
+}
+
+template <class X, class E, int NV>
+struct ManyRows {
+  using Element = typename E::Type;
+  static constexpr int LANES = NV * W;
+  static constexpr int KEYS = (W == 16 ? 16 : 8) / NV;  // at a time: their sums fit the registers
+
+  const DistkvAttention& a;
+  const Item& item;
+  const int64_t rows = item.row_end - item.row_begin;
+  const int64_t padded = round_up(a.head_dim, X::CHUNK);
+  const int64_t slab = (int64_t)a.rblock_size * a.head_dim;
+  const int64_t units = X::IS_PAIRS ? a.head_dim / 2 : a.head_dim;
+  // fp32 values that fill whole vectors are read as they lie.
+  const bool values_in_place = sizeof(Element) == 4 && a.head_dim % W == 0;
+  uint32_t *queries, *weights, *wide_keys, *packed_values;
+  float *scores, *acc, *tops, *sums, *shrinks;
+  int64_t positions[LANES];
+  int32_t seen[LANES];
+
+  ManyRows(const DistkvAttention& attention, const Item& work, char* scratch) : a(attention), item(work) {
+    acc = (float*)scratch;
+    tops = acc + LANES * padded;
+    sums = tops + LANES;
+    shrinks = sums + LANES;
+    scores = shrinks + LANES;
+    weights = (uint32_t*)(scores + CHUNK_TOKENS * LANES);
+    queries = weights + CHUNK_TOKENS * LANES;
+    packed_values = queries + padded * LANES;
+    wide_keys = packed_values + CHUNK_TOKENS * padded;
+    memset(packed_values, 0, CHUNK_TOKENS * padded * sizeof(uint32_t));
+    for (int64_t r = 0; r < rows; ++r) positions[r] = position_of(a, item, item.row_begin + r);
+  }
+
+  void run() {
+    for (int64_t h = item.head_begin; h < item.head_end; ++h) over_head(h);
+  }
+
+  void over_head(int64_t h) {
+    memset(acc, 0, LANES * padded * sizeof(float));
+    memset(sums, 0, LANES * sizeof(float));
+    for (int i = 0; i < LANES; ++i) tops[i] = NO_SCORE;
+    pack_queries(h);
+    for (int64_t b = item.block_begin; b < item.block_end; ++b) over_block(h, b);
+    for (int64_t r = 0; r < rows; ++r)
+      emit_row<X>(a, item, h, item.row_begin + r, acc + r * padded, tops[r], sums[r]);
+  }
+
+  void pack_queries(int64_t h) {
+    memset(queries, 0, units * LANES * sizeof(uint32_t));
+    uint32_t* row = wide_keys;  // free until the first chunk
+    for (int64_t r = 0; r < rows; ++r) {
+      X::load_queries(a.q, a.q_dtype, query_offset(a, item, h, item.row_begin + r), a.head_dim,
+                      (typename X::Query*)row);
+      for (int64_t u = 0; u < units; ++u) queries[u * LANES + r] = row[u];
+    }
+  }
+
+  void over_block(int64_t h, int64_t b) {
+    const Element* k = (const Element*)a.pool + slab_offset(a, a.block_ids[b], h);
+    for (int64_t from = 0; from < a.rblock_size; from += CHUNK_TOKENS) {
+      const int64_t n = smaller(CHUNK_TOKENS, a.rblock_size - from);
+      int64_t least = n, most = 0;
+      for (int64_t r = 0; r < rows; ++r) {
+        seen[r] = (int32_t)larger(0, smaller(n, num_visible(a, positions[r], a.block_starts[b]) - from));
+        least = smaller(least, seen[r]);
+        most = larger(most, seen[r]);
+      }
+      if (most == 0) continue;
+      for (int64_t r = rows; r < LANES; ++r) seen[r] = (int32_t)most;
+      over_chunk(k + from * a.head_dim, most, least < most);
+    }
+  }
+
+  void over_chunk(const Element* k, int64_t n, bool is_masked) {
+    score_keys(k, n);
+    if (is_masked) weigh<true>(n);
+    else weigh<false>(n);
+    add_values(k + slab, n);
+  }
+
+  void score_keys(const Element* k, int64_t n) {
+    const uint32_t* keys = (const uint32_t*)k;
+    if (!X::IS_PAIRS && sizeof(Element) == 2) {
+      widen<E>(k, n * a.head_dim, (float*)wide_keys);
+      keys = wide_keys;
+    }
+    int64_t t = 0;
+    for (; t + KEYS <= n; t += KEYS)
+      many_scores<X, KEYS, NV>(keys + t * units, units, queries, units, scores + t * LANES);
+    for (; t < n; ++t) many_scores<X, 1, NV>(keys + t * units, units, queries, units, scores + t * LANES);
+  }
+
+  // scores -> weights 2^(score - top), row by row of lanes; keeps tops and sums, leaves what to shrink acc by.
+  template <bool MASKED>
+  void weigh(int64_t n) {
+    const vf scale = splat(a.scale * 1.44269504089f);
+#pragma GCC unroll 4
+    for (int i = 0; i < NV; ++i) {
+      float* s = scores + i * W;
+      vi limit;
+      memcpy(&limit, seen + i * W, sizeof limit);
+      vf top = load(tops + i * W);
+      const vf old_top = top;
+      for (int64_t t = 0; t < n; ++t) {
+        vf x = load(s + t * LANES) * scale;
+        if (MASKED) x = (vi{} + (int32_t)t < limit) ? x : splat(NO_SCORE);
+        store(s + t * LANES, x);
+        top = vmax(x, top);
+      }
+      const vf base = (top == splat(NO_SCORE)) ? vf{} : top;
+      const vf shrink = exp2_of(old_top - base);
+      vf total = load(sums + i * W) * shrink;
+      for (int64_t t = 0; t < n; t += X::STEP) {
+        vf p[2];
+        for (int j = 0; j < X::STEP; ++j) {
+          if (t + j >= n) {
+            p[j] = vf{};
+            continue;
+          }
+          const vf x = load(s + (t + j) * LANES);
+          p[j] = exp2_of(x - base);
+          if (MASKED) p[j] = (x == splat(NO_SCORE)) ? vf{} : p[j];
+        }
+        store_unit(weights + t / X::STEP * LANES + i * W, p);
+        total = total + (X::STEP == 2 ? p[0] + p[1] : p[0]);
+      }
+      store(tops + i * W, top);
+      store(sums + i * W, total);
+      store(shrinks + i * W, shrink);
+    }
+  }
+
+  // One unit of weights per lane.
+  static void store_unit(uint32_t* to, const vf* p) {
+#if defined(__AVX512BF16__)
+    if constexpr (X::IS_PAIRS) {
+      const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)p[1], (__m512)p[0]);  // p[0] in the lower half
+      const __m512i second = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(both, 1));
+      const __m512i first = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(both));
+      _mm512_storeu_si512(to, _mm512_or_si512(first, _mm512_slli_epi32(second, 16)));
+      return;
+    }
+#endif
+    store((float*)to, p[0]);
+  }
+
+  void add_values(const Element* v, int64_t n) {
+    const uint32_t* values = values_in_place ? (const uint32_t*)v : packed_values;
+    if (!values_in_place) pack_values(v, n);
+    const int64_t num_units = (n + X::STEP - 1) / X::STEP;
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += 4) add_rows<4>(r, values, num_units);
+    for (; r < rows; ++r) add_rows<1>(r, values, num_units);
+  }
+
+  template <int M>
+  void add_rows(int64_t r, const uint32_t* values, int64_t num_units) {
+    constexpr int C = W == 16 ? 4 : 2;
+    int64_t d = 0;
+    for (; d + C * W <= padded; d += C * W)
+      many_values<X, M, C>(weights + r, LANES, values + d, padded, num_units, shrinks + r, acc + r * padded + d, padded);
+    for (; d < padded; d += W)
+      many_values<X, M, 1>(weights + r, LANES, values + d, padded, num_units, shrinks + r, acc + r * padded + d, padded);
+  }
+
+  // V as units [unit][padded]; beyond head_dim they stay zero.
+  void pack_values(const Element* v, int64_t n) {
+    for (int64_t t = 0; t < n; t += X::STEP) {
+      uint32_t* unit = packed_values + t / X::STEP * padded;
+      const Element* value = v + t * a.head_dim;
+      if constexpr (X::IS_PAIRS)
+        pack_pair(value, t + 1 < n ? value + a.head_dim : nullptr, unit);
+      else
+        widen<E>(value, a.head_dim, (float*)unit);
+    }
+  }
+
+  void pack_pair(const Element* value, const Element* next, uint32_t* unit) {
+    const int64_t whole = a.head_dim / X::CHUNK * X::CHUNK;
+    typename X::Operand parts[X::PARTS];
+    int64_t d = 0;
+    for (; d < whole; d += X::CHUNK) {
+      X::load_values(value + d, next ? next + d : nullptr, parts);
+      memcpy(unit + d, parts, sizeof parts);
+    }
+    if (d < a.head_dim) {
+      X::load_first_values(value + d, next ? next + d : nullptr, a.head_dim - d, parts);
+      memcpy(unit + d, parts, sizeof parts);
+    }
+  }
+};
+
+}  // namespace

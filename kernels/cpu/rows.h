@@ -1,0 +1,101 @@
+// Row-wise work that is bound by memory: merge of partials, RoPE, casts, and a plain read.
+#pragma once
+
+#include "elements.h"
+#include "isa.h"
+
+namespace {
+
+// Contract: ops.merge, for rows [begin, end); part p of a row lies p * stride rows further on.
+void merge_rows(const float* outs, const float* lses, int64_t parts, int64_t stride, int64_t begin, int64_t end,
+                int64_t head_dim, float* out, float* lse) {
+  for (int64_t row = begin; row < end; ++row) {
+    float top = NO_SCORE, sum = 0;
+    for (int64_t p = 0; p < parts; ++p) {
+      const float x = lses[p * stride + row];
+      top = x > top || x != x ? x : top;
+    }
+    float* to = out + row * head_dim;
+    memset(to, 0, head_dim * sizeof(float));
+    if (top == NO_SCORE) {
+      lse[row] = NO_SCORE;
+      continue;
+    }
+    for (int64_t p = 0; p < parts; ++p) sum += expf(lses[p * stride + row] - top);
+    for (int64_t p = 0; p < parts; ++p) {
+      const float weight = expf(lses[p * stride + row] - top) / sum;
+      const float* from = outs + (p * stride + row) * head_dim;
+      int64_t d = 0;
+      for (; d + W <= head_dim; d += W) store(to + d, load(to + d) + load(from + d) * splat(weight));
+      for (; d < head_dim; ++d) to[d] += from[d] * weight;
+    }
+    lse[row] = top + logf(sum);
+  }
+}
+
+template <class E>
+inline void rope_row(const typename E::Type* x, const float* cos, const float* sin, int64_t head_dim, int64_t rotated,
+                     typename E::Type* out) {
+  const int64_t half = rotated / 2;
+  for (int64_t d = 0; d < half; d += W) {
+    const int64_t n = smaller(W, half - d);
+    const vf left = load_first<E>(x + d, n), right = load_first<E>(x + half + d, n);
+    const vf cos_left = load_first<Fp32>(cos + d, n), cos_right = load_first<Fp32>(cos + half + d, n);
+    const vf sin_left = load_first<Fp32>(sin + d, n), sin_right = load_first<Fp32>(sin + half + d, n);
+    store_first<E>(out + d, left * cos_left - right * sin_left, n);
+    store_first<E>(out + half + d, right * cos_right + left * sin_right, n);
+  }
+  memcpy(out + rotated, x + rotated, (head_dim - rotated) * sizeof *x);
+}
+
+template <class E>
+inline void rope_of(const DistkvRope& a, int64_t token_begin, int64_t token_end) {
+  using Type = typename E::Type;
+  for (int64_t t = token_begin; t < token_end; ++t)
+    for (int64_t h = 0; h < a.num_heads; ++h)
+      rope_row<E>((const Type*)a.x + t * a.token_stride + h * a.head_stride, a.cos + t * a.rotated,
+                  a.sin + t * a.rotated, a.head_dim, a.rotated, (Type*)a.out + (t * a.num_heads + h) * a.head_dim);
+}
+
+void rope_tokens(const DistkvRope& a, int64_t token_begin, int64_t token_end) {
+  if (a.dtype == DISTKV_FP32) rope_of<Fp32>(a, token_begin, token_end);
+  else if (a.dtype == DISTKV_BF16) rope_of<Bf16>(a, token_begin, token_end);
+  else rope_of<Fp16>(a, token_begin, token_end);
+}
+
+template <class From, class To>
+inline void cast_of(const void* from, void* to, int64_t count) {
+  const typename From::Type* source = (const typename From::Type*)from;
+  typename To::Type* target = (typename To::Type*)to;
+  int64_t i = 0;
+  for (; i + W <= count; i += W) To::store(target + i, From::load(source + i));
+  if (i < count) store_first<To>(target + i, load_first<From>(source + i, count - i), count - i);
+}
+
+template <class From>
+inline void cast_from(const void* from, void* to, int32_t to_dtype, int64_t count) {
+  if (to_dtype == DISTKV_FP32) cast_of<From, Fp32>(from, to, count);
+  else if (to_dtype == DISTKV_BF16) cast_of<From, Bf16>(from, to, count);
+  else cast_of<From, Fp16>(from, to, count);
+}
+
+void cast(const void* from, int32_t from_dtype, void* to, int32_t to_dtype, int64_t count) {
+  if (from_dtype == to_dtype) memcpy(to, from, count * element_bytes(from_dtype));
+  else if (from_dtype == DISTKV_FP32) cast_from<Fp32>(from, to, to_dtype, count);
+  else if (from_dtype == DISTKV_BF16) cast_from<Bf16>(from, to, to_dtype, count);
+  else cast_from<Fp16>(from, to, to_dtype, count);
+}
+
+// Sums `bytes` (a multiple of 256) while prefetching as much at `ahead`.
+float read_once(const char* from, const char* ahead, int64_t bytes) {
+  constexpr int VECTORS = 256 / (W * 4);
+  vf sums[4] = {};
+  for (int64_t i = 0; i < bytes; i += 256) {
+#pragma GCC unroll 16
+    for (int j = 0; j < VECTORS; ++j) sums[j % 4] = sums[j % 4] + load((const float*)(from + i) + j * W);
+    for (int j = 0; j < 256; j += 64) prefetch(ahead + i + j);
+  }
+  return sum_lane(sums[0] + sums[1] + sums[2] + sums[3]);
+}
+
+}  // namespace

@@ -1,0 +1,192 @@
+"""One suite for every backend: shapes of real models, against float64 from the definition."""
+
+import random
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from megatron_distkv.ops import gather_rblocks, merge, micro_attention, scatter_rblocks, store_kv
+from tests.ops.dense import dense_attention, relative_error
+
+OUT_LIMIT = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 1e-3}
+LSE_LIMIT = {torch.float32: 1e-4, torch.bfloat16: 1e-4, torch.float16: 1e-4}
+LAYER, LAYERS = 1, 2
+
+
+def int64(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int64)
+
+
+class Sequence(NamedTuple):
+    num_keys: int
+    num_queries: int  # the last of them
+
+
+class Case(NamedTuple):
+    dtype: torch.dtype
+    kv_heads: int
+    group: int
+    head_dim: int
+    rblock_size: int
+    sequences: list[Sequence]
+
+
+class Batch:
+    """Sequences scattered over one pool whose other slots hold NaN, as a broken request might have left there."""
+
+    def __init__(self, case: Case, seed: int = 0) -> None:
+        torch.manual_seed(seed)
+        rng = random.Random(seed)
+        self.case, size = case, case.rblock_size
+        counts = [-(-s.num_keys // size) for s in case.sequences]
+        shape = (sum(counts) + 2, LAYERS, case.kv_heads, 2, size, case.head_dim)
+        self.pool = torch.full(shape, float("nan")).to(case.dtype)
+        free = rng.sample(range(shape[0]), shape[0])
+        self.k, self.v, ids, starts = [], [], [], []
+        for sequence, count in zip(case.sequences, counts, strict=True):
+            mine = [free.pop() for _ in range(count)]
+            k, v = torch.randn(2, sequence.num_keys, case.kv_heads, case.head_dim).to(case.dtype).unbind()
+            slots = int64(*(mine[t // size] * size + t % size for t in range(sequence.num_keys)))
+            store_kv(k, v, self.pool, LAYER, slots)
+            self.k.append(k)
+            self.v.append(v)
+            ids.extend(mine)
+            starts.extend(range(0, count * size, size))
+        self.ids, self.starts = int64(*ids), int64(*starts)
+        queries = [s.num_queries for s in case.sequences]
+        self.cu_blocks = int64(0, *torch.tensor(counts).cumsum(0).tolist())
+        self.cu_queries = int64(0, *torch.tensor(queries).cumsum(0).tolist())
+        self.positions = torch.cat([torch.arange(s.num_keys - s.num_queries, s.num_keys) for s in case.sequences])
+        # a view with other strides than its own, as Megatron's split of q, k and v gives
+        heads = case.kv_heads * case.group
+        self.q = torch.randn(sum(queries), heads + 2, case.head_dim).to(case.dtype)[:, 1:-1]
+        self.scale = case.head_dim**-0.5
+
+    def attend(self, causal: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+        indices = (self.ids, self.starts, self.cu_blocks, self.cu_queries, self.positions)
+        return micro_attention(self.q, self.pool, LAYER, *indices, self.scale, causal)
+
+    def check(self, out: torch.Tensor, lse: torch.Tensor) -> None:
+        for s, (k, v) in enumerate(zip(self.k, self.v, strict=True)):
+            rows = slice(int(self.cu_queries[s]), int(self.cu_queries[s + 1]))
+            if rows.start == rows.stop:
+                continue
+            expected, expected_lse = dense_attention(self.q[rows], k, v, self.positions[rows], self.scale)
+            assert relative_error(out[rows], expected) < OUT_LIMIT[self.case.dtype]
+            assert (lse[rows].double() - expected_lse).abs().max() < LSE_LIMIT[self.case.dtype]
+
+
+MIXED = [Sequence(70, 1), Sequence(41, 6), Sequence(33, 33), Sequence(1, 1), Sequence(9, 0), Sequence(150, 130)]
+
+
+@pytest.mark.parametrize("dtype", OUT_LIMIT, ids=str)
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 80, 96, 128, 256, 5, 6])
+def test_every_head_size(dtype: torch.dtype, head_dim: int) -> None:
+    batch = Batch(Case(dtype, 2, 2, head_dim, 16, MIXED))
+    batch.check(*batch.attend())
+
+
+@pytest.mark.parametrize("dtype", OUT_LIMIT, ids=str)
+@pytest.mark.parametrize(("kv_heads", "group"), [(3, g) for g in range(1, 10)] + [(1, 16), (1, 40), (1, 71), (1, 130)])
+def test_every_group_size(dtype: torch.dtype, kv_heads: int, group: int) -> None:
+    batch = Batch(Case(dtype, kv_heads, group, 32, 16, [Sequence(70, 1), Sequence(23, 3), Sequence(50, 40)]))
+    batch.check(*batch.attend())
+
+
+@pytest.mark.parametrize("dtype", OUT_LIMIT, ids=str)
+@pytest.mark.parametrize("rblock_size", [1, 2, 3, 8, 64, 100, 256])
+def test_every_rblock_size(dtype: torch.dtype, rblock_size: int) -> None:
+    batch = Batch(Case(dtype, 2, 4, 64, rblock_size, [*MIXED, Sequence(700, 1)]))
+    batch.check(*batch.attend())
+
+
+@pytest.mark.parametrize("dtype", OUT_LIMIT, ids=str)
+def test_full_rblocks_without_a_mask(dtype: torch.dtype) -> None:
+    # Given rBlocks that are all full and all in the queries' past, as a creditor has them: positions do not matter
+    batch = Batch(Case(dtype, 2, 4, 64, 32, [Sequence(64, 1), Sequence(96, 40), Sequence(32, 2)]))
+    positions = [int(batch.cu_blocks[s + 1] - batch.cu_blocks[s]) * 32 for s in range(3)]
+    queries = [s.num_queries for s in batch.case.sequences]
+    batch.positions, batch.starts = torch.zeros_like(batch.positions), torch.zeros_like(batch.starts)
+    out, lse = batch.attend(causal=False)
+    batch.positions = torch.cat([torch.full((n,), p) for n, p in zip(queries, positions, strict=True)])
+    batch.check(out, lse)
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_a_long_sequence_is_the_same_on_any_number_of_threads(threads: int) -> None:
+    # Given enough keys that kernels cut them among threads, and a prefill beside them
+    case = Case(torch.bfloat16, 4, 4, 128, 64, [Sequence(5000, 1), Sequence(300, 300), Sequence(4500, 4)])
+    batch = Batch(case)
+    alone = batch.attend()
+    batch.check(*alone)
+
+    # When several threads compute it, several times
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        results = [batch.attend() for _ in range(5)]
+    finally:
+        torch.set_num_threads(before)
+
+    # Then not a bit differs
+    for out, lse in results:
+        assert torch.equal(out, alone[0])
+        assert torch.equal(lse, alone[1])
+
+
+def test_large_scores_do_not_overflow() -> None:
+    batch = Batch(Case(torch.float32, 2, 4, 64, 16, [Sequence(100, 1), Sequence(90, 60)]))
+    batch.scale = 40.0
+    batch.k[0] *= -1  # also all-negative tops
+    out, lse = batch.attend()
+    assert torch.isfinite(out).all()
+    assert torch.isfinite(lse).all()
+
+
+def test_merge_of_many_partials_with_empty_ones() -> None:
+    torch.manual_seed(0)
+    outs, lses = torch.randn(8, 40, 6, 80), torch.randn(8, 40, 6) * 30
+    lses[torch.rand(lses.shape) < 0.3] = float("-inf")
+    lses[:, 7] = float("-inf")
+    out, lse = merge(outs, lses)
+    weights = (lses.double() - lses.double().logsumexp(0)).exp().nan_to_num(0.0)
+    assert torch.allclose(out.double(), (outs.double() * weights[..., None]).sum(0), atol=1e-5)
+    assert torch.allclose(lse.double(), lses.double().logsumexp(0), atol=1e-4)
+
+
+@pytest.mark.parametrize("source", OUT_LIMIT, ids=str)
+@pytest.mark.parametrize("target", OUT_LIMIT, ids=str)
+def test_stored_values_are_rounded_as_torch_rounds(source: torch.dtype, target: torch.dtype) -> None:
+    # Given values over the whole range, ties, subnormals, infinities and NaN, in strided views
+    torch.manual_seed(0)
+    bits = torch.randint(-(2**31), 2**31 - 1, (2, 64, 3, 24), dtype=torch.int32)
+    special = torch.tensor(
+        [0.0, -0.0, float("inf"), float("-inf"), float("nan"), 65519.9, 65520.0, 6e-8, 2.9e-8, 1e-40]
+    )
+    values = torch.cat([bits.view(torch.float32), torch.randn(2, 64, 3, 24) * 3], dim=2)
+    values[:, 0, 0, : len(special)] = special
+    values[:, 1, 0] = (1 + torch.arange(24) / 512).repeat(2, 1)
+    k, v = values.to(source)[..., 1:5, :].unbind()
+    pool = torch.zeros(10, LAYERS, 4, 2, 8, 24, dtype=target)
+    slots = torch.randperm(80)[:64]
+
+    store_kv(k, v, pool, LAYER, slots)
+
+    stored = pool[slots // 8, LAYER, :, :, slots % 8]
+    for part, expected in enumerate((k, v)):
+        torch.testing.assert_close(stored[:, :, part], expected.to(target), rtol=0, atol=0, equal_nan=True)
+
+
+def test_an_index_outside_the_pool_is_refused() -> None:
+    batch = Batch(Case(torch.float32, 1, 1, 16, 8, [Sequence(20, 1)]))
+    batch.ids[1] = len(batch.pool)
+    with pytest.raises(IndexError):
+        batch.attend()
+    with pytest.raises(IndexError):
+        gather_rblocks(batch.pool, batch.ids)
+    kv = torch.zeros(1, 1, 16)
+    with pytest.raises(IndexError):
+        store_kv(kv, kv.clone(), batch.pool, 0, int64(len(batch.pool) * 8))
+    with pytest.raises(IndexError):
+        scatter_rblocks(torch.zeros(1, *batch.pool.shape[1:]), batch.pool, int64(len(batch.pool)))

@@ -1,0 +1,225 @@
+"""The kernels against this machine's ceilings: decode, prefill, merge, store, moves, and what a call costs.
+
+Every answer is checked against float64 first; a wrong one ends the run. rBlocks lie in random order in a pool of at
+least four times the last-level cache; the ceiling is measured in turn with the work. Figures are medians; shares and
+ratios are medians over the rounds. With one thread times are this thread's CPU time, with more they are wall time.
+usage: python -m tools.bench.micro_attention [--threads 1] [--only decode] [--json FILE]
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from megatron_distkv.kernels import cpu
+
+from megatron_distkv.ops import backend_in_use, gather_rblocks, instruction_set, merge, micro_attention, store_kv
+from tools.bench.ceilings import Work, in_turn, matrix_product, median_ratio, read_probe
+from tools.bench.machine import describe_machine
+from tools.bench.wanted import attention_in_float64, check
+
+LAYERS, LAYER, SIZE, SEED = 2, 1, 64, 0
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+torch_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+TOLERANCES = {torch.bfloat16: 4e-3, torch.float32: 1e-5}
+
+
+class Figure(NamedTuple):
+    work: str
+    device: str
+    threads: int
+    value: float
+    unit: str
+    ceiling: float
+    share: float
+    peers: dict[str, float]
+
+
+class Shape(NamedTuple):
+    kv_heads: int
+    group: int
+    head_dim: int
+    dtype: torch.dtype
+
+
+class Sequence:
+    """One sequence of `num_keys` in random rBlocks of a pool, its last `num_queries` tokens as queries."""
+
+    def __init__(self, shape: Shape, num_keys: int, num_queries: int, pool_bytes: int = 0) -> None:
+        torch.manual_seed(SEED)
+        self.shape, self.num_keys = shape, num_keys
+        count = num_keys // SIZE
+        dims = (LAYERS, shape.kv_heads, 2, SIZE, shape.head_dim)
+        each = torch.Size(dims).numel() * shape.dtype.itemsize
+        self.pool = torch.randn(max(count, pool_bytes // each), *dims, dtype=shape.dtype)
+        self.ids = torch.randperm(len(self.pool))[:count].contiguous()
+        self.starts = torch.arange(count) * SIZE
+        self.q = torch.randn(num_queries, shape.kv_heads * shape.group, shape.head_dim).to(shape.dtype)
+        self.positions = torch.arange(num_keys - num_queries, num_keys)
+        self.cu_blocks, self.cu_queries = torch.tensor([0, count]), torch.tensor([0, num_queries])
+        self.scale = shape.head_dim**-0.5
+
+    @property
+    def bytes_read(self) -> int:
+        return self.num_keys * self.shape.kv_heads * 2 * self.shape.head_dim * self.shape.dtype.itemsize
+
+    def attend(self) -> tuple[torch.Tensor, torch.Tensor]:
+        indices = (self.ids, self.starts, self.cu_blocks, self.cu_queries, self.positions)
+        return micro_attention(self.q, self.pool, LAYER, *indices, self.scale, True)
+
+    def dense_kv(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V in one piece, `[1, K, X, D]`: what a peer without rBlocks is given for nothing."""
+        kv = self.pool[self.ids, LAYER]
+        k, v = (kv[:, :, part].transpose(0, 1).flatten(1, 2)[None].contiguous() for part in (0, 1))
+        return k, v
+
+
+def decode(threads: int, runs: int) -> Iterator[Figure]:
+    cases = [("bf16", 8, 4, 128), ("bf16", 8, 8, 128), ("bf16", 8, 1, 128), ("bf16", 1, 16, 128), ("fp32", 8, 4, 128)]
+    for name, kv_heads, group, head_dim in cases:
+        for context in (16384, 65536) if group == 4 and name == "bf16" else (32768,):
+            case = Sequence(Shape(kv_heads, group, head_dim, DTYPES[name]), context, 1, cache_bytes() * 4)
+            k, v = case.dense_kv()
+            check(case.attend(), attention_in_float64(case.q, k, v, case.positions, case.scale), TOLERANCES[k.dtype])
+            folded = case.q.view(1, kv_heads, group, head_dim)
+            times = in_turn(
+                {
+                    "ours": case.attend,
+                    "ceiling": read_probe(case.pool, LAYER, case.ids, threads),
+                    "torch flash, dense KV": lambda q=folded, k=k, v=v: torch_flash(q, k, v),
+                },
+                threads,
+                runs,
+            )
+            work = f"decode {name} kv {kv_heads} group {group} D {head_dim} context {context}"
+            yield figure(work, threads, times, case.bytes_read / 1e9, "GB/s")
+
+
+def prefill(threads: int, runs: int) -> Iterator[Figure]:
+    for name, chunk in (("bf16", 2048), ("bf16", 8192), ("fp32", 2048)):
+        kv_heads, group, head_dim = 2, 4, 128
+        case = Sequence(Shape(kv_heads, group, head_dim, DTYPES[name]), chunk, chunk)
+        k, v = case.dense_kv()
+        rows = torch.arange(0, chunk, 37)
+        wanted = attention_in_float64(case.q[rows], k, v, rows, case.scale)
+        out, lse = case.attend()
+        check((out[rows], lse[rows]), wanted, TOLERANCES[k.dtype])
+        q, wide_k, wide_v = case.q.transpose(0, 1)[None], *(x.repeat_interleave(group, 1) for x in (k, v))
+        product, operations = matrix_product(DTYPES[name])
+        times = in_turn(
+            {
+                "ours": case.attend,
+                "ceiling": product,
+                "torch sdpa, dense KV": lambda q=q, k=wide_k, v=wide_v: F.scaled_dot_product_attention(
+                    q, k, v, is_causal=True
+                ),
+            },
+            threads,
+            runs,
+        )
+        amount = 2.0 * head_dim * kv_heads * group * chunk * (chunk + 1) / 1e9
+        work = f"prefill {name} kv {kv_heads} group {group} D {head_dim} chunk {chunk}"
+        yield figure(work, threads, times, amount, "GFLOP/s", operations / 1e9)
+
+
+def moves(threads: int, runs: int) -> Iterator[Figure]:
+    outs, lses = torch.randn(8, 2048, 32, 128), torch.randn(8, 2048, 32)
+    wanted = (lses.double().softmax(0)[..., None] * outs.double()).sum(0), lses.double().logsumexp(0)
+    check(merge(outs, lses), wanted, 1e-5)
+    target = torch.empty_like(outs)
+    times = in_turn({"ours": lambda: merge(outs, lses), "ceiling": lambda: target.copy_(outs)}, threads, runs)
+    # A copy moves each byte twice, the merge reads 8 parts and writes one.
+    yield figure("merge of 8 partials", threads, times, outs.nbytes * 9 / 8 / 1e9, "GB/s", outs.nbytes * 2 / 1e9)
+
+    case = Sequence(Shape(8, 4, 128, torch.bfloat16), 64 * SIZE, 1, cache_bytes() * 4)
+    half = torch.randperm(len(case.pool))[: len(case.pool) // 2].contiguous()
+    if not torch.equal(gather_rblocks(case.pool, half), case.pool[half]):
+        raise SystemExit("wrong answer: gather_rblocks")
+    whole = case.pool[: len(half)]
+    copies: dict[str, Work] = {"ours": lambda: gather_rblocks(case.pool, half), "ceiling": lambda: whole.clone()}
+    yield figure("gather for migration", threads, in_turn(copies, threads, runs), whole.nbytes * 2 / 1e9, "GB/s")
+
+    k, v = torch.randn(2, 16384, 8, 128, dtype=torch.bfloat16).unbind()
+    slots = torch.cat([torch.arange(SIZE) + block * SIZE for block in half[: 16384 // SIZE].tolist()])
+    store_kv(k, v, case.pool, LAYER, slots)
+    if not torch.equal(case.pool[slots // SIZE, LAYER, :, 0, slots % SIZE], k):
+        raise SystemExit("wrong answer: store_kv")
+    pair, pair_copy = torch.stack([k, v]), torch.stack([k, v])
+    stores: dict[str, Work] = {
+        "ours": lambda: store_kv(k, v, case.pool, LAYER, slots),
+        "ceiling": lambda: pair_copy.copy_(pair),
+    }
+    yield figure("store_kv of 16384 tokens", threads, in_turn(stores, threads, runs), pair.nbytes * 2 / 1e9, "GB/s")
+
+
+def dispatch(threads: int, runs: int) -> Iterator[Figure]:
+    """What a decode call costs beside its work: one token, one key, one head."""
+    case = Sequence(Shape(1, 1, 64, torch.bfloat16), SIZE, 1)
+    case.positions = torch.zeros(1, dtype=torch.int64)
+    calls = 2000
+
+    def many() -> None:
+        for _ in range(calls):
+            case.attend()
+
+    times = in_turn({"ours": many}, threads, runs)
+    value = statistics.median(times["ours"]) / calls * 1e6
+    yield Figure("dispatch of a decode call", device(), threads, value, "us", 3.0, 3.0 / value, {})
+
+
+def figure(
+    work: str, threads: int, times: dict[str, list[float]], amount: float, unit: str, ceiling_amount: float = 0.0
+) -> Figure:
+    """`amount` of work per call, and of the ceiling's per call where it differs."""
+    scale = amount / (ceiling_amount or amount)
+    ours = times.pop("ours")
+    best = times.pop("ceiling")
+    peers = {name: round(median_ratio(ours, theirs), 2) for name, theirs in times.items()}
+    value, ceiling = amount / statistics.median(ours), amount / scale / statistics.median(best)
+    return Figure(work, device(), threads, value, unit, ceiling, median_ratio(ours, best) * scale, peers)
+
+
+def device() -> str:
+    return f"CPU, {backend_in_use()} {instruction_set() or ''}".strip()
+
+
+def cache_bytes() -> int:
+    """The last-level cache as Linux tells it; 32 MiB where it does not."""
+    sizes = [p.read_text().strip() for p in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(size[:-1]) * 1024 for size in sizes if size.endswith("K")), default=32 << 20)
+
+
+WORKS = {"decode": decode, "prefill": prefill, "moves": moves, "dispatch": dispatch}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--runs", type=int, default=9)
+    parser.add_argument("--only", choices=WORKS, help="one kind of work")
+    parser.add_argument("--isa", help="an instruction set of the C++ kernels other than the best")
+    parser.add_argument("--json", type=Path, help="write the figures there")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.isa and not cpu.use_instruction_set(args.isa):
+        parser.error(f"no instruction set {args.isa} here")
+    print(describe_machine())
+    figures = []
+    for name, work in WORKS.items():
+        if args.only in (None, name):
+            for row in work(args.threads, args.runs):
+                figures.append(row)
+                peers = "  ".join(f"{ratio:.1f}x {peer}" for peer, ratio in row.peers.items())
+                print(f"{row.work:48} {row.value:8.1f} {row.unit:8} of {row.ceiling:7.1f} = {row.share:4.2f}  {peers}")
+    if args.json is not None:
+        args.json.write_text(json.dumps([row._asdict() for row in figures], indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
