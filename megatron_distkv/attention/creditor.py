@@ -9,7 +9,7 @@ import torch
 from megatron_distkv import metrics
 from megatron_distkv.attention.debtor import wire_dtype
 from megatron_distkv.attention.loan_table import Access, LoanTable
-from megatron_distkv.attention.shares import ShareIndex, attend_shares, index_shares
+from megatron_distkv.attention.shares import ShareIndex, attend_shares, index_shares, measure_query_us
 from megatron_distkv.errors import DistkvError
 from megatron_distkv.log import get_logger
 from megatron_distkv.messages import Acknowledge, FetchHeader, QueryHeader, QueryShare, Refusal, StoreHeader, decode
@@ -48,13 +48,15 @@ class Creditor:
         self._prepared: dict[bytes, _PreparedQuery] = {}  # by the nonce of a channel's hello
         self._lock = threading.Lock()
 
-    def warm_up(self) -> None:
-        """Do everything once. The first call of a torch op imports a compiler, and a backend may compile a kernel:
-        seconds that would count against the first debtor's deadline."""
+    def warm_up(self) -> float:
+        """Do everything once, before any rBlock is in use; returns what a query costs here (`measure_query_us`).
+
+        The first call of a torch op imports a compiler, and a backend may compile a kernel: seconds that would count
+        against the first debtor's deadline.
+        """
         zero = torch.zeros(1, dtype=torch.int64)
         scatter_rblocks(gather_rblocks(self._pool, zero), self._pool, zero)
-        q_THD = torch.zeros((1, self._num_query_heads, self._pool.shape[-1]), dtype=self._model_dtype)
-        attend_shares(q_THD, self._pool, 0, index_shares([QueryShare([], [0], 1)]), self._scale)
+        return measure_query_us(self._pool, self._num_query_heads, self._model_dtype, self._scale)
 
     def query(self, hello: Hello, request: Request) -> Answer:
         """MicroAttention of one layer over the debtor's rBlocks here (contract: messages.QueryHeader)."""

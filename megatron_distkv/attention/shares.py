@@ -1,5 +1,6 @@
 """MicroAttention over the rBlocks of many sequences, all in the past of all queries: what every holder computes."""
 
+import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -7,6 +8,10 @@ import torch
 
 from megatron_distkv.messages import QueryShare
 from megatron_distkv.ops import micro_attention
+
+# A measurement is the best of so many, each over so many rBlocks (a smaller pool's are read again: a call has a price
+# of its own, and figures must be comparable).
+MEASUREMENTS, MEASURED_RBLOCKS = 5, 32
 
 
 class ShareIndex(NamedTuple):
@@ -40,3 +45,20 @@ def attend_shares(
         q_THD, pool_BLK2ND, layer, index.block_ids_M, starts_M, index.cu_blocks, index.cu_queries, positions_T, scale,
         causal=False,
     )  # fmt: skip
+
+
+def measure_query_us(pool_BLK2ND: torch.Tensor, num_query_heads: int, dtype: torch.dtype, scale: float) -> float:
+    """What one query over one rBlock costs where this pool lies: microseconds for all layers, without the way there.
+
+    Clears the first rBlocks, so it belongs before their use; untouched memory would read faster than it is.
+    """
+    block_ids = [number % pool_BLK2ND.shape[0] for number in range(MEASURED_RBLOCKS)]
+    pool_BLK2ND[:MEASURED_RBLOCKS].zero_()
+    q_THD = torch.zeros((1, num_query_heads, pool_BLK2ND.shape[-1]), dtype=dtype, device=pool_BLK2ND.device)
+    index = index_shares([QueryShare([], block_ids, 1)])
+    took_s = []
+    for _ in range(1 + MEASUREMENTS):  # the first one is there to warm up
+        began_s = time.perf_counter()
+        attend_shares(q_THD, pool_BLK2ND, 0, index, scale)[0].cpu()
+        took_s.append(time.perf_counter() - began_s)
+    return min(took_s[1:]) * 1e6 * pool_BLK2ND.shape[1] / MEASURED_RBLOCKS

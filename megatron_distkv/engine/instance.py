@@ -219,6 +219,7 @@ class Instance:
         info = {
             "requests": str(request_socket(config.run_dir, config.instance_id)),
             "rblock_size": str(config.kv_cache.rblock_size),
+            **rank.costs,
             HOST_RBLOCKS: str(config.kv_cache.num_host_rblocks),
             "tensor_parallel": str(config.tensor_parallel),
             "model": str(config.model.resolve()),

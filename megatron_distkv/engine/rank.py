@@ -9,6 +9,7 @@ from megatron_distkv.config.instance import InstanceConfig
 from megatron_distkv.config.model import ModelConfig
 from megatron_distkv.engine.model_runner import ModelRunner
 from megatron_distkv.kvcache.rblock_shape import RBlockShape
+from megatron_distkv.ledger import HOST_QUERY_US, QUERY_US
 from megatron_distkv.model import GPT, TensorParallel, build_gpt, find_checkpoint, load_weights
 from megatron_distkv.rblock import InstanceId
 from megatron_distkv.rmanager import Identity, MailboxSizes, Migration, Peers
@@ -26,6 +27,8 @@ class Rank:
     model: ModelConfig
     parallel: TensorParallel
     shape: RBlockShape
+    costs: dict[str, str]
+    """Of a query in each tier, measured: for the registration's info."""
     identity: Identity
     peers: Peers
     loan_table: LoanTable
@@ -66,8 +69,10 @@ def build_rank(config: InstanceConfig, parallel: TensorParallel) -> Rank:
         Debtor(peers, deadline_s, host),
     )
     creditor = Creditor(tensor, loan_table, num_query_heads, dtype, scale)
-    creditor.warm_up()
-    return Rank(config, model, parallel, shape, identity, peers, loan_table, creditor, runner, secret)
+    costs = {QUERY_US: f"{creditor.warm_up():.1f}"}
+    if host is not None:
+        costs[HOST_QUERY_US] = f"{host.warm_up(num_query_heads, dtype):.1f}"
+    return Rank(config, model, parallel, shape, costs, identity, peers, loan_table, creditor, runner, secret)
 
 
 def rblock_shape(model: ModelConfig, rblock_size: int, tensor_parallel: int) -> RBlockShape:

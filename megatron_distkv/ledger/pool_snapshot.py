@@ -43,8 +43,10 @@ def render_debts(snapshot: PoolSnapshot) -> str:
     for record in snapshot.instances:
         state = record.state.value if record.lease_left_ms > 0 else "dead"
         state += "" if record.takes_requests else ", memory only"
+        state += _cost(record.query_us)
         if record.host_rblocks:
             state += f", {snapshot.used_host_rblocks(record.instance)} of {record.host_rblocks} used in host memory"
+            state += _cost(record.host_query_us)
         lines.append(
             f"{record.instance:<16}{record.total:>7}{record.local_used:>7}{record.lent:>7}"
             f"{record.borrowed:>10}{record.free:>7}  {state}"
@@ -56,3 +58,7 @@ def render_debts(snapshot: PoolSnapshot) -> str:
         name, state = loan_name(loan.loan_id), loan.state.value
         lines.append(f"{loan.debtor} owes {loan.creditor} {loan.num_rblocks} rBlocks  ({name}, {state})")
     return "\n".join(lines)
+
+
+def _cost(query_us: float | None) -> str:
+    return "" if query_us is None else f" ({query_us:g} us per rBlock)"
