@@ -44,7 +44,7 @@ class LocalCluster:
             self.run_dir = Path(tempfile.mkdtemp(prefix="distkv-"))
             stack.callback(shutil.rmtree, self.run_dir, ignore_errors=True)
             self.ledger_url = self._start_ledger(stack)
-            self._secret_file = self._find_secret()
+            self.secret_file = self._find_secret()
             self.ledger: DebtLedger = open_ledger(self.ledger_url, self.config.ledger.pool)
             stack.callback(self.ledger.close)
             stack.callback(self._end_children)
@@ -152,7 +152,7 @@ class LocalCluster:
         )
 
     def _ledger_config(self) -> LedgerConfig:
-        return self.config.ledger.model_copy(update={"url": self.ledger_url, "secret_file": self._secret_file})
+        return self.config.ledger.model_copy(update={"url": self.ledger_url, "secret_file": self.secret_file})
 
     def _start(self, name: str, command: list[str]) -> None:
         # The ledger's URL may hold a password: on a command line everybody could read it.

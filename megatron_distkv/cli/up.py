@@ -40,6 +40,8 @@ def run(args: argparse.Namespace) -> int:
     with LocalCluster(config) as cluster:
         print(f"{config.instances} instances serve {config.model} at {cluster.base_url} (Ctrl-C ends all)")
         print(f"ledger: distkv ledger --ledger {shown(cluster.ledger_url)} --pool {config.ledger.pool}")
+        if cluster.secret_file is not None:
+            print(f"who joins must know its secret: DISTKV_SECRET=$(cat {cluster.secret_file})")
         print(render_debts(cluster.ledger.snapshot()), flush=True)
         reported: set[str] = set()
         while not stop.wait(WATCH_INTERVAL_S):

@@ -1,6 +1,8 @@
 """The debt ledger: who lent how many rBlocks to whom. The only room that talks to Redis."""
 
+from megatron_distkv.ledger.books import check_instance, check_snapshot
 from megatron_distkv.ledger.debt_ledger import DebtLedger
+from megatron_distkv.ledger.history import render_history
 from megatron_distkv.ledger.memory_ledger import MemoryLedger
 from megatron_distkv.ledger.open_ledger import open_ledger
 from megatron_distkv.ledger.pool_snapshot import PoolSnapshot, render_debts
@@ -44,7 +46,10 @@ __all__ = [
     "Recall",
     "Registration",
     "RequestPlacementEntry",
+    "check_instance",
+    "check_snapshot",
     "open_ledger",
     "render_debts",
+    "render_history",
     "shown",
 ]

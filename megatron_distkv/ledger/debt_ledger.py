@@ -86,7 +86,11 @@ class DebtLedger(Protocol):
     ) -> Refusal | None:
         """After a loss of the ledger: the creditor says what it lends. Debtors must be registered (STALE_DEBTOR)."""
 
-    def loans_of(self, creditor: InstanceId) -> list[Loan]: ...
+    def loans_of(self, creditor: InstanceId, epoch: int) -> list[Loan]:
+        """What `creditor` lends. Raises LedgerUnavailable when the ledger does not know this epoch (any more).
+
+        A ledger that has just lost its data must not look like one where all loans have ended.
+        """
 
     def expire(self, limit: int = 64) -> list[InstanceId]:
         """Bury instances whose lease has ended (debts void, credits returned) and drop overdue reservations."""
@@ -103,6 +107,6 @@ class DebtLedger(Protocol):
         """Hand moves to their sources' next heartbeats; False when `leader` does not lead."""
 
     def events(self, count: int) -> list[dict[str, str]]:
-        """The last `count` events, oldest first."""
+        """The last `count` events, oldest first; `at_ms` is the server's clock."""
 
     def close(self) -> None: ...

@@ -1,5 +1,6 @@
 """The schema. All keys of a pool share one hash tag, so that they live in one slot and one script may touch them all.
 
+    {pool}:server             string   run id of the server that wrote the rest; another one drops it (all but events)
     {pool}:generation         string   names this life of the data
     {pool}:epoch              string   the last epoch given out; seeded from the server's clock (ms)
     {pool}:leases             zset     instance -> end of its lease (ms)

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from megatron_distkv.errors import SupersededError
+from megatron_distkv.errors import LedgerUnavailable, SupersededError
 from megatron_distkv.ledger.pool_snapshot import PoolSnapshot
 from megatron_distkv.ledger.records import (
     Creditor,
@@ -195,7 +195,7 @@ class MemoryLedger:
         with self._lock:
             if not self._is_live(creditor, epoch):
                 return []
-            mine = sorted(self.loans_of(creditor), key=lambda loan: (-loan.num_rblocks, loan.loan_id))
+            mine = sorted(self.loans_of(creditor, epoch), key=lambda loan: (-loan.num_rblocks, loan.loan_id))
             recalls: list[Recall] = []
             for loan in mine:
                 if num_rblocks <= 0:
@@ -226,8 +226,10 @@ class MemoryLedger:
                 self._add(loan)
             return refusal
 
-    def loans_of(self, creditor: InstanceId) -> list[Loan]:
+    def loans_of(self, creditor: InstanceId, epoch: int) -> list[Loan]:
         with self._lock:
+            if not self._is_live(creditor, epoch):
+                raise LedgerUnavailable(f"the ledger does not know {creditor} (epoch {epoch}) now")
             return sorted((x for x in self._loans.values() if x.creditor == creditor), key=lambda x: x.loan_id)
 
     # ------------------------------------------------------------------ the pool
@@ -355,4 +357,4 @@ class MemoryLedger:
             entry.placements.pop(key, None)
 
     def _note(self, event: str, **fields: str) -> None:
-        self._events.append({"event": event, **fields})
+        self._events.append({"at_ms": str(self._clock_ms()), "event": event, **fields})

@@ -194,8 +194,11 @@ class RedisLedger:
         )  # fmt: skip
 
     @_reading
-    def loans_of(self, creditor: InstanceId) -> list[Loan]:
-        return [read_loan(row) for row in self._run("loans_of", creditor)]
+    def loans_of(self, creditor: InstanceId, epoch: int) -> list[Loan]:
+        rows = self._run("loans_of", creditor, epoch)
+        if rows is None:
+            raise LedgerUnavailable(f"the ledger does not know {creditor} (epoch {epoch}) now")
+        return [read_loan(row) for row in rows]
 
     # ------------------------------------------------------------------ the pool
 
@@ -227,7 +230,7 @@ class RedisLedger:
     @_reading
     def events(self, count: int) -> list[dict[str, str]]:
         rows: Any = self._redis.xrevrange(f"{self._prefix}:events", count=count)
-        return [fields for _, fields in reversed(rows)]
+        return [{"at_ms": entry.partition("-")[0], **fields} for entry, fields in reversed(rows)]
 
     def close(self) -> None:
         self._redis.close()

@@ -106,7 +106,9 @@ class Lending:
         self._restore_pending()
         with self._lock:
             mine = self._lent.keys() - self._restore_until_s.keys()
-        in_ledger = {loan.loan_id: loan for loan in self._ledger.loans_of(self._identity.instance)}
+        in_ledger = {
+            loan.loan_id: loan for loan in self._ledger.loans_of(self._identity.instance, self._identity.epoch)
+        }
         for loan_id in mine - in_ledger.keys():
             logger.info("loan %s has ended in the ledger: taking its rBlocks back", loan_id)
             with self._lock:

@@ -75,7 +75,7 @@ def everything(ledger: RedisLedger, a: int, b: int) -> Iterator[Callable[[], obj
     yield lambda: ledger.snapshot()
     yield lambda: ledger.recommend(A, 10, 5)
     yield lambda: ledger.recommend(B, 10, 5)
-    yield lambda: ledger.loans_of(B)
+    yield lambda: ledger.loans_of(B, b)
     yield lambda: ledger.reclaim(B, b, 2)
     yield lambda: ledger.events(20)
     yield lambda: ledger.accept(LoanId("l2"), B, b)

@@ -97,6 +97,22 @@ local function bury(id, why)
   note(why, 'instance', id)
 end
 
+-- Data that another life of the server wrote (a restart from disk, a replica that took over) may lack its last writes:
+-- they are dropped as if all were lost, and the instances say again what they hold. Only the events stay.
+local function drop_data_of_another_server()
+  local life = string.match(call('INFO', 'server'), 'run_id:(%w+)')
+  local known = call('GET', P .. ':server')
+  if known == life then return end
+  call('SET', P .. ':server', life)
+  if not known then return end
+  for _, id in ipairs(call('ZRANGE', P .. ':leases', 0, -1)) do
+    call('DEL', instance_key(id), P .. ':debts:' .. id, P .. ':credits:' .. id, P .. ':placements:' .. id, P .. ':moves:' .. id)
+  end
+  for _, id in ipairs(call('SMEMBERS', P .. ':loans')) do call('DEL', loan_key(id)) end
+  for _, key in ipairs({':generation', ':epoch', ':leases', ':free', ':loans', ':pending', ':leader'}) do call('DEL', P .. key) end
+  note('rebuild')
+end
+
 local function expire(limit)
   local dead = call('ZRANGEBYSCORE', P .. ':leases', '-inf', now, 'LIMIT', 0, limit)
   for _, id in ipairs(dead) do bury(id, 'dead') end

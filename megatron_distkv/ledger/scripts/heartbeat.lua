@@ -1,6 +1,7 @@
 -- instance, epoch, lease_ms, local_used, state, num_running, num_waiting, max_request_tokens,
 --   then per changed placement: "request|holder", num_rblocks, is_local
 -- -> {0} | {1, generation, lent, borrowed, free, {loan, num_rblocks, ...} recalls, {"request|destination|num", ...} moves}
+drop_data_of_another_server()
 local id = ARGV[2]
 if not is_live(id, ARGV[3]) then
   expire(EXPIRE_PER_HEARTBEAT)

@@ -1,4 +1,7 @@
--- creditor -> {{loan, debtor, debtor_epoch, creditor, creditor_epoch, num_rblocks, state}, ...}
+-- creditor, epoch -> false (not the live one: what it lends is not for the ledger to say) |
+--   {{loan, debtor, debtor_epoch, creditor, creditor_epoch, num_rblocks, state}, ...}
+drop_data_of_another_server()
+if not is_live(ARGV[2], ARGV[3]) then return false end
 local loans = call('SMEMBERS', P .. ':credits:' .. ARGV[2])
 table.sort(loans)
 for i, id in ipairs(loans) do

@@ -1,5 +1,6 @@
 -- instance, address, total, reserved, lease_ms, epoch hint (0: none), generation hint, info (JSON)
 -- -> {epoch, generation} | {"superseded", live epoch}
+drop_data_of_another_server()
 local id, hint, hint_generation = ARGV[2], number(ARGV[7]), ARGV[8]
 local live_epoch = call('HGET', instance_key(id), 'epoch')
 if live_epoch and hint > 0 and hint < number(live_epoch) then return {'superseded', live_epoch} end
