@@ -64,6 +64,7 @@ class RequestKV(msgspec.Struct, frozen=True):
     """Where a request's rBlocks lay: the most it held at one time."""
 
     max_local_rblocks: int = 0
+    max_host_rblocks: int = 0  # in the instance's own host memory
     max_borrowed_rblocks: dict[str, int] = {}  # by creditor
     num_preemptions: int = 0
     num_recomputed_tokens: int = 0
@@ -100,6 +101,7 @@ class InstanceStatus(msgspec.Struct, frozen=True, tag="instance_status"):
     num_steps: int
     num_preemptions: int
     num_computed_tokens: int
+    used_host_rblocks: int = 0
 
 
 ToInstance = NewRequest | AbortRequest | StatusQuery | DrainInstance

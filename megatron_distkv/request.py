@@ -49,6 +49,7 @@ class Request:
     num_recomputed_tokens: int = 0
     num_tokens_at_losses: int = 0  # what starting over at each loss would have computed again
     max_local_rblocks: int = 0
+    max_host_rblocks: int = 0
     max_borrowed_rblocks: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -5,6 +5,7 @@ from megatron_distkv.attention.creditor import Creditor
 from megatron_distkv.attention.debtor import Debtor
 from megatron_distkv.attention.dist_attention import DistAttention
 from megatron_distkv.attention.forward_context import ForwardContext, forward_context
+from megatron_distkv.attention.host_memory import HostMemory
 from megatron_distkv.attention.loan_table import LoanTable
 from megatron_distkv.attention.metadata import AttentionMetadata, RemoteShare, SequenceSlice, build_metadata
 from megatron_distkv.attention.partial import Partial, merge_partials
@@ -18,6 +19,7 @@ __all__ = [
     "Debtor",
     "DistAttention",
     "ForwardContext",
+    "HostMemory",
     "LoanTable",
     "Partial",
     "RemoteShare",

@@ -6,10 +6,12 @@ from typing import Protocol
 import msgspec
 import torch
 
+from megatron_distkv.attention.host_memory import HostMemory
 from megatron_distkv.attention.metadata import RemoteShare
 from megatron_distkv.attention.partial import Partial
 from megatron_distkv.errors import DistkvError, PeerLost
 from megatron_distkv.messages import Acknowledge, MessageKind, QueryHeader, decode
+from megatron_distkv.rblock import HOST
 from megatron_distkv.transport import Reply, TensorSpec, read_tensors
 
 
@@ -31,8 +33,10 @@ class Debtor:
     So all tensor-parallel ranks come to the same collectives; the leader then computes the requests concerned again.
     """
 
-    def __init__(self, channels: Mapping[str, Exchange], deadline_s: float) -> None:
+    def __init__(self, channels: Mapping[str, Exchange], deadline_s: float, host: HostMemory | None = None) -> None:
+        """`host`: the instance's own host memory, for rBlocks whose creditor is `HOST`."""
         self._channels = channels
+        self._host = host
         self._deadline_s = deadline_s
         self._step = 0
         self._remote: dict[str, RemoteShare] = {}
@@ -42,12 +46,15 @@ class Debtor:
 
     def begin_step(self, step: int, remote: dict[str, RemoteShare]) -> None:
         self._step = step
-        self._remote = remote
+        self._remote = {creditor: share for creditor, share in remote.items() if creditor != HOST}
+        if self._host is not None:
+            self._host.begin_step(remote.get(HOST))
         self.lost = {}
 
     def ask(self, layer: int, q_THD: torch.Tensor) -> None:
         """Send each creditor its query rows."""
         self._posted = []
+        self._asked = (layer, q_THD)
         self._heads = q_THD.shape[1:]
         self._dtype = wire_dtype(q_THD.dtype)
         for creditor, remote in self._remote.items():
@@ -64,8 +71,8 @@ class Debtor:
                 self._note_lost(creditor, error)
 
     def answers(self) -> list[Partial]:
-        """The partials of all creditors that answered."""
-        partials = []
+        """The partials of own host memory, computed while creditors compute theirs, and of all that answered."""
+        partials = [] if self._host is None else self._host.partials(*self._asked)
         for creditor in self._posted:
             try:
                 partials.append(self._answer(creditor))

@@ -13,6 +13,7 @@ from megatron_distkv.config.instance import SchedulerConfig
 from megatron_distkv.engine.sampler import SampledToken
 from megatron_distkv.log import get_logger
 from megatron_distkv.messages import RequestKV, TokenLogprobs, TokenOutput
+from megatron_distkv.rblock import HOST
 from megatron_distkv.request import FinishReason, Request, RequestStatus
 from megatron_distkv.rmanager.rmanager import RManager
 
@@ -146,7 +147,9 @@ class Scheduler:
         for item in chosen.values():
             request, table = item.request, self._rmanager.table(item.request)
             request.max_local_rblocks = max(request.max_local_rblocks, table.num_local)
-            for creditor, count in table.remote_by_creditor().items():
+            borrowed = table.remote_by_creditor()
+            request.max_host_rblocks = max(request.max_host_rblocks, borrowed.pop(HOST, 0))
+            for creditor, count in borrowed.items():
                 request.max_borrowed_rblocks[creditor] = max(request.max_borrowed_rblocks.get(creditor, 0), count)
 
     # ------------------------------------------------------------------ endings
@@ -203,6 +206,7 @@ def _output(request: Request, token_ids: list[int], logprobs: list[TokenLogprobs
 def _receipt(request: Request) -> RequestKV:
     return RequestKV(
         max_local_rblocks=request.max_local_rblocks,
+        max_host_rblocks=request.max_host_rblocks,
         max_borrowed_rblocks=request.max_borrowed_rblocks,
         num_preemptions=request.num_preemptions,
         num_recomputed_tokens=request.num_recomputed_tokens,

@@ -5,9 +5,11 @@ from collections.abc import Iterator, Sequence
 import msgspec
 import torch
 
+from megatron_distkv.attention import HostMemory
 from megatron_distkv.errors import DistkvError, PeerLost
 from megatron_distkv.messages import Acknowledge, FetchHeader, MessageKind, StoreHeader, decode
 from megatron_distkv.ops import gather_rblocks, scatter_rblocks
+from megatron_distkv.rblock import HOST
 from megatron_distkv.rmanager.move import Move, Pull
 from megatron_distkv.rmanager.peers import Peers
 from megatron_distkv.transport import Reply, TensorSpec, read_tensors
@@ -16,7 +18,15 @@ from megatron_distkv.transport import Reply, TensorSpec, read_tensors
 class Migration:
     """`rblocks_per_message` rBlocks fit in one message."""
 
-    def __init__(self, pool_BLK2ND: torch.Tensor, peers: Peers, rblocks_per_message: int, deadline_s: float) -> None:
+    def __init__(
+        self,
+        pool_BLK2ND: torch.Tensor,
+        peers: Peers,
+        rblocks_per_message: int,
+        deadline_s: float,
+        host: HostMemory | None = None,
+    ) -> None:
+        self._host = host
         self._pool = pool_BLK2ND
         self._peers = peers
         self._rblocks_per_message = rblocks_per_message
@@ -39,6 +49,11 @@ class Migration:
         return lost
 
     def _push(self, move: Move) -> None:
+        if move.creditor == HOST:
+            assert self._host is not None
+            data = gather_rblocks(self._pool, torch.tensor(move.local_ids, dtype=torch.int64))
+            self._host.store(data, move.remote_ids)
+            return
         channel = self._peers.reach(move.creditor, move.address)
         for local_ids, remote_ids in self._portions(move):
             header = msgspec.msgpack.encode(StoreHeader(move.loan_id, remote_ids))

@@ -129,6 +129,7 @@ def _receipt(choice: Choice) -> dict[str, Any]:
     return {
         "instance": choice.instance_id,
         "max_local_rblocks": kv.max_local_rblocks,
+        "max_host_rblocks": kv.max_host_rblocks,
         "max_borrowed_rblocks": kv.max_borrowed_rblocks,
         "num_preemptions": kv.num_preemptions,
         "num_recomputed_tokens": kv.num_recomputed_tokens,
