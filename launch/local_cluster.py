@@ -25,6 +25,8 @@ from megatron_distkv.transport import OPEN_POOL, read_secret, write_new_secret
 
 logger = get_logger(__name__)
 EMBEDDED = "embedded://"
+# Of Linux: sun_path has 108 bytes, the last is 0.
+MAX_SOCKET_PATH = 107
 # One thread per process on a small host: libraries must not each start as many as there are cores.
 _ENVIRONMENT = {"PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -43,6 +45,7 @@ class LocalCluster:
         with ExitStack() as stack:
             self.run_dir = Path(tempfile.mkdtemp(prefix="distkv-"))
             stack.callback(shutil.rmtree, self.run_dir, ignore_errors=True)
+            _require_room_for_sockets(self.run_dir)
             self.ledger_url = self._start_ledger(stack)
             self.secret_file = self._find_secret()
             self.ledger: DebtLedger = open_ledger(self.ledger_url, self.config.ledger.pool)
@@ -185,3 +188,13 @@ class LocalCluster:
             child.terminate()
         for child in reversed(list(self._children.values())):
             child.end()
+
+
+def _require_room_for_sockets(run_dir: Path) -> None:
+    """A unix socket's path has a limit of the kernel, and the sockets of all parts lie in the run directory."""
+    longest = len(os.fsencode(run_dir)) + len("/instance-00.requests.sock")
+    if longest > MAX_SOCKET_PATH:
+        raise UserError(
+            f"{run_dir.parent} is too long a path for sockets ({longest} bytes with theirs, not {MAX_SOCKET_PATH}): "
+            "set TMPDIR to a shorter one"
+        )

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import msgspec
 
 from megatron_distkv import framing
+from megatron_distkv.errors import UserError
 from megatron_distkv.log import get_logger
 from megatron_distkv.messages import AbortRequest, FromInstance, NewRequest, ToInstance
 
@@ -31,10 +32,13 @@ class RequestIO:
         self._writers: dict[int, asyncio.StreamWriter] = {}
         self._clients = itertools.count()
         self._loop = asyncio.new_event_loop()
-        self._is_listening = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="requests", daemon=True)
+        self._path.unlink(missing_ok=True)
+        try:
+            server = self._loop.run_until_complete(asyncio.start_unix_server(self._serve, self._path))
+        except OSError as error:
+            raise UserError(f"cannot listen at {path}: {error}") from None
+        self._thread = threading.Thread(target=self._run, args=(server,), name="requests", daemon=True)
         self._thread.start()
-        self._is_listening.wait()
 
     def send(self, client: int, message: FromInstance) -> None:
         """From the engine's thread; never waits for a slow client."""
@@ -51,11 +55,8 @@ class RequestIO:
         if writer is not None:
             writer.write(data)
 
-    def _run(self) -> None:
+    def _run(self, server: asyncio.Server) -> None:
         asyncio.set_event_loop(self._loop)
-        self._path.unlink(missing_ok=True)
-        server = self._loop.run_until_complete(asyncio.start_unix_server(self._serve, self._path))
-        self._is_listening.set()
         self._loop.run_forever()
         server.close()
         for task in asyncio.all_tasks(self._loop):

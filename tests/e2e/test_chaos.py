@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SEED = 20  # of traffic and faults; times still differ between runs
 
 
+@pytest.mark.timeout(500)
 def test_a_minute_of_chaos_loses_and_leaks_nothing(tmp_path: Path) -> None:
     file = tmp_path / "report.json"
     command = [sys.executable, "-m", "tools.bench.chaos", "--minutes", "1", "--seed", str(SEED), "--json", str(file)]

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -22,6 +23,13 @@ from tests.e2e.test_api import GREEDY, as_text, random_prompt
 @pytest.fixture
 def fragile(byte_llama: Path) -> Iterator[LocalCluster]:
     with LocalCluster(cluster_config(byte_llama)) as running:
+        yield running
+
+
+@pytest.fixture
+def roomy(byte_llama: Path) -> Iterator[LocalCluster]:
+    """Enough for answers that take a while."""
+    with LocalCluster(cluster_config(byte_llama, kv_cache={"num_rblocks": 128, "rblock_size": 8})) as running:
         yield running
 
 
@@ -62,20 +70,20 @@ SAMPLED = {"model": "distkv", "seed": 5, "temperature": 0.9, "logprobs": 1, "ext
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_lost_instance_is_made_up_for_by_another(how: int, fragile: LocalCluster) -> None:
+def test_a_lost_instance_is_made_up_for_by_another(how: int, roomy: LocalCluster) -> None:
     # Given what three choices are when nothing is lost
     prompt = random_prompt(10, seed=4)
-    client = openai_client(fragile)
-    calm = client.completions.create(prompt=prompt, max_tokens=110, n=3, **SAMPLED)
+    client = openai_client(roomy)
+    calm = client.completions.create(prompt=prompt, max_tokens=450, n=3, **SAMPLED)
     # And the same request again, streamed, one choice in each instance
-    stream = client.completions.create(prompt=prompt, max_tokens=110, n=3, stream=True, **SAMPLED)
+    stream = client.completions.create(prompt=prompt, max_tokens=450, n=3, stream=True, **SAMPLED)
     texts: list[str] = ["", "", ""]
     logprobs: list[list[float]] = [[], [], []]
     for place, chunk in enumerate(stream):
         # When two of the three die, or hang, in the middle of it
         if place == 10:
-            for name in fragile.instance_ids[:2]:
-                os.killpg(fragile.child(name).process.pid, how)
+            for name in roomy.instance_ids[:2]:
+                os.killpg(roomy.child(name).process.pid, how)
         for choice in chunk.choices:
             texts[choice.index] += choice.text
             logprobs[choice.index] += choice.logprobs.token_logprobs
@@ -83,7 +91,7 @@ def test_a_lost_instance_is_made_up_for_by_another(how: int, fragile: LocalClust
     assert texts == [choice.text for choice in calm.choices]
     for got, choice in zip(logprobs, calm.choices, strict=True):
         assert got == pytest.approx(choice.logprobs.token_logprobs, abs=1e-4)
-    metrics = httpx.get(fragile.base_url.removesuffix("/v1") + "/metrics").text
+    metrics = httpx.get(roomy.base_url.removesuffix("/v1") + "/metrics").text
     assert re.search(r"distkv_resumed_requests_total [1-9]", metrics)
     client.close()
 
@@ -104,6 +112,13 @@ MARK = "DISTKV_TEST_RUN"
 
 
 @pytest.fixture
+def short_tmp() -> Iterator[Path]:
+    """Sockets lie in it, and their paths have a limit."""
+    with tempfile.TemporaryDirectory(prefix="dkv-") as directory:
+        yield Path(directory)
+
+
+@pytest.fixture
 def descendants(monkeypatch: pytest.MonkeyPatch) -> Callable[[], set[int]]:
     """Processes that this test started, however deep: they inherit a mark in their environment."""
     mark = f"{MARK}={uuid.uuid4().hex}"
@@ -119,11 +134,11 @@ def _holds(environ: Path, mark: str) -> bool:
 
 
 def test_ctrl_c_leaves_no_process_and_no_file(
-    byte_llama: Path, tmp_path: Path, descendants: Callable[[], set[int]]
+    byte_llama: Path, tmp_path: Path, short_tmp: Path, descendants: Callable[[], set[int]]
 ) -> None:
     config = tmp_path / "pool.json"
     config.write_text(cluster_config(byte_llama, instances=2).model_dump_json())
-    env = {**os.environ, "TMPDIR": str(tmp_path)}
+    env = {**os.environ, "TMPDIR": str(short_tmp)}
     up = subprocess.Popen(
         [sys.executable, "-m", "megatron_distkv.cli.main", "up", "--config", str(config)],
         stdout=subprocess.PIPE, text=True, env=env,
@@ -135,7 +150,18 @@ def test_ctrl_c_leaves_no_process_and_no_file(
     assert up.wait(30) == 0
     up.stdout.close()
     assert descendants() == set()
-    assert [path.name for path in tmp_path.iterdir()] == ["pool.json"]
+    assert list(short_tmp.iterdir()) == []
+
+
+def test_a_directory_too_long_for_sockets_is_one_sentence(
+    byte_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = tmp_path / ("long" * 20)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    with pytest.raises(UserError, match="too long a path for sockets"), LocalCluster(cluster_config(byte_llama)):
+        pass
+    assert list(long.iterdir()) == []
 
 
 @pytest.mark.parametrize(

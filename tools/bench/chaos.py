@@ -25,7 +25,7 @@ from tools.bench.chaos_traffic import Traffic, questions, reference_answers, ref
 from tools.bench.machine import describe_machine
 
 NUM_RBLOCKS, RBLOCK_SIZE = 24, 8
-NUM_QUESTIONS = 32
+NUM_QUESTIONS = 16
 MARK = "DISTKV_CHAOS_RUN"
 SETTLED_WITHIN_S = 60.0
 

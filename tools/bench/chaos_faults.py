@@ -31,13 +31,16 @@ class Faults:
         kind()
 
     def repair(self, *, all_of_it: bool = False) -> None:
-        """Carry out the repairs that are due."""
-        for item in list(self._due):
+        """Carry out the repairs that are due, the ledger's first: nothing starts without it."""
+        for item in sorted(self._due, key=lambda item: item[1] != "ledger"):
             due_s, part, repair = item
             if all_of_it or time.monotonic() >= due_s:
                 self._due.remove(item)
                 repair()
                 self._broken.discard(part)
+        if "ledger" not in self._broken:
+            for name in set(self.cluster.dead_parts()) - self._broken:
+                self.cluster.restart(name)  # it could not start while the ledger was away
 
     # ------------------------------------------------------------------ kinds
 

@@ -31,7 +31,7 @@ def questions(rng: random.Random, count: int, longest: int) -> list[Question]:
     """Half short, half up to `longest` tokens with their answer; greedy and sampled."""
     made = []
     for number in range(count):
-        max_tokens = rng.randint(8, 60)
+        max_tokens = rng.randint(8, 40)
         most = longest - max_tokens if number % 2 else 60
         prompt = [rng.randrange(32, 127) for _ in range(rng.randint(4, most))]
         temperature = rng.choice((0.0, 0.8))
