@@ -13,15 +13,17 @@ from megatron_distkv.launch.processes import run_until_end
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, required=True, help="YAML file of a TrainConfig")
     parser.add_argument("--output", type=Path, required=True, help="directory for checkpoints and log.jsonl")
-    parser.add_argument("--ranks", type=int, default=2, help="processes: tensor parallel times data parallel")
+    parser.add_argument("--ranks", type=int, default=2, help="processes: tensor x context x data parallel")
     parser.add_argument("--text", type=Path, help="prose to train on, instead of the configuration's")
     parser.add_argument("--resume", action="store_true", help="go on from the latest checkpoint in the output")
 
 
 def run(args: argparse.Namespace) -> int:
     config = load_config(TrainConfig, args.config)
-    if args.ranks % config.tensor_parallel:
-        raise UserError(f"--ranks {args.ranks} is no multiple of tensor_parallel {config.tensor_parallel}")
+    tensor, context = config.tensor_parallel, config.context_parallel
+    if args.ranks % (tensor * context):
+        sentence = f"--ranks {args.ranks} is no multiple of tensor_parallel {tensor} x context_parallel {context}"
+        raise UserError(sentence)
     if args.text is not None and not args.text.exists():
         raise UserError(f"--text {args.text} does not exist")
     command = train_command(args.config, args.output, args.ranks, text=args.text, resume=args.resume)
