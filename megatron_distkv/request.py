@@ -50,6 +50,9 @@ class Request:
     num_tokens_at_losses: int = 0  # what starting over at each loss would have computed again
     max_local_rblocks: int = 0
     max_borrowed_rblocks: dict[str, int] = field(default_factory=dict)
+    local_rblock_s: float = 0.0
+    borrowed_rblock_s: dict[str, float] = field(default_factory=dict)  # by lender
+    remote_attention_s: float = 0.0
 
     def __post_init__(self) -> None:
         if self.sampling.seed is not None:

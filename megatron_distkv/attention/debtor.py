@@ -1,5 +1,6 @@
 """The asking side: one message per creditor and layer for the whole batch, answered while local work goes on."""
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -39,11 +40,13 @@ class Debtor:
         self._posted: list[str] = []
         self._spec: tuple[TensorSpec, ...] = ()
         self.lost: dict[str, str] = {}
+        self.waited_s = 0.0  # for answers, in this step
 
     def begin_step(self, step: int, remote: dict[str, RemoteShare]) -> None:
         self._step = step
         self._remote = remote
         self.lost = {}
+        self.waited_s = 0.0
 
     def ask(self, layer: int, q_THD: torch.Tensor) -> None:
         """Send each creditor its query rows."""
@@ -74,7 +77,7 @@ class Debtor:
         return partials
 
     def _answer(self, creditor: str) -> Partial:
-        reply = self._channels[creditor].wait(self._deadline_s)
+        reply = self._wait(creditor)
         refusal = decode(reply.header, Acknowledge).refusal
         if refusal is not None:
             raise PeerLost(creditor, f"refused a query: {refusal.value}")
@@ -88,6 +91,13 @@ class Debtor:
             ],
         )
         return Partial(rows_R, out.to(torch.float32), lse.clone())
+
+    def _wait(self, creditor: str) -> Reply:
+        began_s = time.monotonic()
+        try:
+            return self._channels[creditor].wait(self._deadline_s)
+        finally:
+            self.waited_s += time.monotonic() - began_s
 
     def _note_lost(self, creditor: str, error: DistkvError) -> None:
         self.lost[creditor] = error.reason if isinstance(error, PeerLost) else str(error)

@@ -141,6 +141,7 @@ class Instance:
         plan = self._plan(scheduled)
         result = self._run(plan)
         sampled = self._sample(scheduled, result)  # before anything counts as lost: the plan's logit rows count on it
+        self.scheduler.charge_wait(scheduled, result.waited_s)
         spoiled = self._lose_creditors(result.lost)
         self.rmanager.end_step()
         outputs = self.scheduler.update([item for item in scheduled if item.request not in spoiled], sampled)
@@ -170,7 +171,7 @@ class Instance:
             return self._rank.runner.run(plan)
         self._followers.begin_step(plan)
         result = self._rank.runner.run(plan)
-        return StepResult(result.logits_RV, {**result.lost, **self._followers.end_step()})
+        return result._replace(lost={**result.lost, **self._followers.end_step()})
 
     def _sample(self, scheduled: list[Scheduled], result: StepResult) -> dict[str, SampledToken]:
         wanted = [item.request for item in scheduled if item.needs_logits]

@@ -13,10 +13,14 @@ from megatron_distkv.rmanager import Migration, Peers
 
 
 class StepResult(NamedTuple):
-    """Logits `[R, vocabulary]` of the plan's logit rows, and the creditors that this rank lost, with the reason."""
+    """Logits `[R, vocabulary]` of the plan's logit rows, and the creditors that this rank lost, with the reason.
+
+    `waited_s`: for creditors' answers, when nothing else was left to do.
+    """
 
     logits_RV: torch.Tensor | None
     lost: dict[str, str]
+    waited_s: float = 0.0
 
 
 class ModelRunner:
@@ -38,7 +42,7 @@ class ModelRunner:
         context = ForwardContext(metadata, self._pool.tensor_BLK2ND, self._debtor if metadata.remote else None)
         with forward_context(context):
             logits_RV = self._gpt(torch.tensor(plan.token_ids), torch.tensor(plan.logit_rows, dtype=torch.int64))
-        return StepResult(logits_RV, {**lost, **self._debtor.lost})
+        return StepResult(logits_RV, {**lost, **self._debtor.lost}, self._debtor.waited_s)
 
     def _open_channels(self, plan: StepPlan, lost: dict[str, str]) -> dict[str, str]:
         unreachable = {}
