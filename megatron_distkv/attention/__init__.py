@@ -8,6 +8,7 @@ from megatron_distkv.attention.loan_table import LoanTable
 from megatron_distkv.attention.metadata import AttentionMetadata, RemoteShare, SequenceSlice, build_metadata
 from megatron_distkv.attention.partial import Partial, merge_partials
 from megatron_distkv.attention.rotary import RotaryConfig
+from megatron_distkv.attention.verification import Verification
 
 __all__ = [
     "AttentionMetadata",
@@ -20,6 +21,7 @@ __all__ = [
     "RemoteShare",
     "RotaryConfig",
     "SequenceSlice",
+    "Verification",
     "build_metadata",
     "forward_context",
     "merge_partials",

@@ -9,6 +9,7 @@ import torch
 
 from megatron_distkv.attention.metadata import RemoteShare
 from megatron_distkv.attention.partial import Partial
+from megatron_distkv.attention.verification import Question, Verification
 from megatron_distkv.errors import DistkvError, PeerLost
 from megatron_distkv.messages import Acknowledge, MessageKind, QueryHeader, decode
 from megatron_distkv.transport import Reply, TensorSpec, read_tensors
@@ -32,9 +33,12 @@ class Debtor:
     So all tensor-parallel ranks come to the same collectives; the leader then computes the requests concerned again.
     """
 
-    def __init__(self, channels: Mapping[str, Exchange], deadline_s: float) -> None:
+    def __init__(
+        self, channels: Mapping[str, Exchange], deadline_s: float, verification: Verification | None = None
+    ) -> None:
         self._channels = channels
         self._deadline_s = deadline_s
+        self._verification = verification
         self._step = 0
         self._remote: dict[str, RemoteShare] = {}
         self._posted: list[str] = []
@@ -51,6 +55,7 @@ class Debtor:
     def ask(self, layer: int, q_THD: torch.Tensor) -> None:
         """Send each creditor its query rows."""
         self._posted = []
+        self._asked = (layer, q_THD)
         self._heads = q_THD.shape[1:]
         self._dtype = wire_dtype(q_THD.dtype)
         for creditor, remote in self._remote.items():
@@ -90,7 +95,12 @@ class Debtor:
                 TensorSpec((len(rows_R), num_heads), torch.float32),
             ],
         )
-        return Partial(rows_R, out.to(torch.float32), lse.clone())
+        partial = Partial(rows_R, out.to(torch.float32), lse.clone())
+        if self._verification is None:
+            return partial
+        layer, q_THD = self._asked
+        question = Question(creditor, layer, q_THD[rows_R], self._remote[creditor].shares, self._dtype)
+        return self._verification.verified(self._channels[creditor], question, partial)
 
     def _wait(self, creditor: str) -> Reply:
         began_s = time.monotonic()

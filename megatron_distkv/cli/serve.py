@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run-dir", type=Path, help="where sockets lie; shared by the instances of a host")
     parser.add_argument("--tensor-parallel", type=int, help="ranks of this instance")
     parser.add_argument("--num-rblocks", type=int, help="rBlocks in this instance's pool")
+    parser.add_argument("--verify", type=int, metavar="N", help="compute one in N remote partials again, and compare")
     parser.add_argument(
         "--ledger", metavar="URL", help=f"redis://, rediss:// or unix:// of the ledger server; else {default_ledger()}"
     )
@@ -42,7 +43,11 @@ def _config(args: argparse.Namespace) -> InstanceConfig:
     values.update({key: value for key, value in top.items() if value is not None})
     values.setdefault("run_dir", Path(tempfile.gettempdir()) / "distkv")
     values.setdefault("ledger", {"url": default_ledger()})
-    nested = {"kv_cache": {"num_rblocks": args.num_rblocks}, "ledger": {"url": args.ledger, "pool": args.pool}}
+    nested = {
+        "kv_cache": {"num_rblocks": args.num_rblocks},
+        "lending": {"verify_one_in": args.verify},
+        "ledger": {"url": args.ledger, "pool": args.pool},
+    }
     for room, settings in nested.items():
         given = {key: value for key, value in settings.items() if value is not None}
         values[room] = {**values.get(room, {}), **given}

@@ -33,13 +33,15 @@ class FollowerRanks:
         for channel in self._steps:
             channel.post(MessageKind.STEP, header)
 
-    def end_step(self) -> dict[str, str]:
+    def end_step(self) -> StepReply:
         """Creditors that any follower lost."""
         lost: dict[str, str] = {}
+        wrong: set[str] = set()
         for channel in self._steps:
-            reply = channel.wait(STEP_DEADLINE_S)
-            lost.update(decode(reply.header, StepReply).lost)
-        return lost
+            reply = decode(channel.wait(STEP_DEADLINE_S).header, StepReply)
+            lost.update(reply.lost)
+            wrong.update(reply.wrong)
+        return StepReply(lost, sorted(wrong))
 
     def grant(self, loan_id: str, debtor: str, block_ids: Sequence[int]) -> None:
         self._tell(MessageKind.GRANT, GrantHeader(loan_id, debtor, list(block_ids)))

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_distkv.attention import Creditor, Debtor, LoanTable
+from megatron_distkv.attention import Creditor, Debtor, LoanTable, Verification
 from megatron_distkv.config.instance import InstanceConfig
 from megatron_distkv.config.model import ModelConfig
 from megatron_distkv.engine.model_runner import ModelRunner
@@ -12,7 +12,7 @@ from megatron_distkv.kvcache.rblock_shape import RBlockShape
 from megatron_distkv.model import GPT, TensorParallel, build_gpt, find_checkpoint, load_weights
 from megatron_distkv.rblock import InstanceId
 from megatron_distkv.rmanager import Identity, MailboxSizes, Migration, Peers
-from megatron_distkv.transport import read_secret
+from megatron_distkv.transport import TensorSpec, read_secret
 
 # Migrated rBlocks travel in messages of about this size: large enough for full bandwidth, small enough for a mailbox.
 STORE_MESSAGE_BYTES = 8 << 20
@@ -56,12 +56,15 @@ def build_rank(config: InstanceConfig, parallel: TensorParallel) -> Rank:
     peers = Peers(config.ledger.pool, identity, parallel.rank, sizes, deadline_s, secret)
     loan_table = LoanTable()
     tensor = pool.tensor_BLK2ND
+    rblock = TensorSpec(tuple(tensor.shape[1:]), dtype)
+    verification = Verification(config.lending.verify_one_in, rblock, model.head_dim**-0.5, per_message, deadline_s)
     runner = ModelRunner(
         GPT(module, model),
         pool,
         peers,
-        Migration(tensor, peers, per_message, deadline_s),
-        Debtor(peers, deadline_s),
+        Migration(tensor, peers, per_message, deadline_s, verification),
+        Debtor(peers, deadline_s, verification),
+        verification,
     )
     creditor = Creditor(tensor, loan_table, num_query_heads, dtype, model.head_dim**-0.5)
     creditor.warm_up()

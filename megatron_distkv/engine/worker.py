@@ -40,7 +40,8 @@ class Worker:
         """Until the leader says stop, or is gone."""
         try:
             while (plan := self._plans.get()) is not None:
-                self._replies.put(StepReply(self._rank.runner.run(plan).lost))
+                result = self._rank.runner.run(plan)
+                self._replies.put(StepReply(result.lost, sorted(result.wrong)))
         finally:
             self._has_ended.set()
             self._listener.close()
