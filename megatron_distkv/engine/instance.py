@@ -10,6 +10,7 @@ from megatron_distkv.engine.addresses import rank_address, request_socket
 from megatron_distkv.engine.batch import Slice, StepPlan
 from megatron_distkv.engine.closing import close_in_order
 from megatron_distkv.engine.followers import FollowerRanks
+from megatron_distkv.engine.instance_secret import share_instance_secret
 from megatron_distkv.engine.lender_desk import LenderDesk
 from megatron_distkv.engine.membership import Membership
 from megatron_distkv.engine.model_runner import StepResult
@@ -211,11 +212,10 @@ class Instance:
     def _connect_followers(self) -> FollowerRanks | None:
         if self._rank.parallel.size == 1:
             return None
+        secret = share_instance_secret()
         dist.barrier()  # the followers listen before this
         config, rank = self.config, self._rank
-        return FollowerRanks(
-            config.run_dir, rank.identity.instance, config.ledger.pool, rank.parallel.size, rank.secret
-        )
+        return FollowerRanks(config.run_dir, rank.identity.instance, config.ledger.pool, rank.parallel.size, secret)
 
     def _make_membership(self, ledger: DebtLedger) -> Membership:
         config, rank = self.config, self._rank
