@@ -16,8 +16,9 @@ $(VENV)/.installed: pyproject.toml setup.py $(wildcard kernels/cpu/*.h kernels/c
 demo: $(VENV)/.installed
 	$(BIN)/python -m tools.demo.main
 
+# Two files at a time: many tests wait for processes more than they compute.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -69,11 +69,13 @@ class RequestKV(msgspec.Struct, frozen=True):
     """
 
     max_local_rblocks: int = 0
+    max_host_rblocks: int = 0  # in the instance's own host memory
     max_borrowed_rblocks: dict[str, int] = {}  # by creditor
     num_preemptions: int = 0
     num_recomputed_tokens: int = 0
     num_tokens_at_losses: int = 0  # what starting over at each loss would have computed again
     local_rblock_s: float = 0.0
+    host_rblock_s: float = 0.0
     borrowed_rblock_s: dict[str, float] = {}  # by lender
     remote_attention_s: float = 0.0
 
@@ -108,6 +110,7 @@ class InstanceStatus(msgspec.Struct, frozen=True, tag="instance_status"):
     num_steps: int
     num_preemptions: int
     num_computed_tokens: int
+    used_host_rblocks: int = 0
 
 
 ToInstance = NewRequest | AbortRequest | StatusQuery | DrainInstance

@@ -13,6 +13,10 @@ import msgspec
 InstanceId = NewType("InstanceId", str)
 LoanId = NewType("LoanId", str)
 
+# The creditor and the loan of rBlocks in an instance's own host memory: no instance can have this name.
+HOST = InstanceId("(host)")
+HOST_LOAN = LoanId("(host)")
+
 
 def new_loan_id(debtor: str, epoch: int, number: int) -> LoanId:
     """Unique in the pool, and not to be guessed: who names a loan to its creditor reads and writes its rBlocks."""
@@ -32,7 +36,10 @@ class LocalSpan(msgspec.Struct, frozen=True, tag="local"):
 
 
 class RemoteSpan(msgspec.Struct, frozen=True, tag="remote"):
-    """rBlocks `first .. first + len(block_ids)` of a request, in `creditor`'s pool, borrowed as `loan_id`."""
+    """rBlocks `first .. first + len(block_ids)` of a request, in `creditor`'s pool, borrowed as `loan_id`.
+
+    Creditor `HOST`, loan `HOST_LOAN`: in this instance's own host memory.
+    """
 
     first: int
     block_ids: tuple[int, ...]

@@ -49,8 +49,10 @@ class Request:
     num_recomputed_tokens: int = 0
     num_tokens_at_losses: int = 0  # what starting over at each loss would have computed again
     max_local_rblocks: int = 0
+    max_host_rblocks: int = 0
     max_borrowed_rblocks: dict[str, int] = field(default_factory=dict)
     local_rblock_s: float = 0.0
+    host_rblock_s: float = 0.0
     borrowed_rblock_s: dict[str, float] = field(default_factory=dict)  # by lender
     remote_attention_s: float = 0.0
 

@@ -32,7 +32,13 @@ def use_instruction_set(name: str) -> bool:
 
 def can_serve(*tensors: torch.Tensor) -> bool:
     """Whether these may be given to the functions below."""
-    return all(tensor.dtype in _DTYPES and tensor.device.type == "cpu" for tensor in tensors)
+    return all(tensor.dtype in _DTYPES and tensor.is_cpu for tensor in tensors)
+
+
+def _check_indices(*tensors: torch.Tensor) -> None:
+    for tensor in tensors:
+        if tensor.dtype is not torch.int64 or not tensor.is_contiguous():
+            raise ValueError("indices must be contiguous int64 tensors")
 
 
 def micro_attention(
@@ -50,6 +56,9 @@ def micro_attention(
     if q_THD.stride(2) != 1:
         q_THD = q_THD.contiguous()
     num_tokens, num_heads, head_dim = q_THD.shape
+    if positions_T.shape[0] != num_tokens or block_starts_M.shape[0] != block_ids_M.shape[0]:
+        raise ValueError("as many positions as queries and as many starts as rBlocks are needed")
+    _check_indices(block_ids_M, block_starts_M, cu_blocks, cu_queries, positions_T)
     num_blocks, num_layers, kv_heads, _, rblock_size, _ = pool_BLK2ND.shape
     out_THD = torch.empty(num_tokens, num_heads, head_dim)
     lse_TH = torch.empty(num_tokens, num_heads)
@@ -109,6 +118,9 @@ def store_kv(
 ) -> None:
     k_TKD, v_TKD = (x if x.stride(2) == 1 else x.contiguous() for x in (k_TKD, v_TKD))
     num_blocks, num_layers, kv_heads, _, rblock_size, head_dim = pool_BLK2ND.shape
+    if not k_TKD.shape == v_TKD.shape == (slot_mapping_T.shape[0], kv_heads, head_dim) or k_TKD.dtype != v_TKD.dtype:
+        raise ValueError("K and V must be of one dtype and shape: a row per slot, the pool's heads and head size")
+    _check_indices(slot_mapping_T)
     args = Store(
         ctypes.sizeof(Store),
         torch.get_num_threads(),
@@ -160,6 +172,7 @@ def apply_rope(x_THD: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor) 
 
 
 def gather_rblocks(pool_BLK2ND: torch.Tensor, block_ids: torch.Tensor) -> torch.Tensor:
+    _check_indices(block_ids)
     data_MLK2ND = pool_BLK2ND.new_empty((block_ids.shape[0], *pool_BLK2ND.shape[1:]))
     status = library.distkv_gather(
         pool_BLK2ND.data_ptr(),
@@ -175,6 +188,9 @@ def gather_rblocks(pool_BLK2ND: torch.Tensor, block_ids: torch.Tensor) -> torch.
 
 
 def scatter_rblocks(data_MLK2ND: torch.Tensor, pool_BLK2ND: torch.Tensor, block_ids: torch.Tensor) -> None:
+    if data_MLK2ND.dtype != pool_BLK2ND.dtype or data_MLK2ND.shape != (len(block_ids), *pool_BLK2ND.shape[1:]):
+        raise ValueError("the rBlocks are not of the pool's dtype and shape, one per id")
+    _check_indices(block_ids)
     data_MLK2ND = data_MLK2ND.contiguous()
     status = library.distkv_scatter(
         data_MLK2ND.data_ptr(),

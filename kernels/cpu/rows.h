@@ -6,30 +6,71 @@
 
 namespace {
 
+// Weights of so many partials are kept while a row is merged; those of further ones are computed once more per tile.
+constexpr int64_t KEPT_WEIGHTS = 64;
+// How many rows ahead each part is prefetched: every part is a stream of its own, of short pieces.
+constexpr int64_t ROWS_AHEAD = 4;
+
+struct RowWeights {
+  const float* lses;
+  int64_t stride;
+  float top, inverse;
+  float kept[KEPT_WEIGHTS];
+
+  float fresh(int64_t p) const { return expf(lses[p * stride] - top) * inverse; }
+  float operator()(int64_t p) const { return p < KEPT_WEIGHTS ? kept[p] : fresh(p); }
+};
+
+// `C` vectors of one row of `to`, from part p at from + p * step.
+template <int C>
+inline void merge_tile(const float* from, int64_t parts, int64_t step, const RowWeights& weights, int64_t ahead,
+                       float* to) {
+  vf sums[C] = {};
+  for (int64_t p = 0; p < parts; ++p) {
+    const vf weight = splat(weights(p));
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) {
+      sums[c] = sums[c] + load(from + p * step + c * W) * weight;
+      prefetch(from + p * step + ahead + c * W);
+    }
+  }
+#pragma GCC unroll 8
+  for (int c = 0; c < C; ++c) store(to + c * W, sums[c]);
+}
+
 // Contract: ops.merge, for rows [begin, end); part p of a row lies p * stride rows further on.
 void merge_rows(const float* outs, const float* lses, int64_t parts, int64_t stride, int64_t begin, int64_t end,
                 int64_t head_dim, float* out, float* lse) {
   for (int64_t row = begin; row < end; ++row) {
-    float top = NO_SCORE, sum = 0;
+    RowWeights weights{lses + row, stride, NO_SCORE, 0, {}};
     for (int64_t p = 0; p < parts; ++p) {
       const float x = lses[p * stride + row];
-      top = x > top || x != x ? x : top;
+      weights.top = x > weights.top || x != x ? x : weights.top;
     }
     float* to = out + row * head_dim;
-    memset(to, 0, head_dim * sizeof(float));
-    if (top == NO_SCORE) {
+    if (weights.top == NO_SCORE) {
+      memset(to, 0, head_dim * sizeof(float));
       lse[row] = NO_SCORE;
       continue;
     }
-    for (int64_t p = 0; p < parts; ++p) sum += expf(lses[p * stride + row] - top);
+    float sum = 0;
     for (int64_t p = 0; p < parts; ++p) {
-      const float weight = expf(lses[p * stride + row] - top) / sum;
-      const float* from = outs + (p * stride + row) * head_dim;
-      int64_t d = 0;
-      for (; d + W <= head_dim; d += W) store(to + d, load(to + d) + load(from + d) * splat(weight));
-      for (; d < head_dim; ++d) to[d] += from[d] * weight;
+      const float x = expf(lses[p * stride + row] - weights.top);
+      if (p < KEPT_WEIGHTS) weights.kept[p] = x;
+      sum += x;
     }
-    lse[row] = top + logf(sum);
+    weights.inverse = 1 / sum;
+    for (int64_t p = 0; p < smaller(parts, KEPT_WEIGHTS); ++p) weights.kept[p] *= weights.inverse;
+    const float* from = outs + row * head_dim;
+    const int64_t step = stride * head_dim, ahead = ROWS_AHEAD * head_dim;
+    int64_t d = 0;
+    for (; d + 8 * W <= head_dim; d += 8 * W) merge_tile<8>(from + d, parts, step, weights, ahead, to + d);
+    for (; d + W <= head_dim; d += W) merge_tile<1>(from + d, parts, step, weights, ahead, to + d);
+    for (; d < head_dim; ++d) {
+      to[d] = 0;
+      for (int64_t p = 0; p < parts; ++p) to[d] += from[p * step + d] * weights(p);
+    }
+    lse[row] = weights.top + logf(sum);
   }
 }
 

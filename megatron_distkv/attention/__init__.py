@@ -1,28 +1,35 @@
 """DistAttention: attention over rBlocks computed where they lie, merged exactly by log-sum-exp."""
 
+from megatron_distkv.attention.context_parallel import ContextShard, context_attention
 from megatron_distkv.attention.creditor import Creditor
 from megatron_distkv.attention.debtor import Debtor
 from megatron_distkv.attention.dist_attention import DistAttention
 from megatron_distkv.attention.forward_context import ForwardContext, forward_context
+from megatron_distkv.attention.host_memory import HostMemory
 from megatron_distkv.attention.loan_table import LoanTable
 from megatron_distkv.attention.metadata import AttentionMetadata, RemoteShare, SequenceSlice, build_metadata
 from megatron_distkv.attention.partial import Partial, merge_partials
 from megatron_distkv.attention.rotary import RotaryConfig
+from megatron_distkv.attention.shard_order import ShardOrder
 from megatron_distkv.attention.verification import Verification
 
 __all__ = [
     "AttentionMetadata",
+    "ContextShard",
     "Creditor",
     "Debtor",
     "DistAttention",
     "ForwardContext",
+    "HostMemory",
     "LoanTable",
     "Partial",
     "RemoteShare",
     "RotaryConfig",
     "SequenceSlice",
+    "ShardOrder",
     "Verification",
     "build_metadata",
+    "context_attention",
     "forward_context",
     "merge_partials",
 ]

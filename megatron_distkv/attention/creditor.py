@@ -9,10 +9,11 @@ import torch
 from megatron_distkv import metrics
 from megatron_distkv.attention.debtor import wire_dtype
 from megatron_distkv.attention.loan_table import Access, LoanTable
+from megatron_distkv.attention.shares import ShareIndex, attend_shares, index_shares, measure_query_us
 from megatron_distkv.errors import DistkvError
 from megatron_distkv.log import get_logger
 from megatron_distkv.messages import Acknowledge, FetchHeader, QueryHeader, QueryShare, Refusal, StoreHeader, decode
-from megatron_distkv.ops import gather_rblocks, micro_attention, scatter_rblocks
+from megatron_distkv.ops import gather_rblocks, scatter_rblocks
 from megatron_distkv.transport import Answer, Hello, Request, TensorSpec, read_tensors
 
 logger = get_logger(__name__)
@@ -25,9 +26,7 @@ class _PreparedQuery:
     step: int
     shares: list[QueryShare]
     version: int  # of the loan table when it was checked
-    block_ids_M: torch.Tensor
-    cu_blocks: torch.Tensor
-    cu_queries: torch.Tensor
+    index: ShareIndex
 
 
 class Creditor:
@@ -49,13 +48,15 @@ class Creditor:
         self._prepared: dict[bytes, _PreparedQuery] = {}  # by the nonce of a channel's hello
         self._lock = threading.Lock()
 
-    def warm_up(self) -> None:
-        """Do everything once. The first call of a torch op imports a compiler, and a backend may compile a kernel:
-        seconds that would count against the first debtor's deadline."""
-        zero, one_row = torch.zeros(1, dtype=torch.int64), torch.tensor([0, 1])
+    def warm_up(self) -> float:
+        """Do everything once, before any rBlock is in use; returns what a query costs here (`measure_query_us`).
+
+        The first call of a torch op imports a compiler, and a backend may compile a kernel: seconds that would count
+        against the first debtor's deadline.
+        """
+        zero = torch.zeros(1, dtype=torch.int64)
         scatter_rblocks(gather_rblocks(self._pool, zero), self._pool, zero)
-        q_THD = torch.zeros((1, self._num_query_heads, self._pool.shape[-1]), dtype=self._model_dtype)
-        micro_attention(q_THD, self._pool, 0, zero, zero, one_row, one_row, zero, self._scale, causal=False)
+        return measure_query_us(self._pool, self._num_query_heads, self._model_dtype, self._scale)
 
     def query(self, hello: Hello, request: Request) -> Answer:
         """MicroAttention of one layer over the debtor's rBlocks here (contract: messages.QueryHeader)."""
@@ -65,22 +66,9 @@ class Creditor:
         prepared = self._prepare(hello, header)
         if isinstance(prepared, Refusal):
             return _acknowledge(prepared)
-        num_rows = int(prepared.cu_queries[-1])
-        head_dim = self._pool.shape[-1]
-        spec = TensorSpec((num_rows, self._num_query_heads, head_dim), self._model_dtype)
-        (q_THD,) = read_tensors(request.payload, [spec])
-        out, lse = micro_attention(
-            q_THD,
-            self._pool,
-            header.layer,
-            prepared.block_ids_M,
-            torch.zeros_like(prepared.block_ids_M),
-            prepared.cu_blocks,
-            prepared.cu_queries,
-            torch.zeros(num_rows, dtype=torch.int64, device=q_THD.device),
-            self._scale,
-            causal=False,
-        )
+        shape = (prepared.index.num_rows, self._num_query_heads, self._pool.shape[-1])
+        (q_THD,) = read_tensors(request.payload, [TensorSpec(shape, self._model_dtype)])
+        out, lse = attend_shares(q_THD, self._pool, header.layer, prepared.index, self._scale)
         if self._loans.version != prepared.version and not self._may_query(hello, prepared.shares):
             return _acknowledge(Refusal.UNKNOWN_LOAN)  # a loan ended while we computed: the rBlocks may be another's
         return Answer(msgspec.msgpack.encode(Acknowledge()), [out.to(wire_dtype(self._model_dtype)), lse])
@@ -123,7 +111,7 @@ class Creditor:
         version = self._loans.version
         if not self._may_query(hello, header.shares):
             return Refusal.UNKNOWN_LOAN
-        prepared = _index(header.step, header.shares, version)
+        prepared = _PreparedQuery(header.step, header.shares, version, index_shares(header.shares))
         with self._lock:
             self._prepared[hello.nonce] = prepared
         return prepared
@@ -132,16 +120,6 @@ class Creditor:
         loans, debtor = self._loans, hello.instance_id
         each = (loans.access(debtor, share.loan_ids, share.block_ids) for share in shares)
         return all(_is_granted(access, "query", hello) for access in each)
-
-
-def _index(step: int, shares: list[QueryShare], version: int) -> _PreparedQuery:
-    cu_blocks, cu_queries, block_ids = [0], [0], []
-    for share in shares:
-        block_ids.extend(share.block_ids)
-        cu_blocks.append(len(block_ids))
-        cu_queries.append(cu_queries[-1] + share.num_queries)
-    ids, blocks, queries = (torch.tensor(x, dtype=torch.int64) for x in (block_ids, cu_blocks, cu_queries))
-    return _PreparedQuery(step, shares, version, ids, blocks, queries)
 
 
 def _is_granted(access: Access, kind: str, hello: Hello) -> bool:

@@ -7,11 +7,13 @@ from typing import Protocol
 import msgspec
 import torch
 
+from megatron_distkv.attention.host_memory import HostMemory
 from megatron_distkv.attention.metadata import RemoteShare
 from megatron_distkv.attention.partial import Partial
 from megatron_distkv.attention.verification import Question, Verification
 from megatron_distkv.errors import DistkvError, PeerLost
 from megatron_distkv.messages import Acknowledge, MessageKind, QueryHeader, decode
+from megatron_distkv.rblock import HOST
 from megatron_distkv.transport import Reply, TensorSpec, read_tensors
 
 
@@ -34,9 +36,15 @@ class Debtor:
     """
 
     def __init__(
-        self, channels: Mapping[str, Exchange], deadline_s: float, verification: Verification | None = None
+        self,
+        channels: Mapping[str, Exchange],
+        deadline_s: float,
+        host: HostMemory | None = None,
+        verification: Verification | None = None,
     ) -> None:
+        """`host`: the instance's own host memory, for rBlocks whose creditor is `HOST`."""
         self._channels = channels
+        self._host = host
         self._deadline_s = deadline_s
         self._verification = verification
         self._step = 0
@@ -48,7 +56,9 @@ class Debtor:
 
     def begin_step(self, step: int, remote: dict[str, RemoteShare]) -> None:
         self._step = step
-        self._remote = remote
+        self._remote = {creditor: share for creditor, share in remote.items() if creditor != HOST}
+        if self._host is not None:
+            self._host.begin_step(remote.get(HOST))
         self.lost = {}
         self.waited_s = 0.0
 
@@ -72,8 +82,8 @@ class Debtor:
                 self._note_lost(creditor, error)
 
     def answers(self) -> list[Partial]:
-        """The partials of all creditors that answered."""
-        partials = []
+        """The partials of own host memory, computed while creditors compute theirs, and of all that answered."""
+        partials = [] if self._host is None else self._host.partials(*self._asked)
         for creditor in self._posted:
             try:
                 partials.append(self._answer(creditor))

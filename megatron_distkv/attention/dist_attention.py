@@ -1,13 +1,15 @@
 """DistAttention: what takes the place of Megatron's core attention, and the only thing that does."""
 
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from megatron_distkv.attention.context_parallel import ContextShard, context_attention
 from megatron_distkv.attention.forward_context import ForwardContext, current_context
 from megatron_distkv.attention.partial import merge_partials
-from megatron_distkv.attention.rotary import RotaryConfig, RotaryTable, sequence_table
+from megatron_distkv.attention.rotary import RotaryConfig, RotaryTable, rotary_table, sequence_table
 from megatron_distkv.ops import apply_rope, micro_attention, store_kv
 
 
@@ -15,7 +17,7 @@ class DistAttention(torch.nn.Module):
     """Built by Megatron's SelfAttention with these keywords; `rotary` is bound by our layer spec.
 
     Inside a forward context: packed tokens of many requests, over rBlocks here and at creditors. Outside: dense causal
-    attention over whole sequences, with autograd.
+    attention with autograd, over whole sequences or, with a `shard`, over this rank's share of them.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class DistAttention(torch.nn.Module):
             raise ValueError(f"DistAttention is self-attention, not {attention_type!r}")
         self.layer = layer_number - 1
         self.rotary = rotary
+        self.shard: ContextShard | None = None
         self.head_dim: int = config.kv_channels
         self.scale = softmax_scale if softmax_scale is not None else self.head_dim**-0.5
 
@@ -86,8 +89,11 @@ class DistAttention(torch.nn.Module):
     def _dense(self, q_SBHD: torch.Tensor, k_SBKD: torch.Tensor, v_SBKD: torch.Tensor) -> torch.Tensor:
         num_tokens, batch, num_heads, _ = q_SBHD.shape
         if self.rotary.rotated_dims(self.head_dim):
-            table = sequence_table(num_tokens, self.rotary, self.head_dim, q_SBHD.device)
+            table = self._table(num_tokens, q_SBHD.device)
             q_SBHD, k_SBKD = _rotate(q_SBHD, table), _rotate(k_SBKD, table)
+        if self.shard is not None:
+            out_SBHD = context_attention(q_SBHD, k_SBKD, v_SBKD, self.shard, self.scale)
+            return out_SBHD.reshape(num_tokens, batch, -1)
         # torch's CPU flash kernel is ten times as fast on repeated heads as with enable_gqa.
         group = num_heads // k_SBKD.shape[2]
         q, k, v = (
@@ -96,6 +102,16 @@ class DistAttention(torch.nn.Module):
         )
         out_BHSD = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
         return out_BHSD.permute(2, 0, 1, 3).reshape(num_tokens, batch, -1)
+
+    def _table(self, num_tokens: int, device: torch.device) -> RotaryTable:
+        if self.shard is None:
+            return sequence_table(num_tokens, self.rotary, self.head_dim, device)
+        return _shard_table(self.shard, self.rotary, self.head_dim, device)
+
+
+@lru_cache(maxsize=8)
+def _shard_table(shard: ContextShard, rotary: RotaryConfig, head_dim: int, device: torch.device) -> RotaryTable:
+    return rotary_table(shard.order.positions(shard.rank).to(device), rotary, head_dim)
 
 
 def _rotate(x_SBHD: torch.Tensor, table: RotaryTable) -> torch.Tensor:

@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run-dir", type=Path, help="where sockets lie; shared by the instances of a host")
     parser.add_argument("--tensor-parallel", type=int, help="ranks of this instance")
     parser.add_argument("--num-rblocks", type=int, help="rBlocks in this instance's pool")
+    parser.add_argument("--num-host-rblocks", type=int, help="rBlocks in own host memory, used before borrowing")
     parser.add_argument("--verify", type=int, metavar="N", help="compute one in N remote partials again, and compare")
     parser.add_argument(
         "--ledger", metavar="URL", help=f"redis://, rediss:// or unix:// of the ledger server; else {default_ledger()}"
@@ -44,7 +45,7 @@ def _config(args: argparse.Namespace) -> InstanceConfig:
     values.setdefault("run_dir", Path(tempfile.gettempdir()) / "distkv")
     values.setdefault("ledger", {"url": default_ledger()})
     nested = {
-        "kv_cache": {"num_rblocks": args.num_rblocks},
+        "kv_cache": {"num_rblocks": args.num_rblocks, "num_host_rblocks": args.num_host_rblocks},
         "lending": {"verify_one_in": args.verify},
         "ledger": {"url": args.ledger, "pool": args.pool},
     }

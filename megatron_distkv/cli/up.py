@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--instances", type=int, help="serving instances")
     parser.add_argument("--tensor-parallel", type=int, help="ranks of each instance")
     parser.add_argument("--num-rblocks", type=int, help="rBlocks in each instance's pool")
+    parser.add_argument("--num-host-rblocks", type=int, help="rBlocks in each instance's host memory, beside its pool")
     parser.add_argument("--lenders", type=int, help="memory-only lenders beside the instances")
     parser.add_argument("--lender-rblocks", type=int, help="rBlocks that each lender lends")
     parser.add_argument("--verify", type=int, metavar="N", help="compute one in N remote partials again, and compare")
@@ -58,8 +59,9 @@ def _config(args: argparse.Namespace) -> ClusterConfig:
     for key in ("model", "instances", "tensor_parallel", "lenders", "lender_rblocks", "port", "launcher"):
         if getattr(args, key) is not None:
             values[key] = getattr(args, key)
-    if args.num_rblocks is not None:
-        values["kv_cache"] = {**values.get("kv_cache", {}), "num_rblocks": args.num_rblocks}
+    for key in ("num_rblocks", "num_host_rblocks"):
+        if getattr(args, key) is not None:
+            values["kv_cache"] = {**values.get("kv_cache", {}), key: getattr(args, key)}
     if args.verify is not None:
         values["lending"] = {**values.get("lending", {}), "verify_one_in": args.verify}
     if args.ledger is not None:

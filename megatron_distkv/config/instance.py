@@ -11,6 +11,9 @@ from megatron_distkv.config.base import FrozenConfig
 class KVCacheConfig(FrozenConfig):
     num_rblocks: int = Field(256, ge=2)
     """rBlocks in this instance's pool (per TP rank: each rank keeps its own heads of every rBlock)."""
+    num_host_rblocks: int = Field(0, ge=0)
+    """rBlocks in this instance's own host memory, beside the pool: used when that runs short, before any borrowing, and
+    never lent. Attention over them is computed by the CPU."""
     rblock_size: int = Field(64, ge=1)
     """Tokens per rBlock. 64 is the smallest size at which reads run near the memory's speed: docs/experiments.md."""
 

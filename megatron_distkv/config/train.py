@@ -68,7 +68,9 @@ class TrainConfig(FrozenConfig):
     seed: int = 0
     """Of weights and data."""
     tensor_parallel: int = Field(1, ge=1)
-    """Ranks that share each layer; the launcher's other ranks are data parallel."""
+    """Ranks that share each layer; the launcher's other ranks are context or data parallel."""
+    context_parallel: int = Field(1, ge=1)
+    """Ranks that share each sequence: memory for long contexts. The launcher's other ranks are data parallel."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO."""
     threads: int = Field(1, ge=1)
@@ -79,3 +81,13 @@ class TrainConfig(FrozenConfig):
     """Context of that measurement."""
     save_every: int = Field(0, ge=0)
     """Steps between two DeepSpeed checkpoints to resume from; 0 saves only at the end."""
+
+    @model_validator(mode="after")
+    def _every_rank_has_tokens(self) -> Any:
+        shortest = min(self.evaluation_length, *(stage.sequence_length for stage in self.data.stages))
+        if shortest < 2 * self.context_parallel:
+            raise ValueError(
+                f"context_parallel {self.context_parallel} cuts sequences in {2 * self.context_parallel}, "
+                f"but there are some of {shortest} tokens"
+            )
+        return self

@@ -18,7 +18,7 @@ from megatron_distkv.engine.rank import Rank
 from megatron_distkv.engine.sampler import SampledToken, sample
 from megatron_distkv.engine.scheduler import Scheduled, Scheduler
 from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
-from megatron_distkv.ledger import DebtLedger, InstanceReport, InstanceState, Move, RequestPlacementEntry
+from megatron_distkv.ledger import HOST_RBLOCKS, DebtLedger, InstanceReport, InstanceState, Move, RequestPlacementEntry
 from megatron_distkv.log import get_logger
 from megatron_distkv.messages import InstanceStatus, RequestRefused, TokenOutput
 from megatron_distkv.request import FinishReason, Request
@@ -57,7 +57,8 @@ class Instance:
             self._followers or NoFollowers(),
             in_debt=lambda: self._borrowing.num_borrowed > 0,
         )
-        self.rmanager = RManager(self._allocator, self._borrowing, outlook, lending, cache.rblock_size)
+        self._host = RBlockAllocator(cache.num_host_rblocks, max_lent=0)
+        self.rmanager = RManager(self._allocator, self._host, self._borrowing, outlook, lending, cache.rblock_size)
         self.scheduler = Scheduler(config.scheduler, self.rmanager)
         self._desk = LenderDesk(self._lending, rank.creditor)
         self._listener = Listener(
@@ -222,6 +223,8 @@ class Instance:
         info = {
             "requests": str(request_socket(config.run_dir, config.instance_id)),
             "rblock_size": str(config.kv_cache.rblock_size),
+            **rank.costs,
+            HOST_RBLOCKS: str(config.kv_cache.num_host_rblocks),
             "tensor_parallel": str(config.tensor_parallel),
             "model": str(config.model.resolve()),
             "vocab_size": str(self.model.vocab_size),
@@ -260,6 +263,7 @@ class Instance:
             used_rblocks=self._allocator.num_used,
             lent_rblocks=self._allocator.num_lent,
             borrowed_rblocks=self._borrowing.num_borrowed,
+            used_host_rblocks=self._host.num_used,
             num_steps=self.num_steps,
             num_preemptions=self.scheduler.num_preemptions,
             num_computed_tokens=self.num_computed_tokens,

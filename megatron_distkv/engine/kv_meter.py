@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from megatron_distkv.kvcache.block_table import BlockTable
+from megatron_distkv.rblock import HOST
 from megatron_distkv.request import Request
 
 
@@ -13,6 +14,7 @@ class _Held(NamedTuple):
 
     since_s: float
     num_local: int
+    num_host: int
     borrowed: dict[str, int]  # by lender
 
 
@@ -30,7 +32,8 @@ class KVMeter:
         """From now on the request holds what its table says."""
         self.settle(request)
         borrowed = {str(lender): count for lender, count in table.remote_by_creditor().items()}
-        self._held[request.request_id] = _Held(self._clock(), table.num_local, borrowed)
+        num_host = borrowed.pop(HOST, 0)
+        self._held[request.request_id] = _Held(self._clock(), table.num_local, num_host, borrowed)
 
     def settle(self, request: Request) -> None:
         """Count what it has held until now; from now on it holds nothing."""
@@ -39,6 +42,7 @@ class KVMeter:
             return
         elapsed_s = self._clock() - held.since_s
         request.local_rblock_s += held.num_local * elapsed_s
+        request.host_rblock_s += held.num_host * elapsed_s
         for lender, count in held.borrowed.items():
             request.borrowed_rblock_s[lender] = request.borrowed_rblock_s.get(lender, 0.0) + count * elapsed_s
 

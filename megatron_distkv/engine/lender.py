@@ -13,7 +13,7 @@ from megatron_distkv.engine.membership import Membership, published_shape
 from megatron_distkv.errors import LedgerUnavailable, UserError
 from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
 from megatron_distkv.kvcache.rblock_shape import RBlockShape
-from megatron_distkv.ledger import LENDER, ROLE, DebtLedger, InstanceReport, InstanceState
+from megatron_distkv.ledger import LENDER, QUERY_US, ROLE, DebtLedger, InstanceReport, InstanceState
 from megatron_distkv.rblock import InstanceId
 from megatron_distkv.rmanager import Heartbeat, Identity, LateReleases, Lending, NoFollowers
 from megatron_distkv.transport import Listener, read_secret
@@ -60,10 +60,12 @@ class Lender:
         self.loan_table = LoanTable()
         self._identity = identity = Identity(InstanceId(config.lender_id))
         address = rank_address(config.run_dir, config.lender_id)
-        membership = Membership(ledger, identity, config.ledger, address, self.allocator, shape, {ROLE: LENDER})
         self.lending = Lending(self.allocator, ledger, identity, self.loan_table, NoFollowers(), in_debt=lambda: False)
+        creditors = [self._make_creditor(shape) for _ in range(shape.tensor_parallel)]
+        info = {ROLE: LENDER, QUERY_US: f"{max(creditor.warm_up() for creditor in creditors):.1f}"}
+        membership = Membership(ledger, identity, config.ledger, address, self.allocator, shape, info)
         self._membership = membership
-        self._listeners = [self._listen(config, shape, rank) for rank in range(shape.tensor_parallel)]
+        self._listeners = [self._listen(config, rank, creditor) for rank, creditor in enumerate(creditors)]
         self._heartbeat = Heartbeat(
             ledger,
             identity,
@@ -106,12 +108,12 @@ class Lender:
             ]
         )
 
-    def _listen(self, config: LenderConfig, shape: RBlockShape, rank: int) -> Listener:
+    def _make_creditor(self, shape: RBlockShape) -> Creditor:
         pool_BLK2ND = shape.rank_pool(self.num_rblocks).tensor_BLK2ND
-        creditor = Creditor(
-            pool_BLK2ND, self.loan_table, shape.query_heads_per_rank, shape.torch_dtype, shape.head_dim**-0.5
-        )
-        creditor.warm_up()
+        scale = shape.head_dim**-0.5
+        return Creditor(pool_BLK2ND, self.loan_table, shape.query_heads_per_rank, shape.torch_dtype, scale)
+
+    def _listen(self, config: LenderConfig, rank: int, creditor: Creditor) -> Listener:
         return Listener(
             rank_address(config.run_dir, config.lender_id, rank),
             config.ledger.pool,

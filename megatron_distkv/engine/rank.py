@@ -4,11 +4,12 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_distkv.attention import Creditor, Debtor, LoanTable, Verification
+from megatron_distkv.attention import Creditor, Debtor, HostMemory, LoanTable, Verification
 from megatron_distkv.config.instance import InstanceConfig
 from megatron_distkv.config.model import ModelConfig
 from megatron_distkv.engine.model_runner import ModelRunner
 from megatron_distkv.kvcache.rblock_shape import RBlockShape
+from megatron_distkv.ledger import HOST_QUERY_US, QUERY_US
 from megatron_distkv.model import GPT, TensorParallel, build_gpt, find_checkpoint, load_weights
 from megatron_distkv.rblock import InstanceId
 from megatron_distkv.rmanager import Identity, MailboxSizes, Migration, Peers
@@ -26,6 +27,8 @@ class Rank:
     model: ModelConfig
     parallel: TensorParallel
     shape: RBlockShape
+    costs: dict[str, str]
+    """Of a query in each tier, measured: for the registration's info."""
     identity: Identity
     peers: Peers
     loan_table: LoanTable
@@ -55,20 +58,24 @@ def build_rank(config: InstanceConfig, parallel: TensorParallel) -> Rank:
     secret = read_secret(config.ledger.secret_file)
     peers = Peers(config.ledger.pool, identity, parallel.rank, sizes, deadline_s, secret)
     loan_table = LoanTable()
-    tensor = pool.tensor_BLK2ND
+    tensor, scale = pool.tensor_BLK2ND, model.head_dim**-0.5
+    num_host = config.kv_cache.num_host_rblocks
+    host = HostMemory(shape.rank_pool(num_host).tensor_BLK2ND, scale) if num_host else None
     rblock = TensorSpec(tuple(tensor.shape[1:]), dtype)
-    verification = Verification(config.lending.verify_one_in, rblock, model.head_dim**-0.5, per_message, deadline_s)
+    verification = Verification(config.lending.verify_one_in, rblock, scale, per_message, deadline_s)
     runner = ModelRunner(
         GPT(module, model),
         pool,
         peers,
-        Migration(tensor, peers, per_message, deadline_s, verification),
-        Debtor(peers, deadline_s, verification),
+        Migration(tensor, peers, per_message, deadline_s, host, verification),
+        Debtor(peers, deadline_s, host, verification),
         verification,
     )
-    creditor = Creditor(tensor, loan_table, num_query_heads, dtype, model.head_dim**-0.5)
-    creditor.warm_up()
-    return Rank(config, model, parallel, shape, identity, peers, loan_table, creditor, runner, secret)
+    creditor = Creditor(tensor, loan_table, num_query_heads, dtype, scale)
+    costs = {QUERY_US: f"{creditor.warm_up():.1f}"}
+    if host is not None:
+        costs[HOST_QUERY_US] = f"{host.warm_up(num_query_heads, dtype):.1f}"
+    return Rank(config, model, parallel, shape, costs, identity, peers, loan_table, creditor, runner, secret)
 
 
 def rblock_shape(model: ModelConfig, rblock_size: int, tensor_parallel: int) -> RBlockShape:

@@ -14,6 +14,7 @@ from megatron_distkv.engine.kv_meter import KVMeter
 from megatron_distkv.engine.sampler import SampledToken
 from megatron_distkv.log import get_logger
 from megatron_distkv.messages import RequestKV, TokenLogprobs, TokenOutput
+from megatron_distkv.rblock import HOST
 from megatron_distkv.request import FinishReason, Request, RequestStatus
 from megatron_distkv.rmanager.rmanager import RManager
 
@@ -150,7 +151,9 @@ class Scheduler:
         for item in chosen.values():
             request, table = item.request, self._rmanager.table(item.request)
             request.max_local_rblocks = max(request.max_local_rblocks, table.num_local)
-            for creditor, count in table.remote_by_creditor().items():
+            borrowed = table.remote_by_creditor()
+            request.max_host_rblocks = max(request.max_host_rblocks, borrowed.pop(HOST, 0))
+            for creditor, count in borrowed.items():
                 request.max_borrowed_rblocks[creditor] = max(request.max_borrowed_rblocks.get(creditor, 0), count)
 
     # ------------------------------------------------------------------ endings
@@ -212,11 +215,13 @@ def _output(request: Request, token_ids: list[int], logprobs: list[TokenLogprobs
 def _receipt(request: Request) -> RequestKV:
     return RequestKV(
         max_local_rblocks=request.max_local_rblocks,
+        max_host_rblocks=request.max_host_rblocks,
         max_borrowed_rblocks=request.max_borrowed_rblocks,
         num_preemptions=request.num_preemptions,
         num_recomputed_tokens=request.num_recomputed_tokens,
         num_tokens_at_losses=request.num_tokens_at_losses,
         local_rblock_s=request.local_rblock_s,
+        host_rblock_s=request.host_rblock_s,
         borrowed_rblock_s=request.borrowed_rblock_s,
         remote_attention_s=request.remote_attention_s,
     )

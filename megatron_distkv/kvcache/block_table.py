@@ -81,9 +81,12 @@ class BlockTable:
                     count -= len(found[-1].block_ids)
         return found
 
+    def block_ids_under(self, loan_id: LoanId) -> list[int]:
+        """rBlocks that lie at a creditor under this loan, as it names them."""
+        return [block_id for span in self.remote_spans() if span.loan_id == loan_id for block_id in span.block_ids]
+
     def num_under(self, loan_id: LoanId) -> int:
-        """rBlocks that lie at a creditor under this loan."""
-        return sum(len(span.block_ids) for span in self.remote_spans() if span.loan_id == loan_id)
+        return len(self.block_ids_under(loan_id))
 
     def bring_home(self, loan_id: LoanId, block_ids: Sequence[int]) -> list[RemoteSpan]:
         """The oldest rBlocks under this loan lie here now, under these physical ids; returns where they lay."""

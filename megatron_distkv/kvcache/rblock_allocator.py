@@ -16,8 +16,8 @@ class RBlockAllocator:
     """Accounts of `num_rblocks` rBlocks; at most `max_lent` of them may be lent at one time (the lending cap)."""
 
     def __init__(self, num_rblocks: int, max_lent: int) -> None:
-        if num_rblocks < 1 or not 0 <= max_lent <= num_rblocks:
-            raise ValueError(f"need num_rblocks >= 1 and 0 <= max_lent <= num_rblocks, got {num_rblocks}, {max_lent}")
+        if num_rblocks < 0 or not 0 <= max_lent <= num_rblocks:
+            raise ValueError(f"need num_rblocks >= 0 and 0 <= max_lent <= num_rblocks, got {num_rblocks}, {max_lent}")
         self.num_rblocks = num_rblocks
         self.max_lent = max_lent
         self._free = list(range(num_rblocks - 1, -1, -1))  # a stack: the warmest block is used again first

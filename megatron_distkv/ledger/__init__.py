@@ -7,7 +7,10 @@ from megatron_distkv.ledger.memory_ledger import MemoryLedger
 from megatron_distkv.ledger.open_ledger import open_ledger
 from megatron_distkv.ledger.pool_snapshot import PoolSnapshot, render_debts
 from megatron_distkv.ledger.records import (
+    HOST_QUERY_US,
+    HOST_RBLOCKS,
     LENDER,
+    QUERY_US,
     ROLE,
     Creditor,
     HeartbeatReply,
@@ -24,7 +27,10 @@ from megatron_distkv.ledger.records import (
 from megatron_distkv.ledger.url import shown
 
 __all__ = [
+    "HOST_QUERY_US",
+    "HOST_RBLOCKS",
     "LENDER",
+    "QUERY_US",
     "ROLE",
     "Creditor",
     "DebtLedger",

@@ -5,7 +5,7 @@ from typing import Protocol
 
 from megatron_distkv.ledger.pool_snapshot import PoolSnapshot
 from megatron_distkv.ledger.records import InstanceRecord, Loan
-from megatron_distkv.rblock import InstanceId, loan_name
+from megatron_distkv.rblock import HOST, InstanceId, loan_name
 
 
 class Accounts(Protocol):
@@ -75,6 +75,9 @@ def _check_placements(snapshot: PoolSnapshot, record: InstanceRecord) -> Iterabl
     for entry in snapshot.placements.get(record.instance, ()):
         if not entry.is_local:
             placed[entry.holder] = placed.get(entry.holder, 0) + entry.num_rblocks
+    in_host_memory = placed.pop(HOST, 0)
+    if in_host_memory > record.host_rblocks:
+        yield f"{record.instance} has {in_host_memory} rBlocks in host memory, of {record.host_rblocks}"
     borrowed = _borrowed_by(record.instance, snapshot.loans)
     for holder, count in placed.items():
         if count > borrowed.get(holder, 0):

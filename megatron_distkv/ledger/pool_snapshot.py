@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from megatron_distkv.ledger.records import InstanceRecord, InstanceState, Loan, RequestPlacementEntry
-from megatron_distkv.rblock import InstanceId, loan_name
+from megatron_distkv.rblock import HOST, InstanceId, loan_name
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,10 @@ class PoolSnapshot:
     def longest_context_rblocks(self, instance: InstanceId) -> int:
         """The longest context that a request of `instance` can ever have: its own pool and what others may lend."""
         record = self.find(instance)
-        return 0 if record is None else record.total + self.lendable_to(instance)
+        return 0 if record is None else record.total + record.host_rblocks + self.lendable_to(instance)
+
+    def used_host_rblocks(self, instance: InstanceId) -> int:
+        return sum(entry.num_rblocks for entry in self.placements.get(instance, ()) if entry.holder == HOST)
 
 
 def render_debts(snapshot: PoolSnapshot) -> str:
@@ -40,6 +43,10 @@ def render_debts(snapshot: PoolSnapshot) -> str:
     for record in snapshot.instances:
         state = record.state.value if record.lease_left_ms > 0 else "dead"
         state += "" if record.takes_requests else ", memory only"
+        state += _cost(record.query_us)
+        if record.host_rblocks:
+            state += f", {snapshot.used_host_rblocks(record.instance)} of {record.host_rblocks} used in host memory"
+            state += _cost(record.host_query_us)
         lines.append(
             f"{record.instance:<16}{record.total:>7}{record.local_used:>7}{record.lent:>7}"
             f"{record.borrowed:>10}{record.free:>7}  {state}"
@@ -51,3 +58,7 @@ def render_debts(snapshot: PoolSnapshot) -> str:
         name, state = loan_name(loan.loan_id), loan.state.value
         lines.append(f"{loan.debtor} owes {loan.creditor} {loan.num_rblocks} rBlocks  ({name}, {state})")
     return "\n".join(lines)
+
+
+def _cost(query_us: float | None) -> str:
+    return "" if query_us is None else f" ({query_us:g} us per rBlock)"

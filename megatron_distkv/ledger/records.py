@@ -1,5 +1,6 @@
 """What the ledger stores and answers, as plain frozen records."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -8,6 +9,10 @@ from megatron_distkv.rblock import InstanceId, LoanId
 
 # In a registration's `info`: what the member is. Instances, which take requests, say nothing.
 ROLE, LENDER = "role", "lender"
+# And how many rBlocks it has in its own host memory, beside those that the ledger accounts for.
+HOST_RBLOCKS = "host_rblocks"
+# What a query over one rBlock costs in its pool, and in its host memory: microseconds, measured when it started.
+QUERY_US, HOST_QUERY_US = "query_us", "host_query_us"
 
 
 class InstanceState(StrEnum):
@@ -126,6 +131,21 @@ class InstanceRecord:
         return self.info.get(ROLE) != LENDER
 
     @property
+    def host_rblocks(self) -> int:
+        """rBlocks of its own host memory; never lent, so they are in no other count."""
+        said = self.info.get(HOST_RBLOCKS, "")
+        return int(said) if said.isdecimal() else 0
+
+    @property
+    def query_us(self) -> float | None:
+        """None: it has not measured what a query over one of its rBlocks costs."""
+        return _positive(self.info.get(QUERY_US, ""))
+
+    @property
+    def host_query_us(self) -> float | None:
+        return _positive(self.info.get(HOST_QUERY_US, ""))
+
+    @property
     def lendable_at_most(self) -> int:
         """The lending cap."""
         return self.total - self.reserved
@@ -138,3 +158,11 @@ class InstanceRecord:
     def free(self) -> int:
         """rBlocks that neither its own requests nor debtors use."""
         return max(0, self.total - self.local_used - self.lent)
+
+
+def _positive(said: str) -> float | None:
+    try:
+        number = float(said)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) and number > 0 else None

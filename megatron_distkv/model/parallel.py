@@ -23,18 +23,22 @@ class TensorParallel:
         return self.rank == 0
 
 
-def init_tensor_parallel(size: int) -> TensorParallel:
+def init_tensor_parallel(size: int, context_parallel: int = 1) -> TensorParallel:
     """Join the launcher's process group (or make one of this process alone) and split it into groups of `size`.
 
-    Raises ConfigError when the launcher started a number of ranks that `size` does not divide.
+    Every `context_parallel` of those share each sequence in training; the rest of the ranks are data parallel.
+    Raises ConfigError when the launcher started a number of ranks that they do not divide.
     """
     if not dist.is_initialized():
         _init_process_group()
     world = dist.get_world_size()
-    if world % size:
-        raise ConfigError(f"tensor_parallel {size} does not divide the {world} processes that the launcher started")
+    if world % (size * context_parallel):
+        asked = f"tensor_parallel {size}" + (f" x context_parallel {context_parallel}" if context_parallel > 1 else "")
+        raise ConfigError(f"{asked} does not divide the {world} processes that the launcher started")
     if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(tensor_model_parallel_size=size)
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=size, context_parallel_size=context_parallel
+        )
     return TensorParallel(
         parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
     )

@@ -13,7 +13,6 @@ import torch
 from megatron_distkv.ops.backend import kernels
 
 
-@torch.library.custom_op("distkv::micro_attention", mutates_args=())
 def micro_attention(
     q_THD: torch.Tensor,
     pool_BLK2ND: torch.Tensor,
@@ -35,13 +34,34 @@ def micro_attention(
 
     Returns out `[T, H, D]` and lse `[T, H]`, fp32, natural log; a query without any key gets (0, -inf).
     """
+    args = (q_THD, pool_BLK2ND, layer, block_ids_M, block_starts_M, cu_blocks, cu_queries, positions_T, scale, causal)
+    if torch.compiler.is_compiling():
+        return torch.ops.distkv.micro_attention(*args)
+    return _micro_attention(*args)  # the op itself costs 20 us a call
+
+
+def _micro_attention(
+    q_THD: torch.Tensor,
+    pool_BLK2ND: torch.Tensor,
+    layer: int,
+    block_ids_M: torch.Tensor,
+    block_starts_M: torch.Tensor,
+    cu_blocks: torch.Tensor,
+    cu_queries: torch.Tensor,
+    positions_T: torch.Tensor,
+    scale: float,
+    causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse = kernels(q_THD, pool_BLK2ND).micro_attention(
         q_THD, pool_BLK2ND, layer, block_ids_M, block_starts_M, cu_blocks, cu_queries, positions_T, scale, causal
     )
     return out, lse
 
 
-@micro_attention.register_fake
+torch.library.custom_op("distkv::micro_attention", _micro_attention, mutates_args=())
+
+
+@torch.library.register_fake("distkv::micro_attention")
 def _(
     q_THD: torch.Tensor,
     pool_BLK2ND: torch.Tensor,
@@ -57,13 +77,21 @@ def _(
     return q_THD.new_empty(q_THD.shape, dtype=torch.float32), q_THD.new_empty(q_THD.shape[:2], dtype=torch.float32)
 
 
-@torch.library.custom_op("distkv::merge", mutates_args=())
 def merge(outs_PTHD: torch.Tensor, lses_PTH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """One partial out of P (fp32): out `[T, H, D]` and lse `[T, H]`."""
+    if torch.compiler.is_compiling():
+        return torch.ops.distkv.merge(outs_PTHD, lses_PTH)
+    return _merge(outs_PTHD, lses_PTH)
+
+
+def _merge(outs_PTHD: torch.Tensor, lses_PTH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse = kernels(outs_PTHD, lses_PTH).merge(outs_PTHD, lses_PTH)
     return out, lse
 
 
-@merge.register_fake
+torch.library.custom_op("distkv::merge", _merge, mutates_args=())
+
+
+@torch.library.register_fake("distkv::merge")
 def _(outs_PTHD: torch.Tensor, lses_PTH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return outs_PTHD.new_empty(outs_PTHD.shape[1:]), lses_PTH.new_empty(lses_PTH.shape[1:])

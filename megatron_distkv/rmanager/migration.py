@@ -5,11 +5,11 @@ from collections.abc import Iterator, Sequence
 import msgspec
 import torch
 
-from megatron_distkv.attention import Verification
+from megatron_distkv.attention import HostMemory, Verification
 from megatron_distkv.errors import DistkvError, PeerLost
 from megatron_distkv.messages import Acknowledge, FetchHeader, MessageKind, StoreHeader, decode
 from megatron_distkv.ops import gather_rblocks, scatter_rblocks
-from megatron_distkv.rblock import loan_name
+from megatron_distkv.rblock import HOST, loan_name
 from megatron_distkv.rmanager.move import Move, Pull
 from megatron_distkv.rmanager.peers import Peers
 from megatron_distkv.transport import Reply, TensorSpec, read_tensors
@@ -24,8 +24,10 @@ class Migration:
         peers: Peers,
         rblocks_per_message: int,
         deadline_s: float,
+        host: HostMemory | None = None,
         verification: Verification | None = None,
     ) -> None:
+        self._host = host
         self._verification = verification
         self._pool = pool_BLK2ND
         self._peers = peers
@@ -49,6 +51,11 @@ class Migration:
         return lost
 
     def _push(self, move: Move) -> None:
+        if move.creditor == HOST:
+            assert self._host is not None
+            data = gather_rblocks(self._pool, torch.tensor(move.local_ids, dtype=torch.int64))
+            self._host.store(data, move.remote_ids)
+            return
         channel = self._peers.reach(move.creditor, move.address)
         for local_ids, remote_ids in self._portions(move):
             header = msgspec.msgpack.encode(StoreHeader(move.loan_id, remote_ids))

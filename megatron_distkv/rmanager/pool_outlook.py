@@ -4,12 +4,16 @@ import contextlib
 import time
 
 from megatron_distkv.errors import LedgerUnavailable
-from megatron_distkv.ledger import Creditor, DebtLedger
+from megatron_distkv.ledger import Creditor, DebtLedger, InstanceRecord
 from megatron_distkv.rmanager.identity import Identity
 from megatron_distkv.rmanager.peers import Peers
 
 # A view of the pool this old is still good enough to admit requests by.
 VIEW_AGE_S = 0.2
+# What a member measured when it started does not change: this often new ones are looked for.
+RECORDS_AGE_S = 2.0
+# A creditor whose MicroAttention takes this many times as long as the quickest one's is asked last.
+DEAR = 4.0
 # After a refusal the same question is not asked again at every step.
 RETRY_S = 0.05
 # Debtors need a heartbeat to hear of a reclaim: asking more often only repeats it.
@@ -30,6 +34,8 @@ class PoolOutlook:
         self._identity = identity
         self._peers = peers
         self._left_alone_until_s: dict[str, float] = {}
+        self._members: dict[str, InstanceRecord] = {}
+        self._records_read_at_s = float("-inf")
         self._borrowable = 0
         self._most_borrowable = 0
         self._viewed_at_s = float("-inf")
@@ -38,14 +44,35 @@ class PoolOutlook:
         self._reclaim_again_at_s = float("-inf")
 
     def creditors(self) -> list[Creditor]:
-        """Who would lend now, freest first; none while the ledger is away. Those lost a moment ago are left alone."""
+        """Who would lend now, best first; none while the ledger is away. Those lost a moment ago are left alone.
+
+        Those whose answers would take much longer than the quickest one's come last; before them lenders, which have no
+        requests of their own to slow down, then instances; the freest of each first.
+        """
         try:
             recommended = self._ledger.recommend(self._identity.instance, EVERYTHING, MAX_CREDITORS)
         except LedgerUnavailable:
             return []
         now_s = time.monotonic()
         left_alone = {name for name, until_s in self._left_alone_until_s.items() if until_s > now_s}
-        return [x for x in recommended if x.instance not in left_alone and not self._peers.shuns(x.instance)]
+        able = [x for x in recommended if x.instance not in left_alone and not self._peers.shuns(x.instance)]
+        records = self._records()
+        costs = {name: record.query_us for name, record in records.items() if record.query_us is not None}
+        dear_us = DEAR * min((costs[x.instance] for x in able if x.instance in costs), default=float("inf"))
+
+        def rank(creditor: Creditor) -> tuple[bool, bool]:
+            name = creditor.instance
+            return costs.get(name, 0.0) > dear_us, name not in records or records[name].takes_requests
+
+        return sorted(able, key=rank)
+
+    def _records(self) -> dict[str, InstanceRecord]:
+        """What members have said of themselves, a while ago at most."""
+        if time.monotonic() - self._records_read_at_s > RECORDS_AGE_S:
+            with contextlib.suppress(LedgerUnavailable):
+                self._members = {record.instance: record for record in self._ledger.snapshot().live}
+            self._records_read_at_s = time.monotonic()
+        return self._members
 
     def leave_alone(self, creditor: str) -> None:
         self._left_alone_until_s[creditor] = time.monotonic() + LEFT_ALONE_S

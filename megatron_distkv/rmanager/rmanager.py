@@ -1,10 +1,11 @@
 """The rManager of one instance: one API over local and borrowed rBlocks. The engine's thread calls it.
 
 A request's new tokens always get local rBlocks. When those run short, the oldest full rBlocks of the longest request
-move to creditors, a bounded number per step, so that a context may be longer than this instance's memory.
+move to own host memory, then to creditors, a bounded number per step, so that a context may be longer than the pool.
 """
 
 import time
+from collections import deque
 from collections.abc import Iterable, Sequence
 
 from megatron_distkv.config.instance import LendingConfig
@@ -12,7 +13,7 @@ from megatron_distkv.errors import IntegrityError
 from megatron_distkv.kvcache.block_table import BlockTable
 from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
 from megatron_distkv.log import get_logger
-from megatron_distkv.rblock import InstanceId, LoanId, Span, num_rblocks_for
+from megatron_distkv.rblock import HOST, HOST_LOAN, InstanceId, LoanId, Span, num_rblocks_for
 from megatron_distkv.request import Request
 from megatron_distkv.rmanager.borrowing import Borrowing, HeldLoan
 from megatron_distkv.rmanager.homecoming import Homecoming
@@ -29,17 +30,21 @@ class RManager:
 
     Vacated rBlocks are on their way to a creditor: the step copies them out before it writes anything, so an own
     request may take them at once, but they return to the allocator (and so to debtors) only after the step.
+
+        host memory = | free | tables of running requests |        used before anything is borrowed
     """
 
     def __init__(
         self,
         allocator: RBlockAllocator,
+        host: RBlockAllocator,
         borrowing: Borrowing,
         outlook: PoolOutlook,
         config: LendingConfig,
         rblock_size: int,
     ) -> None:
         self._allocator = allocator
+        self._host = host
         self._borrowing = borrowing
         self._outlook = outlook
         self._config = config
@@ -67,11 +72,13 @@ class RManager:
     def can_admit(self, request: Request) -> bool:
         """Whether the tokens that this request has now, and one more, fit beside what running requests still need."""
         missing = self._num_missing(request)
-        return missing <= 0 or missing <= self._outlook.borrowable_rblocks()
+        here = self._host.num_free
+        return missing <= here or missing <= here + self._outlook.borrowable_rblocks()
 
     def longest_context_tokens(self) -> int:
         """The longest context that this instance could hold now, with every creditor at its lending cap."""
-        return (self._allocator.num_rblocks + self._outlook.most_borrowable_rblocks()) * self.rblock_size
+        own = self._allocator.num_rblocks + self._host.num_rblocks
+        return (own + self._outlook.most_borrowable_rblocks()) * self.rblock_size
 
     # ------------------------------------------------------------------ a step
 
@@ -139,6 +146,7 @@ class RManager:
         if table is not None:
             self._moves = [move for move in self._moves if move.request_id != request.request_id]
             self._allocator.free(table.local_block_ids())
+            self._host.free(table.block_ids_under(HOST_LOAN))
         self._borrowing.release_all(request.request_id)
 
     def lose_creditor(self, creditor: str) -> list[Request]:
@@ -162,9 +170,11 @@ class RManager:
         """Between steps: tables in order, and every used rBlock in exactly one of them."""
         if self._vacated or self._moves:
             raise IntegrityError(f"{len(self._vacated)} vacated rBlocks, {len(self._moves)} moves outlived their step")
-        for table in self._tables.values():
+        tables = self._tables.values()
+        for table in tables:
             table.check_integrity()
-        self._allocator.check_integrity([b for table in self._tables.values() for b in table.local_block_ids()])
+        self._allocator.check_integrity([b for table in tables for b in table.local_block_ids()])
+        self._host.check_integrity([b for table in tables for b in table.block_ids_under(HOST_LOAN)])
 
     # ------------------------------------------------------------------ inside
 
@@ -217,16 +227,22 @@ class RManager:
         table = self._tables[request.request_id]
         full = self._full_rblocks(request)
         movable = sum(len(span.block_ids) for span in table.oldest_local(count, full))
-        missing = movable - self._borrowing.num_unused(request.request_id)
+        room = [] if only_to else [self._host_room(request, movable)]
+        missing = movable - sum(len(x.unused) for x in room) - self._borrowing.num_unused(request.request_id)
         if missing > 0 and self._outlook.may_ask():
             borrowed = self._borrowing.borrow(request.request_id, missing, only_to)
             self._outlook.note_answer(got_all=borrowed >= missing)
         moved = 0
-        for loan in self._borrowing.usable_loans_of(request.request_id):
+        for loan in [*room, *self._borrowing.usable_loans_of(request.request_id)]:
             while loan.unused and moved < movable:
                 moved += self._move_into(loan, table, movable - moved, full)
         self._moves_left -= moved
         return moved
+
+    def _host_room(self, request: Request, count: int) -> HeldLoan:
+        """Up to `count` rBlocks of own host memory, as if lent."""
+        block_ids = self._host.allocate_up_to(count)
+        return HeldLoan(HOST_LOAN, request.request_id, HOST, "", len(block_ids), deque(block_ids))
 
     def _move_into(self, loan: HeldLoan, table: BlockTable, count: int, full: Sequence[range]) -> int:
         span = table.oldest_local(count, full)[0]

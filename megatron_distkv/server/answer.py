@@ -129,9 +129,11 @@ def _receipt(choice: Choice) -> dict[str, Any]:
     return {
         "instance": choice.instance_id,
         "max_local_rblocks": kv.max_local_rblocks,
+        "max_host_rblocks": kv.max_host_rblocks,
         "max_borrowed_rblocks": kv.max_borrowed_rblocks,
         "lenders": sorted(kv.borrowed_rblock_s),
         "local_rblock_s": round(kv.local_rblock_s, 6),
+        "host_rblock_s": round(kv.host_rblock_s, 6),
         "borrowed_rblock_s": round(sum(kv.borrowed_rblock_s.values()), 6),
         "remote_attention_s": round(kv.remote_attention_s, 6),
         "num_preemptions": kv.num_preemptions,

@@ -11,7 +11,10 @@ from megatron_distkv.config.train import OptimizerConfig
 
 
 class ModelParallelUnit:
-    """Megatron's parallel_state under the names that DeepSpeed's `mpu` argument still asks for."""
+    """Megatron's parallel_state under the names that DeepSpeed's `mpu` argument still asks for.
+
+    To DeepSpeed the ranks of a context group are data parallel: they hold the same weights, and gradients that add up.
+    """
 
     def __getattr__(self, name: str) -> Any:
         return getattr(parallel_state, name)
@@ -22,8 +25,17 @@ class ModelParallelUnit:
     def get_model_parallel_world_size(self) -> int:
         return int(parallel_state.get_tensor_model_parallel_world_size())
 
+    def get_data_parallel_rank(self) -> int:
+        return int(parallel_state.get_data_parallel_rank(with_context_parallel=True))
+
+    def get_data_parallel_world_size(self) -> int:
+        return int(parallel_state.get_data_parallel_world_size(with_context_parallel=True))
+
+    def get_data_parallel_group(self) -> Any:
+        return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
     def get_data_parallel_group_ranks(self) -> list[int]:
-        return list(dist.get_process_group_ranks(parallel_state.get_data_parallel_group()))
+        return list(dist.get_process_group_ranks(self.get_data_parallel_group()))
 
 
 def init_distributed() -> None:

@@ -10,16 +10,16 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from tqdm import tqdm
 
-from megatron_distkv.attention import DistAttention
+from megatron_distkv.attention import ContextShard, DistAttention, ShardOrder
 from megatron_distkv.config.train import TrainConfig
 from megatron_distkv.errors import CheckpointError
 from megatron_distkv.model import build_gpt, init_tensor_parallel
 from megatron_distkv.model.weights import torch_dist
 from megatron_distkv.training.data import Batch, PasskeyData
 from megatron_distkv.training.deepspeed_engine import build_engine, init_distributed, whole_parameters
-from megatron_distkv.training.loss import passkey_loss
+from megatron_distkv.training.loss import token_weights
 from megatron_distkv.training.passkey import load_prose
-from megatron_distkv.training.recall import recall
+from megatron_distkv.training.recall import num_inputs, recall
 from megatron_distkv.training.schedule import learning_rate
 
 NUM_EVALUATION_PROMPTS = 16
@@ -34,7 +34,7 @@ class Trainer:
         init_distributed()
         self.config = config
         self._output = output
-        parallel = init_tensor_parallel(config.tensor_parallel)
+        parallel = init_tensor_parallel(config.tensor_parallel, config.context_parallel)
         self._dp_rank = parallel_state.get_data_parallel_rank()
         self._dp_size = parallel_state.get_data_parallel_world_size()
         self._is_first = dist.get_rank() == 0
@@ -71,7 +71,8 @@ class Trainer:
         return losses
 
     def save(self) -> None:
-        self.engine.save_checkpoint(str(self._output / "deepspeed"), client_state={"step": self.step})
+        state = {"step": self.step, "model": self.config.model.model_dump(mode="json")}
+        self.engine.save_checkpoint(str(self._output / "deepspeed"), client_state=state)
         with whole_parameters(self.engine):
             torch_dist.save(self.engine.module, self.config.model, self._output, self.step)
 
@@ -82,25 +83,46 @@ class Trainer:
         loss = self._loss(batch)
         self.engine.backward(loss)
         self.engine.step()
-        mean = loss.detach().float().clone()
-        dist.all_reduce(mean, group=parallel_state.get_data_parallel_group())
-        return float(mean) / self._dp_size
+        total = loss.detach().float().clone()
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        dist.all_reduce(total, group=group)
+        return float(total) / group.size()
 
     def _loss(self, batch: Batch) -> torch.Tensor:
-        self._set_temperature(batch.temperature)
-        nll_BT = self.engine(batch.inputs_BT, None, None, labels=batch.labels_BT)
-        return passkey_loss(nll_BT, batch.is_answer_BT, self.config.data.prose_weight)
+        """This rank's tokens' share of the loss; the mean over data and context ranks is the whole batch's loss."""
+        shard = self._shard(batch.inputs_BT.shape[1])
+        self._set_attention(batch.temperature, shard)
+        weights_BT = token_weights(batch.is_answer_BT, self.config.data.prose_weight)
+        inputs, labels = batch.inputs_BT, batch.labels_BT
+        if shard is not None:
+            tokens = shard.order.tokens(shard.rank)
+            inputs, labels, weights_BT = (x[:, tokens] for x in (inputs, labels, weights_BT))
+        nll_BT = self.engine(inputs, None, None, labels=labels)
+        return (nll_BT * weights_BT).sum() * self.config.context_parallel
 
-    def _set_temperature(self, temperature: float) -> None:
+    def _shard(self, num_tokens: int) -> ContextShard | None:
+        if self.config.context_parallel == 1:
+            return None
+        return ContextShard(
+            ShardOrder(num_tokens, self.config.context_parallel),
+            parallel_state.get_context_parallel_rank(),
+            parallel_state.get_context_parallel_group(),
+        )
+
+    def _set_attention(self, temperature: float, shard: ContextShard | None) -> None:
         for attention in self._attentions:
             attention.scale = self._scale * temperature
+            attention.shard = shard
 
     def _recall(self) -> float:
         """Every rank takes part: with ZeRO-3 and tensor parallelism a forward pass has collectives."""
-        self._set_temperature(1.0)
-        return recall(
-            self.engine, self._held_out, self.config.evaluation_length, NUM_EVALUATION_PROMPTS, EVALUATION_SEED
-        )
+        length = self.config.evaluation_length
+        shard = self._shard(num_inputs(length))
+        self._set_attention(1.0, shard)
+        try:
+            return recall(self.engine, self._held_out, length, NUM_EVALUATION_PROMPTS, EVALUATION_SEED, shard)
+        finally:
+            self._set_attention(1.0, None)
 
     def _progress(self) -> Iterator[int]:
         steps = range(self.step, self.config.steps)

@@ -63,12 +63,16 @@ def test_a_lender_killed_in_mid_request_costs_what_it_held(byte_llama: Path, ref
         assert kv["num_preemptions"] == 0
 
 
-def test_tensor_parallel_instances_borrow_from_a_lender(byte_llama: Path, reference: Reference) -> None:
-    config: dict[str, Any] = {"instances": 1, "tensor_parallel": 2, "launcher": "deepspeed"}
+def test_tensor_parallel_ranks_use_host_memory_and_then_a_lender(byte_llama: Path, reference: Reference) -> None:
+    cache = {"num_rblocks": NUM_RBLOCKS, "num_host_rblocks": 8, "rblock_size": RBLOCK_SIZE}
+    config: dict[str, Any] = {"instances": 1, "tensor_parallel": 2, "launcher": "deepspeed", "kv_cache": cache}
     with with_lender(byte_llama, **config) as cluster, openai_client(cluster) as client:
         prompt = random_prompt(2 * OWN_TOKENS, seed=2)
         answer = client.completions.create(prompt=prompt, max_tokens=12, **GREEDY)
         assert answer.choices[0].text == as_text(reference(prompt, 12))
+        (kv,) = answer.usage.kv  # type: ignore[union-attr]
+        assert kv["max_host_rblocks"] == 8
+        assert kv["max_borrowed_rblocks"]["lender-0"] > 0
         wait_for_no_debts(cluster)
 
 

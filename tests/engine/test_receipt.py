@@ -11,7 +11,7 @@ from megatron_distkv.engine.llm import LLM
 from megatron_distkv.kvcache.block_table import BlockTable
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
 from megatron_distkv.messages import RequestKV, TokenOutput
-from megatron_distkv.rblock import InstanceId, LoanId
+from megatron_distkv.rblock import HOST, InstanceId, LoanId
 from megatron_distkv.request import Request
 from megatron_distkv.sampling_params import SamplingParams
 from tests.conftest import MakeConfig
@@ -42,12 +42,12 @@ def table(num_rblocks: int, *lent: tuple[str, int]) -> BlockTable:
 
 
 def test_each_count_holds_until_the_next_one(meter: Meter) -> None:
-    # Given a request that holds 4 rBlocks here for 2 s, then 3 here, 2 at b and 1 at c for 5 s
+    # Given a request that holds 4 rBlocks here for 2 s, then 3 here, 4 in own host memory, 2 at b and 1 at c for 5 s
     clocked, now_s = meter
     one = request()
     clocked.note(one, table(4))
     now_s[0] += 2
-    clocked.note(one, table(6, ("b", 2), ("c", 1)))
+    clocked.note(one, table(10, ("b", 2), ("c", 1), (HOST, 4)))
     now_s[0] += 5
     clocked.settle(one)
     # And then nothing, for a while (it is preempted), and 1 here again for 3 s
@@ -57,6 +57,7 @@ def test_each_count_holds_until_the_next_one(meter: Meter) -> None:
     clocked.settle(one)
     clocked.settle(one)
     assert one.local_rblock_s == 4 * 2 + 3 * 5 + 1 * 3
+    assert one.host_rblock_s == 4 * 5
     assert one.borrowed_rblock_s == {"b": 10, "c": 5}
 
 
@@ -66,7 +67,7 @@ def test_a_steps_wait_is_divided_by_the_work_at_creditors(meter: Meter) -> None:
     prompt, decode, local = request("prompt"), request("decode"), request("local")
     clocked.note(prompt, table(8, ("b", 2)))
     clocked.note(decode, table(20, ("b", 12), ("c", 3)))
-    clocked.note(local, table(5))
+    clocked.note(local, table(9, (HOST, 4)))
     clocked.charge_wait([(prompt, 30), (decode, 1), (local, 64)], 1.5)
     assert prompt.remote_attention_s == pytest.approx(1.5 * 60 / 75)
     assert decode.remote_attention_s == pytest.approx(1.5 * 15 / 75)

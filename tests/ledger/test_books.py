@@ -7,6 +7,7 @@ import msgspec
 import pytest
 
 from megatron_distkv.ledger import (
+    HOST_RBLOCKS,
     InstanceReport,
     MemoryLedger,
     PoolSnapshot,
@@ -16,7 +17,7 @@ from megatron_distkv.ledger import (
     render_history,
 )
 from megatron_distkv.messages import InstanceStatus
-from megatron_distkv.rblock import InstanceId, LoanId
+from megatron_distkv.rblock import HOST, InstanceId, LoanId
 
 A, B = InstanceId("a"), InstanceId("b")
 
@@ -34,6 +35,16 @@ def lent() -> MemoryLedger:
 
 def test_books_in_order_have_nothing_to_say() -> None:
     assert check_snapshot(lent().snapshot()) == []
+
+
+def test_host_memory_is_no_debt() -> None:
+    # Given an instance with two rBlocks of host memory, and requests that use two, or three
+    for count, found in ((2, []), (3, ["a has 3 rBlocks in host memory, of 2"])):
+        ledger = MemoryLedger()
+        epoch = ledger.register(A, "unix:x", 16, 2, 60.0, info={HOST_RBLOCKS: "2"}).epoch
+        placements = (RequestPlacementEntry("r", HOST, count, False),)
+        ledger.heartbeat(A, epoch, InstanceReport(16, placements=placements), 60.0)
+        assert check_snapshot(ledger.snapshot()) == found
 
 
 def with_record(snapshot: PoolSnapshot, name: InstanceId, **changes: object) -> PoolSnapshot:

@@ -190,3 +190,21 @@ def test_an_index_outside_the_pool_is_refused() -> None:
         store_kv(kv, kv.clone(), batch.pool, 0, int64(len(batch.pool) * 8))
     with pytest.raises(IndexError):
         scatter_rblocks(torch.zeros(1, *batch.pool.shape[1:]), batch.pool, int64(len(batch.pool)))
+
+
+def test_a_compiled_caller_gets_the_same() -> None:
+    batch = Batch(Case(torch.float32, 2, 2, 16, 8, [Sequence(20, 3)]))
+    out, lse = torch.compile(batch.attend, backend="eager", fullgraph=True)()
+    batch.check(out, lse)
+
+
+def test_shapes_that_do_not_fit_are_refused(backend: str) -> None:
+    if backend == "reference":
+        pytest.skip("torch raises errors of its own")
+    batch = Batch(Case(torch.float32, 1, 2, 16, 8, [Sequence(20, 3)]))
+    kv, slots = torch.zeros(2, 1, 16), int64(0)
+    with pytest.raises(ValueError, match="a row per slot"):
+        store_kv(kv, kv.clone(), batch.pool, 0, slots)
+    batch.ids = batch.ids.to(torch.int32)
+    with pytest.raises(ValueError, match="int64"):
+        batch.attend()

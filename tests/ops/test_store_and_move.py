@@ -8,8 +8,6 @@ from megatron_distkv.ops import (
     apply_rope,
     available_backends,
     gather_rblocks,
-    merge,
-    micro_attention,
     scatter_rblocks,
     store_kv,
     use_backend,
@@ -58,8 +56,11 @@ def test_rblocks_travel_bit_by_bit() -> None:
 def test_ops_declare_their_shapes_and_mutations_truly() -> None:
     pool, q, kv = torch.randn(4, 2, 2, 2, 4, 8), torch.randn(3, 4, 8), torch.randn(3, 2, 8)
     checks = [
-        (micro_attention, (q, pool, 1, int64(0, 2), int64(0, 4), int64(0, 2), int64(0, 3), int64(4, 5, 6), 0.5, True)),
-        (merge, (torch.randn(2, 3, 4, 8), torch.randn(2, 3, 4))),
+        (
+            torch.ops.distkv.micro_attention.default,
+            (q, pool, 1, int64(0, 2), int64(0, 4), int64(0, 2), int64(0, 3), int64(4, 5, 6), 0.5, True),
+        ),
+        (torch.ops.distkv.merge.default, (torch.randn(2, 3, 4, 8), torch.randn(2, 3, 4))),
         (store_kv, (kv, kv.clone(), pool, 0, int64(1, 2, 3))),
         (apply_rope, (q, torch.randn(3, 4), torch.randn(3, 4))),
         (gather_rblocks, (pool, int64(1, 0))),

@@ -9,7 +9,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from megatron_distkv.config.model import ModelConfig
 from megatron_distkv.config.train import TrainConfig
 from megatron_distkv.training.data import PasskeyData
-from megatron_distkv.training.loss import passkey_loss
 from megatron_distkv.training.passkey import load_prose
 from megatron_distkv.training.schedule import learning_rate
 
@@ -68,6 +67,14 @@ def _layer(mine: Weights, model: ModelConfig) -> Weights:
         "input_layernorm.weight": mine["input_layernorm.weight"],
         "post_attention_layernorm.weight": mine["pre_mlp_layernorm.weight"],
     }  # fmt: skip
+
+
+def passkey_loss(nll_BT: torch.Tensor, is_answer_BT: torch.Tensor, prose_weight: float) -> torch.Tensor:
+    """Mean over rows of (mean over answer digits + `prose_weight` * mean over the rest), row by row."""
+    losses = []
+    for nll, is_answer in zip(nll_BT, is_answer_BT == 1, strict=True):
+        losses.append(nll[is_answer].mean() + prose_weight * nll[~is_answer].mean())
+    return torch.stack(losses).mean()
 
 
 class PlainRun:

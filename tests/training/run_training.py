@@ -47,7 +47,7 @@ def train(config: TrainConfig, output: Path, *, resume: bool) -> None:
 def save_weights(trainer: Trainer, output: Path) -> None:
     with whole_parameters(trainer.engine):
         weights = {name: p.detach().clone() for name, p in trainer.engine.module.named_parameters()}
-    if parallel_state.get_data_parallel_rank() == 0:
+    if parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0:
         torch.save(weights, output / f"initial-{parallel_state.get_tensor_model_parallel_rank()}.pt")
 
 

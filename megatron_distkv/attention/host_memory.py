@@ -1,0 +1,41 @@
+"""The tier below a rank's pool: rBlocks in its own host memory, with attention computed there, by the CPU."""
+
+from collections.abc import Sequence
+
+import torch
+
+from megatron_distkv.attention.metadata import RemoteShare
+from megatron_distkv.attention.partial import Partial
+from megatron_distkv.attention.shares import ShareIndex, attend_shares, index_shares, measure_query_us
+from megatron_distkv.ops import scatter_rblocks
+
+
+class HostMemory:
+    """A creditor in this process: takes in rBlocks and answers queries like any, without a channel or a loan."""
+
+    def __init__(self, pool_BLK2ND: torch.Tensor, scale: float) -> None:
+        self._pool = pool_BLK2ND
+        self._scale = scale
+        self._rows_R = torch.empty(0, dtype=torch.int64)
+        self._index: ShareIndex | None = None
+
+    def store(self, data_MLK2ND: torch.Tensor, block_ids: Sequence[int]) -> None:
+        scatter_rblocks(data_MLK2ND.to(self._pool.device), self._pool, torch.tensor(block_ids, dtype=torch.int64))
+
+    def warm_up(self, num_query_heads: int, dtype: torch.dtype) -> float:
+        """What a query costs here, measured before any rBlock is in use."""
+        return measure_query_us(self._pool, num_query_heads, dtype, self._scale)
+
+    def begin_step(self, share: RemoteShare | None) -> None:
+        """None: this step has no rBlocks here."""
+        self._index = index_shares(share.shares) if share is not None else None
+        if share is not None:
+            self._rows_R = share.rows_R
+
+    def partials(self, layer: int, q_THD: torch.Tensor) -> list[Partial]:
+        """The partial of the rows that have rBlocks here, if there are any."""
+        if self._index is None:
+            return []
+        q_RHD = q_THD[self._rows_R].to(self._pool.device)
+        out, lse = attend_shares(q_RHD, self._pool, layer, self._index, self._scale)
+        return [Partial(self._rows_R, out.to(q_THD.device), lse.to(q_THD.device))]

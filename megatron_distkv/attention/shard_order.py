@@ -1,0 +1,69 @@
+"""Which tokens of a sequence lie on which rank of a context group: zig-zag, so that causal work is even.
+
+C ranks cut the sequence into 2C chunks as equal as they can be; rank r holds chunks r and 2C - 1 - r, in this order:
+
+    C = 2    | rank 0 | rank 1 | rank 1 | rank 0 |
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+
+class Segment(NamedTuple):
+    """Consecutive tokens `start .. stop` of the sequence, all of one document, at `row` .. of their rank's shard."""
+
+    start: int
+    stop: int
+    document: int
+    row: int
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.row, self.row + self.stop - self.start)
+
+
+@dataclass(frozen=True)
+class ShardOrder:
+    """`num_tokens` over `size` ranks. Packed documents begin at `document_starts`; none sees another."""
+
+    num_tokens: int
+    size: int
+    document_starts: tuple[int, ...] = (0,)
+
+    def __post_init__(self) -> None:
+        starts = self.document_starts
+        if starts[:1] != (0,) or sorted(set(starts)) != list(starts) or starts[-1] > max(0, self.num_tokens - 1):
+            raise ValueError(f"document_starts must begin with 0 and rise below {self.num_tokens}, got {starts}")
+
+    @lru_cache(maxsize=256)  # noqa: B019  small, frozen, and few
+    def segments(self, rank: int) -> tuple[Segment, ...]:
+        segments, row = [], 0
+        for first, last in self._pieces(rank):
+            inner = [start for start in self.document_starts if first < start < last]
+            for start, stop in zip([first, *inner], [*inner, last], strict=True):
+                document = sum(other <= start for other in self.document_starts) - 1
+                segments.append(Segment(start, stop, document, row))
+                row += stop - start
+        return tuple(segments)
+
+    def tokens(self, rank: int) -> torch.Tensor:
+        """Each row's place in the whole sequence, int64."""
+        parts = [torch.arange(segment.start, segment.stop) for segment in self.segments(rank)]
+        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+
+    def positions(self, rank: int) -> torch.Tensor:
+        """Each row's place in its own document, int64."""
+        begins = [(s, self.document_starts[s.document]) for s in self.segments(rank)]
+        parts = [torch.arange(segment.start - begin, segment.stop - begin) for segment, begin in begins]
+        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+
+    def _pieces(self, rank: int) -> list[tuple[int, int]]:
+        cuts = [number * self.num_tokens // (2 * self.size) for number in range(2 * self.size + 1)]
+        low, high = rank, 2 * self.size - 1 - rank
+        if low + 1 == high:  # the two in the middle touch
+            return [(cuts[low], cuts[high + 1])] if cuts[low] < cuts[high + 1] else []
+        pieces = [(cuts[chunk], cuts[chunk + 1]) for chunk in (low, high)]
+        return [piece for piece in pieces if piece[0] < piece[1]]

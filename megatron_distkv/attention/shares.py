@@ -1,0 +1,64 @@
+"""MicroAttention over the rBlocks of many sequences, all in the past of all queries: what every holder computes."""
+
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from megatron_distkv.messages import QueryShare
+from megatron_distkv.ops import micro_attention
+
+# A measurement is the best of so many, each over so many rBlocks (a smaller pool's are read again: a call has a price
+# of its own, and figures must be comparable).
+MEASUREMENTS, MEASURED_RBLOCKS = 5, 32
+
+
+class ShareIndex(NamedTuple):
+    """Made once per step, used by all its layers (int64; contract: ops.micro_attention)."""
+
+    block_ids_M: torch.Tensor
+    cu_blocks: torch.Tensor
+    cu_queries: torch.Tensor
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.cu_queries[-1])
+
+
+def index_shares(shares: Sequence[QueryShare]) -> ShareIndex:
+    cu_blocks, cu_queries, block_ids = [0], [0], []
+    for share in shares:
+        block_ids.extend(share.block_ids)
+        cu_blocks.append(len(block_ids))
+        cu_queries.append(cu_queries[-1] + share.num_queries)
+    return ShareIndex(*(torch.tensor(x, dtype=torch.int64) for x in (block_ids, cu_blocks, cu_queries)))
+
+
+def attend_shares(
+    q_THD: torch.Tensor, pool_BLK2ND: torch.Tensor, layer: int, index: ShareIndex, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Out `[T, H, D]` and lse `[T, H]`, fp32, where the pool lies."""
+    starts_M = torch.zeros_like(index.block_ids_M)
+    positions_T = torch.zeros(len(q_THD), dtype=torch.int64, device=q_THD.device)
+    return micro_attention(
+        q_THD, pool_BLK2ND, layer, index.block_ids_M, starts_M, index.cu_blocks, index.cu_queries, positions_T, scale,
+        causal=False,
+    )  # fmt: skip
+
+
+def measure_query_us(pool_BLK2ND: torch.Tensor, num_query_heads: int, dtype: torch.dtype, scale: float) -> float:
+    """What one query over one rBlock costs where this pool lies: microseconds for all layers, without the way there.
+
+    Clears the first rBlocks, so it belongs before their use; untouched memory would read faster than it is.
+    """
+    block_ids = [number % pool_BLK2ND.shape[0] for number in range(MEASURED_RBLOCKS)]
+    pool_BLK2ND[:MEASURED_RBLOCKS].zero_()
+    q_THD = torch.zeros((1, num_query_heads, pool_BLK2ND.shape[-1]), dtype=dtype, device=pool_BLK2ND.device)
+    index = index_shares([QueryShare([], block_ids, 1)])
+    took_s = []
+    for _ in range(1 + MEASUREMENTS):  # the first one is there to warm up
+        began_s = time.perf_counter()
+        attend_shares(q_THD, pool_BLK2ND, 0, index, scale)[0].cpu()
+        took_s.append(time.perf_counter() - began_s)
+    return min(took_s[1:]) * 1e6 * pool_BLK2ND.shape[1] / MEASURED_RBLOCKS

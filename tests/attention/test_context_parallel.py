@@ -1,0 +1,171 @@
+"""Attention over a context group of real gloo processes, against float64 autograd on one process."""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_distkv.attention import (
+    ContextShard,
+    DistAttention,
+    RotaryConfig,
+    ShardOrder,
+    context_attention,
+    tile_attention,
+)
+from megatron_distkv.attention.visits import Heads, plan_rounds, plan_visit
+from tests.attention.context_ranks import NUM_RANKS, SCALE, Case, Ranks, Result, run_shard
+
+GROUPS = [(4, 4), (4, 2), (4, 1), (3, 3), (6, 2)]
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    started = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield started
+    started.close()
+
+
+def reference(case: Case) -> Result:
+    """Masked softmax in float64, differentiated by autograd."""
+    q, k, v, d_out = (tensor.double() for tensor in case.tensors())
+    leaves = [tensor.requires_grad_() for tensor in (q, k, v)]
+    group = case.query_heads // case.kv_heads
+    scores = torch.einsum("sbhd,xbhd->bhsx", q, k.repeat_interleave(group, 2)) * SCALE
+    tokens = torch.arange(case.num_tokens)
+    documents = (tokens[:, None] >= torch.tensor(case.document_starts)).sum(1)
+    is_seen = (tokens[:, None] >= tokens) & (documents[:, None] == documents)
+    weights = scores.masked_fill(~is_seen, float("-inf")).softmax(-1)
+    out = torch.einsum("bhsx,xbhd->sbhd", weights, v.repeat_interleave(group, 2))
+    out.backward(d_out)
+    gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
+    return Result(out.detach(), *gradients)
+
+
+def assert_exact(result: Result, case: Case) -> None:
+    for name, mine, exact in zip(Result._fields, result, reference(case), strict=True):
+        # A document's first token has no gradient at all in q: then the error counts as it is.
+        error = float((mine.double() - exact).norm() / exact.norm().clamp_min(1.0))
+        assert error <= TOLERANCE[case.dtype], f"{name} of {case}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_shards_together_are_single_process_attention(size: int, dtype: torch.dtype, ranks: Ranks) -> None:
+    # Given multi-head, grouped and multi-query attention, and a length that no number of ranks divides
+    for query_heads, kv_heads in GROUPS:
+        case = Case(61, size, query_heads, kv_heads, batch=2, dtype=dtype)
+        # Then out and all gradients are the whole sequence's
+        assert_exact(ranks.run(case), case)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_packed_documents_do_not_see_each_other(size: int, ranks: Ranks) -> None:
+    # Given documents of one token, of many, and over the ends of chunks
+    case = Case(50, size, document_starts=(0, 1, 9, 25, 26, 47))
+    assert_exact(ranks.run(case), case)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_any_length_heads_and_documents(ranks: Ranks, data: st.DataObject) -> None:
+    kv_heads = data.draw(st.sampled_from([1, 2, 3]), "kv_heads")
+    num_tokens = data.draw(st.integers(1, 40), "num_tokens")
+    starts = data.draw(st.sets(st.integers(0, num_tokens - 1), max_size=5), "starts")
+    case = Case(
+        num_tokens,
+        data.draw(st.integers(1, NUM_RANKS), "size"),
+        kv_heads * data.draw(st.sampled_from([1, 2, 4]), "group"),
+        kv_heads,
+        head_dim=data.draw(st.sampled_from([4, 16, 20]), "head_dim"),
+        batch=data.draw(st.integers(1, 2), "batch"),
+        document_starts=tuple(sorted(starts | {0})),
+        dtype=torch.float64,
+        seed=data.draw(st.integers(0, 2**31), "seed"),
+    )
+    assert_exact(ranks.run(case), case)
+
+
+def test_without_the_flash_kernel_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Given plain torch, as on other devices than CPUs
+    monkeypatch.setattr(tile_attention, "_flash", tile_attention._plain)
+    monkeypatch.setattr(tile_attention, "_flash_backward", tile_attention._plain_backward)
+    for dtype in TOLERANCE:
+        case = Case(30, 1, document_starts=(0, 7), dtype=dtype)
+        assert_exact(run_shard(case, ContextShard(case.order)), case)
+
+
+@given(st.integers(0, 200), st.integers(1, 9), st.data())
+def test_an_order_gives_every_token_to_one_rank(num_tokens: int, size: int, data: st.DataObject) -> None:
+    starts = data.draw(st.sets(st.integers(0, max(0, num_tokens - 1)), max_size=6)) | {0}
+    order = ShardOrder(num_tokens, size, tuple(sorted(starts)))
+    shards = [order.tokens(rank) for rank in range(size)]
+    assert sorted(torch.cat(shards).tolist()) == list(range(num_tokens))
+    for rank, tokens in enumerate(shards):
+        # Then positions count from the token's own document, and each shard's tokens are in order
+        begins = [max(start for start in starts if start <= token) for token in tokens.tolist()]
+        assert order.positions(rank).tolist() == [t - b for t, b in zip(tokens.tolist(), begins, strict=True)]
+        assert tokens.equal(tokens.sort().values)
+        assert abs(len(tokens) - num_tokens / size) <= 2
+
+
+def test_causal_work_is_even() -> None:
+    order = ShardOrder(4096, 4)
+    work = []
+    for rank in range(4):
+        visits = [plan_visit(order, rank, other, Heads(4, 4, 8, 4)) for other in range(4)]
+        tiles = [tile for visit in visits if visit is not None for tile in visit.tiles]
+        sizes = [(t.queries.stop - t.queries.start) * (t.keys.stop - t.keys.start) for t in tiles]
+        work.append(sum(size / 2 if tile.is_causal else size for size, tile in zip(sizes, tiles, strict=True)))
+    assert max(work) == min(work)
+    assert sum(work) == 4096**2 / 2
+
+
+def test_the_fewer_bytes_travel() -> None:
+    # Given two ranks, where rank 0's later half sees all of rank 1's keys, and all of rank 1 sees half of rank 0's
+    order = ShardOrder(64, 2)
+    few_queries, few_keys = (
+        [plan_visit(order, *pair, Heads(heads, 4, 8, 4)) for heads in (4, 32)] for pair in ((0, 1), (1, 0))
+    )
+    # Then half of the queries travel rather than all keys, unless they are eight times as wide
+    assert [(v.queries.num_rows, v.keys.num_rows, v.keys_travel) for v in few_queries if v] == [
+        (16, 32, False), (16, 32, True)
+    ]  # fmt: skip
+    assert [(v.queries.num_rows, v.keys.num_rows, v.keys_travel) for v in few_keys if v] == [(32, 16, True)] * 2
+
+
+def test_documents_apart_have_no_visits() -> None:
+    # Given a document per chunk: only the middle of the sequence, where one rank holds two chunks, could share anything
+    order = ShardOrder(64, 4, tuple(range(0, 64, 8)))
+    for rank in range(4):
+        assert [len(visits) for visits in plan_rounds(order, rank, Heads(4, 2, 8, 4))] == [1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("rotary", [RotaryConfig(), RotaryConfig(percent=0.5)])
+def test_packed_documents_are_the_documents_one_by_one(rotary: RotaryConfig) -> None:
+    # Given the module, with positions, over three documents in one sequence
+    case = Case(24, 1, document_starts=(0, 10, 11))
+    attention = DistAttention(SimpleNamespace(kv_channels=case.head_dim), layer_number=1, rotary=rotary)
+    q, k, v, _ = case.tensors()
+    attention.shard = ContextShard(case.order)
+    packed = attention(q, k, v, None)
+    # Then each is what it is alone
+    attention.shard = None
+    for document, out in zip((slice(0, 10), slice(10, 11), slice(11, 24)), packed.split([10, 1, 13]), strict=True):
+        torch.testing.assert_close(out, attention(q[document], k[document], v[document], None), rtol=1e-5, atol=1e-6)
+
+
+def test_a_shard_of_the_wrong_length_is_refused() -> None:
+    q = torch.zeros(5, 1, 2, 8)
+    with pytest.raises(ValueError, match="rank 0 holds 6 tokens"):
+        context_attention(q, q, q, ContextShard(ShardOrder(6, 1)), SCALE)
+
+
+@pytest.mark.parametrize("starts", [(), (1,), (0, 3, 3), (0, 5, 4), (0, 8)])
+def test_documents_out_of_order_are_refused(starts: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="document_starts"):
+        ShardOrder(8, 2, starts)

@@ -1,0 +1,34 @@
+"""Whom a debtor asks first: by what a query costs there, then lenders before instances, then the freest."""
+
+from megatron_distkv.ledger import LENDER, QUERY_US, ROLE, MemoryLedger
+from megatron_distkv.rblock import InstanceId
+from megatron_distkv.rmanager import Identity, MailboxSizes, Peers, PoolOutlook
+
+
+def order(**members: tuple[int, dict[str, str]]) -> list[str]:
+    """The order in which `me` would ask these members, given by their free rBlocks and their info."""
+    ledger, me = MemoryLedger(), Identity(InstanceId("me"))
+    for name, (free, info) in members.items():
+        ledger.register(InstanceId(name), name, free, 0, 60.0, info=info)
+    peers = Peers("pool", me, 0, MailboxSizes(1, 1), deadline_s=1.0)
+    return [creditor.instance for creditor in PoolOutlook(ledger, me, peers, enabled=True).creditors()]
+
+
+def test_alike_the_freest_first() -> None:
+    costs = {"a": "5.0", "b": "9.0", "c": "19.9"}
+    assert order(**{name: (place, {QUERY_US: costs[name]}) for place, name in enumerate("abc", start=1)}) == [*"cba"]
+
+
+def test_a_lender_before_freer_instances() -> None:
+    assert order(a=(50, {QUERY_US: "5"}), lender=(10, {QUERY_US: "6", ROLE: LENDER})) == ["lender", "a"]
+
+
+def test_a_dear_one_last_however_free() -> None:
+    slow = {QUERY_US: "20.1", ROLE: LENDER}
+    assert order(slow=(500, slow), a=(10, {QUERY_US: "5"}), b=(20, {QUERY_US: "7"})) == ["b", "a", "slow"]
+
+
+def test_who_says_nothing_that_can_be_read_is_not_dear() -> None:
+    infos = {"nan": {QUERY_US: "nan"}, "text": {QUERY_US: "fast"}, "nothing": {}, "minus": {QUERY_US: "-1"}}
+    members = {name: (place, info) for place, (name, info) in enumerate(infos.items(), start=10)}
+    assert order(a=(1, {QUERY_US: "5"}), **members) == ["minus", "nothing", "text", "nan", "a"]
