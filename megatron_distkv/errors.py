@@ -34,6 +34,10 @@ class PeerLost(DistkvError):
         self.reason = reason
 
 
+class PeerWrong(PeerLost):
+    """A peer answered in the right shape, but what it said or gave back cannot be true: nothing of it is believed."""
+
+
 class UnreadableMessage(DistkvError):
     """Bytes of another process that are not what they should be."""
 

@@ -61,7 +61,12 @@ class TokenLogprobs(msgspec.Struct, frozen=True):
 
 
 class RequestKV(msgspec.Struct, frozen=True):
-    """Where a request's rBlocks lay: the most it held at one time."""
+    """A request's receipt: where its rBlocks lay in the instance that ended it, and what that cost.
+
+    rBlock-seconds are the sum over time of the rBlocks that held its KV. `remote_attention_s` is its part of the time
+    that steps waited for creditors' answers after their own work was done: a step's wait is divided among the requests
+    that asked, in proportion to tokens times borrowed rBlocks. (With tensor parallelism: as the leader waited.)
+    """
 
     max_local_rblocks: int = 0
     max_host_rblocks: int = 0  # in the instance's own host memory
@@ -69,6 +74,10 @@ class RequestKV(msgspec.Struct, frozen=True):
     num_preemptions: int = 0
     num_recomputed_tokens: int = 0
     num_tokens_at_losses: int = 0  # what starting over at each loss would have computed again
+    local_rblock_s: float = 0.0
+    host_rblock_s: float = 0.0
+    borrowed_rblock_s: dict[str, float] = {}  # by lender
+    remote_attention_s: float = 0.0
 
 
 class TokenOutput(msgspec.Struct, frozen=True, tag="token"):

@@ -22,6 +22,12 @@ INSTANCE_REQUESTS = Gauge(
 REFUSED_CHANNELS = Counter(
     "distkv_refused_channels", "Channels refused at the handshake, by reason", ["reason"], registry=REGISTRY
 )
+WRONG_CREDITORS = Counter(
+    "distkv_wrong_creditors",
+    "Alarms: a creditor gave back other bytes than it got (`rblocks`), or answered wrongly (`partial`)",
+    ["creditor", "what"],
+    registry=REGISTRY,
+)
 REFUSED_ACCESSES = Counter(
     "distkv_refused_accesses",
     "Queries and stores refused: the loan has `ended`, or the memory is another's (`foreign`)",

@@ -51,6 +51,10 @@ class Request:
     max_local_rblocks: int = 0
     max_host_rblocks: int = 0
     max_borrowed_rblocks: dict[str, int] = field(default_factory=dict)
+    local_rblock_s: float = 0.0
+    host_rblock_s: float = 0.0
+    borrowed_rblock_s: dict[str, float] = field(default_factory=dict)  # by lender
+    remote_attention_s: float = 0.0
 
     def __post_init__(self) -> None:
         if self.sampling.seed is not None:

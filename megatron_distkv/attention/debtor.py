@@ -1,5 +1,6 @@
 """The asking side: one message per creditor and layer for the whole batch, answered while local work goes on."""
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -9,6 +10,7 @@ import torch
 from megatron_distkv.attention.host_memory import HostMemory
 from megatron_distkv.attention.metadata import RemoteShare
 from megatron_distkv.attention.partial import Partial
+from megatron_distkv.attention.verification import Question, Verification
 from megatron_distkv.errors import DistkvError, PeerLost
 from megatron_distkv.messages import Acknowledge, MessageKind, QueryHeader, decode
 from megatron_distkv.rblock import HOST
@@ -33,16 +35,24 @@ class Debtor:
     So all tensor-parallel ranks come to the same collectives; the leader then computes the requests concerned again.
     """
 
-    def __init__(self, channels: Mapping[str, Exchange], deadline_s: float, host: HostMemory | None = None) -> None:
+    def __init__(
+        self,
+        channels: Mapping[str, Exchange],
+        deadline_s: float,
+        host: HostMemory | None = None,
+        verification: Verification | None = None,
+    ) -> None:
         """`host`: the instance's own host memory, for rBlocks whose creditor is `HOST`."""
         self._channels = channels
         self._host = host
         self._deadline_s = deadline_s
+        self._verification = verification
         self._step = 0
         self._remote: dict[str, RemoteShare] = {}
         self._posted: list[str] = []
         self._spec: tuple[TensorSpec, ...] = ()
         self.lost: dict[str, str] = {}
+        self.waited_s = 0.0  # for answers, in this step
 
     def begin_step(self, step: int, remote: dict[str, RemoteShare]) -> None:
         self._step = step
@@ -50,6 +60,7 @@ class Debtor:
         if self._host is not None:
             self._host.begin_step(remote.get(HOST))
         self.lost = {}
+        self.waited_s = 0.0
 
     def ask(self, layer: int, q_THD: torch.Tensor) -> None:
         """Send each creditor its query rows."""
@@ -81,7 +92,7 @@ class Debtor:
         return partials
 
     def _answer(self, creditor: str) -> Partial:
-        reply = self._channels[creditor].wait(self._deadline_s)
+        reply = self._wait(creditor)
         refusal = decode(reply.header, Acknowledge).refusal
         if refusal is not None:
             raise PeerLost(creditor, f"refused a query: {refusal.value}")
@@ -94,7 +105,19 @@ class Debtor:
                 TensorSpec((len(rows_R), num_heads), torch.float32),
             ],
         )
-        return Partial(rows_R, out.to(torch.float32), lse.clone())
+        partial = Partial(rows_R, out.to(torch.float32), lse.clone())
+        if self._verification is None:
+            return partial
+        layer, q_THD = self._asked
+        question = Question(creditor, layer, q_THD[rows_R], self._remote[creditor].shares, self._dtype)
+        return self._verification.verified(self._channels[creditor], question, partial)
+
+    def _wait(self, creditor: str) -> Reply:
+        began_s = time.monotonic()
+        try:
+            return self._channels[creditor].wait(self._deadline_s)
+        finally:
+            self.waited_s += time.monotonic() - began_s
 
     def _note_lost(self, creditor: str, error: DistkvError) -> None:
         self.lost[creditor] = error.reason if isinstance(error, PeerLost) else str(error)

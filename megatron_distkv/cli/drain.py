@@ -50,7 +50,10 @@ def _find(ledger: DebtLedger, name: str) -> InstanceRecord:
         names = ", ".join(record.instance for record in live) or "none"
         raise UserError(f"no live instance is called {name!r}; live are: {names}")
     if not record.takes_requests:
-        raise UserError(f"{name} is a memory-only lender: it gives back what it lends when it is told to end (SIGTERM)")
+        raise UserError(
+            f"{name} is a memory-only lender and serves no requests: send its process SIGTERM, and it gives back what "
+            "it lends before it ends"
+        )
     return record
 
 

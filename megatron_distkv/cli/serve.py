@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tensor-parallel", type=int, help="ranks of this instance")
     parser.add_argument("--num-rblocks", type=int, help="rBlocks in this instance's pool")
     parser.add_argument("--num-host-rblocks", type=int, help="rBlocks in own host memory, used before borrowing")
+    parser.add_argument("--verify", type=int, metavar="N", help="compute one in N remote partials again, and compare")
     parser.add_argument(
         "--ledger", metavar="URL", help=f"redis://, rediss:// or unix:// of the ledger server; else {default_ledger()}"
     )
@@ -45,6 +46,7 @@ def _config(args: argparse.Namespace) -> InstanceConfig:
     values.setdefault("ledger", {"url": default_ledger()})
     nested = {
         "kv_cache": {"num_rblocks": args.num_rblocks, "num_host_rblocks": args.num_host_rblocks},
+        "lending": {"verify_one_in": args.verify},
         "ledger": {"url": args.ledger, "pool": args.pool},
     }
     for room, settings in nested.items():

@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-host-rblocks", type=int, help="rBlocks in each instance's host memory, beside its pool")
     parser.add_argument("--lenders", type=int, help="memory-only lenders beside the instances")
     parser.add_argument("--lender-rblocks", type=int, help="rBlocks that each lender lends")
+    parser.add_argument("--verify", type=int, metavar="N", help="compute one in N remote partials again, and compare")
     parser.add_argument("--ledger", metavar="URL", help="ledger server; embedded:// starts one")
     parser.add_argument("--port", type=int, help="port of the gateway; 0 takes a free one")
     parser.add_argument("--launcher", choices=("deepspeed", "python"), help="how an instance is started")
@@ -61,6 +62,8 @@ def _config(args: argparse.Namespace) -> ClusterConfig:
     for key in ("num_rblocks", "num_host_rblocks"):
         if getattr(args, key) is not None:
             values["kv_cache"] = {**values.get("kv_cache", {}), key: getattr(args, key)}
+    if args.verify is not None:
+        values["lending"] = {**values.get("lending", {}), "verify_one_in": args.verify}
     if args.ledger is not None:
         values["ledger"] = {**values.get("ledger", {}), "url": args.ledger}
     elif "ledger" not in values:

@@ -41,6 +41,10 @@ class LendingConfig(FrozenConfig):
     deadline_s: float = Field(10.0, gt=0)
     """A creditor that does not answer within this time is lost; its requests are recomputed."""
 
+    verify_one_in: int = Field(0, ge=0)
+    """One in so many partial results of creditors is computed again here, from a copy of the borrowed rBlocks, and
+    compared; what comes back is compared with what was sent. A mismatch is an alarm. 0: only NaN and infinity are."""
+
 
 class LedgerConfig(FrozenConfig):
     url: str = "memory://"

@@ -37,6 +37,7 @@ class StepPlan(msgspec.Struct, frozen=True):
 
 
 class StepReply(msgspec.Struct, frozen=True):
-    """A follower's answer to a step: creditors that it lost, with the reason."""
+    """A follower's answer to a step: creditors that it lost, with the reason, and those of them that failed a check."""
 
     lost: dict[str, str]
+    wrong: list[str] = []

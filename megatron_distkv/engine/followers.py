@@ -1,13 +1,15 @@
 """The leader's side of its own tensor-parallel ranks: one channel per follower for steps, one for grants."""
 
+import contextlib
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
-from megatron_distkv.engine.addresses import rank_address
+from megatron_distkv.engine.addresses import control_address
 from megatron_distkv.engine.batch import StepPlan, StepReply
+from megatron_distkv.errors import PeerLost
 from megatron_distkv.messages import GrantHeader, MessageKind, RevokeHeader, decode
 from megatron_distkv.rblock import InstanceId
 from megatron_distkv.transport import PROTOCOL_VERSION, Channel, Hello, connect
@@ -21,7 +23,10 @@ GRANT_DEADLINE_S = 30.0
 
 
 class FollowerRanks:
-    """Ranks 1 .. size - 1. A lost follower raises PeerLost, and the instance ends: no rank can go on alone."""
+    """Ranks 1 .. size - 1, over channels that only this instance's `secret` opens.
+
+    A lost follower raises PeerLost, and the instance ends: no rank can go on alone.
+    """
 
     def __init__(self, run_dir: Path, instance: InstanceId, pool: str, size: int, secret: bytes) -> None:
         self._lock = threading.Lock()  # grants come from channel threads
@@ -33,13 +38,15 @@ class FollowerRanks:
         for channel in self._steps:
             channel.post(MessageKind.STEP, header)
 
-    def end_step(self) -> dict[str, str]:
+    def end_step(self) -> StepReply:
         """Creditors that any follower lost."""
         lost: dict[str, str] = {}
+        wrong: set[str] = set()
         for channel in self._steps:
-            reply = channel.wait(STEP_DEADLINE_S)
-            lost.update(decode(reply.header, StepReply).lost)
-        return lost
+            reply = decode(channel.wait(STEP_DEADLINE_S).header, StepReply)
+            lost.update(reply.lost)
+            wrong.update(reply.wrong)
+        return StepReply(lost, sorted(wrong))
 
     def grant(self, loan_id: str, debtor: str, block_ids: Sequence[int]) -> None:
         self._tell(MessageKind.GRANT, GrantHeader(loan_id, debtor, list(block_ids)))
@@ -48,7 +55,11 @@ class FollowerRanks:
         self._tell(MessageKind.REVOKE, RevokeHeader(loan_id))
 
     def stop(self) -> None:
-        self._tell(MessageKind.STOP, RevokeHeader(""))
+        header = msgspec.msgpack.encode(RevokeHeader(""))
+        with self._lock:
+            for channel in self._grants:
+                with contextlib.suppress(PeerLost):  # it may be gone before its answer is out
+                    channel.call(MessageKind.STOP, header, deadline_s=GRANT_DEADLINE_S)
         for channel in (*self._steps, *self._grants):
             channel.close()
 
@@ -60,5 +71,5 @@ class FollowerRanks:
 
 def _connect(run_dir: Path, instance: InstanceId, pool: str, rank: int, secret: bytes) -> Channel:
     hello = Hello(PROTOCOL_VERSION, pool, instance, 0, 0, STEP_BYTES, REPLY_BYTES)
-    address = rank_address(run_dir, instance, rank)
+    address = control_address(run_dir, instance, rank)
     return connect(address, hello, peer=f"{instance} rank {rank}", timeout_s=GRANT_DEADLINE_S, secret=secret)

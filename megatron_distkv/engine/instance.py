@@ -10,6 +10,7 @@ from megatron_distkv.engine.addresses import rank_address, request_socket
 from megatron_distkv.engine.batch import Slice, StepPlan
 from megatron_distkv.engine.closing import close_in_order
 from megatron_distkv.engine.followers import FollowerRanks
+from megatron_distkv.engine.instance_secret import share_instance_secret
 from megatron_distkv.engine.lender_desk import LenderDesk
 from megatron_distkv.engine.membership import Membership
 from megatron_distkv.engine.model_runner import StepResult
@@ -27,6 +28,8 @@ from megatron_distkv.transport import Listener
 logger = get_logger(__name__)
 # A step without any room gives creditors and debtors this long before the next try.
 NO_ROOM_PAUSE_S = 0.002
+# A creditor that has given a wrong answer gets nothing for this long: time for a person to look at it.
+DISTRUST_S = 600.0
 
 
 class Instance:
@@ -142,7 +145,8 @@ class Instance:
         plan = self._plan(scheduled)
         result = self._run(plan)
         sampled = self._sample(scheduled, result)  # before anything counts as lost: the plan's logit rows count on it
-        spoiled = self._lose_creditors(result.lost)
+        self.scheduler.charge_wait(scheduled, result.waited_s)
+        spoiled = self._lose_creditors(result)
         self.rmanager.end_step()
         outputs = self.scheduler.update([item for item in scheduled if item.request not in spoiled], sampled)
         self._update_report()
@@ -171,7 +175,8 @@ class Instance:
             return self._rank.runner.run(plan)
         self._followers.begin_step(plan)
         result = self._rank.runner.run(plan)
-        return StepResult(result.logits_RV, {**result.lost, **self._followers.end_step()})
+        theirs = self._followers.end_step()
+        return result._replace(lost={**result.lost, **theirs.lost}, wrong=result.wrong.union(theirs.wrong))
 
     def _sample(self, scheduled: list[Scheduled], result: StepResult) -> dict[str, SampledToken]:
         wanted = [item.request for item in scheduled if item.needs_logits]
@@ -180,14 +185,14 @@ class Instance:
         tokens = sample(result.logits_RV, wanted)
         return {request.request_id: token for request, token in zip(wanted, tokens, strict=True)}
 
-    def _lose_creditors(self, lost: dict[str, str]) -> list[Request]:
+    def _lose_creditors(self, result: StepResult) -> list[Request]:
         """What lay at lost creditors is computed again; returns the requests whose tokens of this step mean nothing.
 
         Their clients see a pause, and the same tokens.
         """
         spoiled: list[Request] = []
-        for creditor, reason in lost.items():
-            self._rank.peers.shun(creditor, self.config.ledger.lease_s)
+        for creditor, reason in result.lost.items():
+            self._rank.peers.shun(creditor, DISTRUST_S if creditor in result.wrong else self.config.ledger.lease_s)
             requests = self.rmanager.lose_creditor(creditor)
             num_tokens = sum(request.num_lost_tokens for request in requests)
             what = f"{len(requests)} requests compute {num_tokens} tokens again"
@@ -208,11 +213,10 @@ class Instance:
     def _connect_followers(self) -> FollowerRanks | None:
         if self._rank.parallel.size == 1:
             return None
+        secret = share_instance_secret()
         dist.barrier()  # the followers listen before this
         config, rank = self.config, self._rank
-        return FollowerRanks(
-            config.run_dir, rank.identity.instance, config.ledger.pool, rank.parallel.size, rank.secret
-        )
+        return FollowerRanks(config.run_dir, rank.identity.instance, config.ledger.pool, rank.parallel.size, secret)
 
     def _make_membership(self, ledger: DebtLedger) -> Membership:
         config, rank = self.config, self._rank

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_distkv.attention import Debtor, ForwardContext, build_metadata, forward_context
+from megatron_distkv.attention import Debtor, ForwardContext, Verification, build_metadata, forward_context
 from megatron_distkv.engine.batch import StepPlan
 from megatron_distkv.errors import PeerLost
 from megatron_distkv.kvcache.rblock_pool import RBlockPool
@@ -13,22 +13,40 @@ from megatron_distkv.rmanager import Migration, Peers
 
 
 class StepResult(NamedTuple):
-    """Logits `[R, vocabulary]` of the plan's logit rows, and the creditors that this rank lost, with the reason."""
+    """Logits `[R, vocabulary]` of the plan's logit rows, and the creditors that this rank lost, with the reason.
+
+    `wrong`: those of them that failed a check. `waited_s`: for creditors' answers, when nothing else was left to do.
+    """
 
     logits_RV: torch.Tensor | None
     lost: dict[str, str]
+    waited_s: float = 0.0
+    wrong: frozenset[str] = frozenset()
 
 
 class ModelRunner:
-    def __init__(self, gpt: GPT, pool: RBlockPool, peers: Peers, migration: Migration, debtor: Debtor) -> None:
+    def __init__(
+        self,
+        gpt: GPT,
+        pool: RBlockPool,
+        peers: Peers,
+        migration: Migration,
+        debtor: Debtor,
+        verification: Verification,
+    ) -> None:
         self._gpt = gpt
         self._pool = pool
         self._peers = peers
         self._migration = migration
         self._debtor = debtor
+        self._verification = verification
 
     def run(self, plan: StepPlan) -> StepResult:
         """The same collectives on every rank, whatever is lost on the way."""
+        result = self._run(plan)
+        return result._replace(wrong=frozenset(self._verification.wrong & result.lost.keys()))
+
+    def _run(self, plan: StepPlan) -> StepResult:
         lost = self._migration.carry_out([*plan.moves, *plan.pulls])
         lost.update(self._open_channels(plan, lost))
         if not plan.token_ids:
@@ -38,7 +56,7 @@ class ModelRunner:
         context = ForwardContext(metadata, self._pool.tensor_BLK2ND, self._debtor if metadata.remote else None)
         with forward_context(context):
             logits_RV = self._gpt(torch.tensor(plan.token_ids), torch.tensor(plan.logit_rows, dtype=torch.int64))
-        return StepResult(logits_RV, {**lost, **self._debtor.lost})
+        return StepResult(logits_RV, {**lost, **self._debtor.lost}, self._debtor.waited_s)
 
     def _open_channels(self, plan: StepPlan, lost: dict[str, str]) -> dict[str, str]:
         unreachable = {}

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_distkv.attention import Creditor, Debtor, HostMemory, LoanTable
+from megatron_distkv.attention import Creditor, Debtor, HostMemory, LoanTable, Verification
 from megatron_distkv.config.instance import InstanceConfig
 from megatron_distkv.config.model import ModelConfig
 from megatron_distkv.engine.model_runner import ModelRunner
@@ -13,7 +13,7 @@ from megatron_distkv.ledger import HOST_QUERY_US, QUERY_US
 from megatron_distkv.model import GPT, TensorParallel, build_gpt, find_checkpoint, load_weights
 from megatron_distkv.rblock import InstanceId
 from megatron_distkv.rmanager import Identity, MailboxSizes, Migration, Peers
-from megatron_distkv.transport import read_secret
+from megatron_distkv.transport import TensorSpec, read_secret
 
 # Migrated rBlocks travel in messages of about this size: large enough for full bandwidth, small enough for a mailbox.
 STORE_MESSAGE_BYTES = 8 << 20
@@ -61,12 +61,15 @@ def build_rank(config: InstanceConfig, parallel: TensorParallel) -> Rank:
     tensor, scale = pool.tensor_BLK2ND, model.head_dim**-0.5
     num_host = config.kv_cache.num_host_rblocks
     host = HostMemory(shape.rank_pool(num_host).tensor_BLK2ND, scale) if num_host else None
+    rblock = TensorSpec(tuple(tensor.shape[1:]), dtype)
+    verification = Verification(config.lending.verify_one_in, rblock, scale, per_message, deadline_s)
     runner = ModelRunner(
         GPT(module, model),
         pool,
         peers,
-        Migration(tensor, peers, per_message, deadline_s, host),
-        Debtor(peers, deadline_s, host),
+        Migration(tensor, peers, per_message, deadline_s, host, verification),
+        Debtor(peers, deadline_s, host, verification),
+        verification,
     )
     creditor = Creditor(tensor, loan_table, num_query_heads, dtype, scale)
     costs = {QUERY_US: f"{creditor.warm_up():.1f}"}

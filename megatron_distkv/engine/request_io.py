@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import itertools
 import queue
+import socket
 import threading
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +17,8 @@ from megatron_distkv.log import get_logger
 from megatron_distkv.messages import AbortRequest, FromInstance, NewRequest, ToInstance
 
 logger = get_logger(__name__)
+# A client that does not read has this long to take what was sent to it, when the door closes.
+LAST_WORDS_S = 0.5
 
 
 class Inbound(NamedTuple):
@@ -24,21 +27,20 @@ class Inbound(NamedTuple):
 
 
 class RequestIO:
-    """`inbox` is read by the engine's thread. A client that leaves aborts its requests."""
+    """`inbox` is read by the engine's thread. A client that leaves aborts its requests. Raises UserError."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._socket = _bind(path)
         self.inbox: queue.SimpleQueue[Inbound] = queue.SimpleQueue()
         self._writers: dict[int, asyncio.StreamWriter] = {}
         self._clients = itertools.count()
         self._loop = asyncio.new_event_loop()
-        self._path.unlink(missing_ok=True)
-        try:
-            server = self._loop.run_until_complete(asyncio.start_unix_server(self._serve, self._path))
-        except OSError as error:
-            raise UserError(f"cannot listen at {path}: {error}") from None
-        self._thread = threading.Thread(target=self._run, args=(server,), name="requests", daemon=True)
+        self._closing = asyncio.Event()
+        self._is_listening = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="requests", daemon=True)
         self._thread.start()
+        self._is_listening.wait()
 
     def send(self, client: int, message: FromInstance) -> None:
         """From the engine's thread; never waits for a slow client."""
@@ -46,7 +48,8 @@ class RequestIO:
             self._loop.call_soon_threadsafe(self._write, client, framing.pack(message))
 
     def close(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        """Clients have a moment to take their last messages."""
+        self._loop.call_soon_threadsafe(self._closing.set)
         self._thread.join()
         self._path.unlink(missing_ok=True)
 
@@ -55,21 +58,33 @@ class RequestIO:
         if writer is not None:
             writer.write(data)
 
-    def _run(self, server: asyncio.Server) -> None:
-        asyncio.set_event_loop(self._loop)
-        self._loop.run_forever()
+    def _run(self) -> None:
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+            runner.run(self._serve_all())
+
+    async def _serve_all(self) -> None:
+        server = await asyncio.start_unix_server(self._serve, sock=self._socket)
+        self._is_listening.set()
+        await self._closing.wait()
+        self._loop.remove_reader(self._socket)  # asyncio loses a connection that it accepts as its server closes
+        await self._hang_up()
         server.close()
-        for task in asyncio.all_tasks(self._loop):
-            task.cancel()
-        self._loop.run_until_complete(asyncio.sleep(0))
-        for writer in self._writers.values():
-            writer.close()
-        self._loop.run_until_complete(asyncio.sleep(0))
-        self._loop.close()
+
+    async def _hang_up(self) -> None:
+        """Every conversation ends by itself, as if its client had left: first those that take what is on its way."""
+        for end in (_close, _abort):
+            for writer in self._writers.values():
+                end(writer)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LAST_WORDS_S):
+                    while conversations := asyncio.all_tasks() - {asyncio.current_task()}:
+                        await asyncio.wait(conversations)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         client = next(self._clients)
         self._writers[client] = writer
+        if self._closing.is_set():
+            writer.close()
         decoder = msgspec.msgpack.Decoder(ToInstance)
         request_ids: set[str] = set()
         try:
@@ -87,3 +102,24 @@ class RequestIO:
             for request_id in request_ids:
                 self.inbox.put(Inbound(client, AbortRequest(request_id)))
             writer.close()
+
+
+def _bind(path: Path) -> socket.socket:
+    """Only this user may connect; raises UserError."""
+    path.unlink(missing_ok=True)
+    door = socket.socket(socket.AF_UNIX)
+    try:
+        door.bind(str(path))
+        path.chmod(0o600)  # nobody listens before listen(): no other user can have come in
+    except OSError as error:
+        door.close()
+        raise UserError(f"cannot listen at {path}: {error.strerror or error}") from None
+    return door
+
+
+def _close(writer: asyncio.StreamWriter) -> None:
+    writer.close()
+
+
+def _abort(writer: asyncio.StreamWriter) -> None:
+    writer.transport.abort()

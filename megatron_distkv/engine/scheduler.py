@@ -10,6 +10,7 @@ from collections import deque
 from typing import NamedTuple
 
 from megatron_distkv.config.instance import SchedulerConfig
+from megatron_distkv.engine.kv_meter import KVMeter
 from megatron_distkv.engine.sampler import SampledToken
 from megatron_distkv.log import get_logger
 from megatron_distkv.messages import RequestKV, TokenLogprobs, TokenOutput
@@ -55,6 +56,7 @@ class Scheduler:
         self.running: list[Request] = []  # oldest first
         self.num_preemptions = 0
         self._waits: dict[str, _Wait] = {}
+        self._meter = KVMeter()
 
     @property
     def is_full(self) -> bool:
@@ -144,6 +146,8 @@ class Scheduler:
         self.running.sort(key=lambda other: other.arrival_s)
 
     def _note_memory(self, chosen: dict[str, Scheduled]) -> None:
+        for request in self.running:
+            self._meter.note(request, self._rmanager.table(request))
         for item in chosen.values():
             request, table = item.request, self._rmanager.table(item.request)
             request.max_local_rblocks = max(request.max_local_rblocks, table.num_local)
@@ -174,9 +178,14 @@ class Scheduler:
     def _leave(self, request: Request) -> None:
         self.running.remove(request)
         self._waits.pop(request.request_id, None)
+        self._meter.settle(request)
         self._rmanager.release(request)
 
     # ------------------------------------------------------------------ update
+
+    def charge_wait(self, computed: list[Scheduled], waited_s: float) -> None:
+        """The step that computed these waited so long for creditors."""
+        self._meter.charge_wait(computed, waited_s)
 
     def update(self, done: list[Scheduled], sampled: dict[str, SampledToken]) -> list[TokenOutput]:
         """The step is done: count its tokens, append what was sampled, end what is complete."""
@@ -211,4 +220,8 @@ def _receipt(request: Request) -> RequestKV:
         num_preemptions=request.num_preemptions,
         num_recomputed_tokens=request.num_recomputed_tokens,
         num_tokens_at_losses=request.num_tokens_at_losses,
+        local_rblock_s=request.local_rblock_s,
+        host_rblock_s=request.host_rblock_s,
+        borrowed_rblock_s=request.borrowed_rblock_s,
+        remote_attention_s=request.remote_attention_s,
     )

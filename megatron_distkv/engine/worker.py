@@ -6,8 +6,9 @@ import threading
 import msgspec
 import torch.distributed as dist
 
-from megatron_distkv.engine.addresses import rank_address
+from megatron_distkv.engine.addresses import control_address, rank_address
 from megatron_distkv.engine.batch import StepPlan, StepReply
+from megatron_distkv.engine.instance_secret import share_instance_secret
 from megatron_distkv.engine.rank import Rank
 from megatron_distkv.errors import DistkvError
 from megatron_distkv.log import get_logger
@@ -32,7 +33,14 @@ class Worker:
             config.ledger.pool,
             self._answer,
             secret=rank.secret,
-            on_disconnect=self._on_disconnect,
+            on_disconnect=rank.creditor.forget,
+        )
+        self._control = Listener(
+            control_address(config.run_dir, config.instance_id, rank.parallel.rank),
+            config.ledger.pool,
+            self._obey,
+            secret=share_instance_secret(),
+            on_disconnect=self._on_leader_gone,
         )
         dist.barrier()  # the leader connects after this
 
@@ -40,10 +48,12 @@ class Worker:
         """Until the leader says stop, or is gone."""
         try:
             while (plan := self._plans.get()) is not None:
-                self._replies.put(StepReply(self._rank.runner.run(plan).lost))
+                result = self._rank.runner.run(plan)
+                self._replies.put(StepReply(result.lost, sorted(result.wrong)))
         finally:
             self._has_ended.set()
             self._listener.close()
+            self._control.close()
             self._rank.peers.close()
 
     def _answer(self, hello: Hello, request: Request) -> Answer:
@@ -54,11 +64,11 @@ class Worker:
             return self._rank.creditor.store(hello, request)
         if kind is MessageKind.FETCH:
             return self._rank.creditor.fetch(hello, request)
-        if hello.instance_id != self._rank.config.instance_id:
-            raise DistkvError(f"{kind.name} is for this instance's own leader, not for {hello.instance_id}")
-        return self._obey(kind, request)
+        raise DistkvError(f"a follower takes no {kind.name} from {hello.instance_id}")
 
-    def _obey(self, kind: MessageKind, request: Request) -> Answer:
+    def _obey(self, _: Hello, request: Request) -> Answer:
+        """The leader's orders: they come over the control channel only, from who knows this instance's secret."""
+        kind = MessageKind(request.kind)
         if kind is MessageKind.STEP:
             self._plans.put(decode(request.header, StepPlan))
             return Answer(msgspec.msgpack.encode(self._replies.get()))
@@ -70,11 +80,10 @@ class Worker:
         elif kind is MessageKind.STOP:
             self._plans.put(None)
         else:
-            raise DistkvError(f"a follower does not take {kind.name}")
+            raise DistkvError(f"{kind.name} is no order")
         return Answer(_DONE)
 
-    def _on_disconnect(self, hello: Hello) -> None:
-        self._rank.creditor.forget(hello)
-        if hello.instance_id == self._rank.config.instance_id and not self._has_ended.is_set():
+    def _on_leader_gone(self, _: Hello) -> None:
+        if not self._has_ended.is_set():
             logger.warning("the leader is gone")
             self._plans.put(None)

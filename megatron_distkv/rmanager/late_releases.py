@@ -6,7 +6,7 @@ import time
 from megatron_distkv.errors import LedgerUnavailable
 from megatron_distkv.ledger import DebtLedger
 from megatron_distkv.log import get_logger
-from megatron_distkv.rblock import LoanId
+from megatron_distkv.rblock import LoanId, loan_name
 from megatron_distkv.rmanager.identity import Identity
 
 logger = get_logger(__name__)
@@ -31,7 +31,9 @@ class LateReleases:
         try:
             self._tell(loan_id)
         except LedgerUnavailable:
-            logger.warning("loan %s has ended; ledger and creditor are away, and will hear of it later", loan_id)
+            logger.warning(
+                "loan %s has ended; ledger and creditor are away, and will hear of it later", loan_name(loan_id)
+            )
             with self._lock:
                 self._until_s[loan_id] = float("inf")
 

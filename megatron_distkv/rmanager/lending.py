@@ -15,7 +15,7 @@ from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
 from megatron_distkv.ledger import DebtLedger, LoanState
 from megatron_distkv.log import get_logger
 from megatron_distkv.messages import LendHeader, LendReply, Refusal
-from megatron_distkv.rblock import InstanceId, LoanId
+from megatron_distkv.rblock import InstanceId, LoanId, loan_name
 from megatron_distkv.rmanager.identity import Identity
 
 logger = get_logger(__name__)
@@ -110,7 +110,7 @@ class Lending:
             loan.loan_id: loan for loan in self._ledger.loans_of(self._identity.instance, self._identity.epoch)
         }
         for loan_id in mine - in_ledger.keys():
-            logger.info("loan %s has ended in the ledger: taking its rBlocks back", loan_id)
+            logger.info("loan %s has ended in the ledger: taking its rBlocks back", loan_name(loan_id))
             with self._lock:
                 self._end(loan_id)
         for loan_id, loan in in_ledger.items():
@@ -139,7 +139,9 @@ class Lending:
                 continue
             del self._restore_until_s[loan_id]
             if refusal:
-                logger.warning("loan %s cannot be restored (%s): taking its rBlocks back", loan_id, refusal.value)
+                logger.warning(
+                    "loan %s cannot be restored (%s): taking its rBlocks back", loan_name(loan_id), refusal.value
+                )
                 with self._lock:
                     self._end(loan_id)
 
@@ -180,4 +182,4 @@ class Lending:
         try:
             self._ledger.release(loan_id, self._identity.instance, self._identity.epoch)
         except LedgerUnavailable:
-            logger.warning("loan %s ended here; the ledger will hear of it later", loan_id)
+            logger.warning("loan %s ended here; the ledger will hear of it later", loan_name(loan_id))

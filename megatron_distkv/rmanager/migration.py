@@ -5,11 +5,11 @@ from collections.abc import Iterator, Sequence
 import msgspec
 import torch
 
-from megatron_distkv.attention import HostMemory
+from megatron_distkv.attention import HostMemory, Verification
 from megatron_distkv.errors import DistkvError, PeerLost
 from megatron_distkv.messages import Acknowledge, FetchHeader, MessageKind, StoreHeader, decode
 from megatron_distkv.ops import gather_rblocks, scatter_rblocks
-from megatron_distkv.rblock import HOST
+from megatron_distkv.rblock import HOST, loan_name
 from megatron_distkv.rmanager.move import Move, Pull
 from megatron_distkv.rmanager.peers import Peers
 from megatron_distkv.transport import Reply, TensorSpec, read_tensors
@@ -25,8 +25,10 @@ class Migration:
         rblocks_per_message: int,
         deadline_s: float,
         host: HostMemory | None = None,
+        verification: Verification | None = None,
     ) -> None:
         self._host = host
+        self._verification = verification
         self._pool = pool_BLK2ND
         self._peers = peers
         self._rblocks_per_message = rblocks_per_message
@@ -59,6 +61,8 @@ class Migration:
             header = msgspec.msgpack.encode(StoreHeader(move.loan_id, remote_ids))
             data = gather_rblocks(self._pool, torch.tensor(local_ids, dtype=torch.int64))
             _check(channel.call(MessageKind.STORE, header, [data], deadline_s=self._deadline_s), move)
+            if self._verification is not None:
+                self._verification.note_sent(move.creditor, move.loan_id, remote_ids, data)
 
     def _pull(self, pull: Pull) -> None:
         channel = self._peers.reach(pull.creditor, pull.address)
@@ -68,6 +72,8 @@ class Migration:
             _check(reply, pull)
             spec = TensorSpec((len(remote_ids), *self._pool.shape[1:]), self._pool.dtype)
             (data,) = read_tensors(reply.payload, [spec])
+            if self._verification is not None:
+                self._verification.check_returned(pull.creditor, remote_ids, data)
             scatter_rblocks(data, self._pool, torch.tensor(local_ids, dtype=torch.int64))
 
     def _portions(self, move: Move | Pull) -> Iterator[tuple[list[int], list[int]]]:
@@ -79,4 +85,4 @@ class Migration:
 def _check(reply: Reply, move: Move | Pull) -> None:
     refusal = decode(reply.header, Acknowledge).refusal
     if refusal is not None:
-        raise PeerLost(move.creditor, f"refused rBlocks of loan {move.loan_id}: {refusal.value}")
+        raise PeerLost(move.creditor, f"refused rBlocks of loan {loan_name(move.loan_id)}: {refusal.value}")

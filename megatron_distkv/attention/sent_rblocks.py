@@ -1,0 +1,43 @@
+"""What a debtor remembers of the rBlocks that it has sent away, to know them again when they come back."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+
+DIGEST_BYTES = 16
+
+
+class _Sent(NamedTuple):
+    loan_id: str
+    digest: bytes
+
+
+class SentRBlocks:
+    """By creditor and physical id there; what is sent to the same place later replaces it."""
+
+    def __init__(self) -> None:
+        self._sent: dict[tuple[str, int], _Sent] = {}
+
+    def note(self, creditor: str, loan_id: str, block_ids: Sequence[int], data_MLK2ND: torch.Tensor) -> None:
+        for block_id, rblock in zip(block_ids, data_MLK2ND, strict=True):
+            self._sent[creditor, block_id] = _Sent(loan_id, _digest(rblock))
+
+    def changed(self, creditor: str, block_ids: Sequence[int], data_MLK2ND: torch.Tensor) -> list[int]:
+        """Which of these, as `creditor` gives them now, have other bytes than those that it was sent."""
+        pairs = zip(block_ids, data_MLK2ND, strict=True)
+        return [block_id for block_id, rblock in pairs if _digest(rblock) != self._sent[creditor, block_id].digest]
+
+    def by_loan(self, creditor: str, block_ids: Iterable[int]) -> dict[str, list[int]]:
+        """Under which loan each of them lies."""
+        found: dict[str, list[int]] = {}
+        for block_id in block_ids:
+            found.setdefault(self._sent[creditor, block_id].loan_id, []).append(block_id)
+        return found
+
+
+def _digest(rblock: torch.Tensor) -> bytes:
+    """Not to be matched by chance, nor on purpose: a creditor knows the bytes too."""
+    flat = rblock.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.blake2b(flat.numpy().data, digest_size=DIGEST_BYTES).digest()

@@ -1,0 +1,149 @@
+"""Does a creditor tell the truth? One rank's checks of what comes back, and the alarm."""
+
+import random
+from collections.abc import Iterator, Sequence
+from enum import StrEnum
+from typing import NamedTuple, Protocol
+
+import msgspec
+import torch
+
+from megatron_distkv import metrics
+from megatron_distkv.attention.partial import Partial
+from megatron_distkv.attention.sent_rblocks import SentRBlocks
+from megatron_distkv.errors import PeerLost, PeerWrong
+from megatron_distkv.log import get_logger
+from megatron_distkv.messages import Acknowledge, FetchHeader, MessageKind, QueryShare, decode
+from megatron_distkv.ops import merge, micro_attention
+from megatron_distkv.transport import Reply, TensorSpec, read_tensors
+
+logger = get_logger(__name__)
+# How far a true answer may be from ours, as a share of the largest value: rounding on the wire, and of other kernels.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3}
+
+
+class Wrong(StrEnum):
+    """What cannot be true, for metrics."""
+
+    RBLOCKS = "rblocks"  # other bytes than were sent
+    PARTIAL = "partial"  # another result than that of the bytes, or no numbers at all
+
+
+class Asker(Protocol):
+    """What a check needs of the channel to a creditor."""
+
+    def post(self, kind: int, header: bytes, payload: Sequence[torch.Tensor] = ()) -> None: ...
+    def wait(self, deadline_s: float) -> Reply: ...
+
+
+class Question(NamedTuple):
+    """What a creditor was asked: these query rows, in the model's dtype, over these rBlocks of one layer."""
+
+    creditor: str
+    layer: int
+    q_RHD: torch.Tensor
+    shares: list[QueryShare]
+    wire_dtype: torch.dtype
+
+
+class Verification:
+    """Answers are always checked for NaN and infinity. One in `one_in` (0: none) is computed again from a copy.
+
+    A copy comes from the same creditor, so it is first compared with digests of what was sent there. `wrong` names the
+    creditors that failed a check, ever.
+    """
+
+    def __init__(
+        self, one_in: int, rblock: TensorSpec, scale: float, rblocks_per_message: int, deadline_s: float
+    ) -> None:
+        self._rblock = rblock
+        self._one_in = one_in
+        self._scale = scale
+        self._rblocks_per_message = rblocks_per_message
+        self._deadline_s = deadline_s
+        self._sent = SentRBlocks()
+        self._got_no_numbers: set[str] = set()
+        self.wrong: set[str] = set()
+
+    def note_sent(self, creditor: str, loan_id: str, block_ids: Sequence[int], data_MLK2ND: torch.Tensor) -> None:
+        """These rBlocks lie at `creditor` now."""
+        if not data_MLK2ND.to(torch.float16).isfinite().all():  # answers may travel in fp16
+            self._got_no_numbers.add(creditor)  # from us: it may answer with none
+        if self._one_in:
+            self._sent.note(creditor, loan_id, block_ids, data_MLK2ND)
+
+    def check_returned(self, creditor: str, block_ids: Sequence[int], data_MLK2ND: torch.Tensor) -> None:
+        """Raises PeerWrong unless these are the bytes that were sent."""
+        changed = self._sent.changed(creditor, block_ids, data_MLK2ND) if self._one_in else []
+        if changed:
+            raise self._alarm(creditor, Wrong.RBLOCKS, f"rBlocks {changed} are not as they were sent")
+
+    def verified(self, asker: Asker, question: Question, partial: Partial) -> Partial:
+        """The partial, good for longer than the mailbox; raises PeerWrong when it cannot be true, PeerLost."""
+        self._check_numbers(question, partial)
+        if not self._one_in or random.randrange(self._one_in):
+            return partial
+        partial = partial._replace(out_RHD=partial.out_RHD.clone())
+        out_RHD, lse_RH = self._compute(asker, question)
+        share = TOLERANCE[question.wire_dtype]
+        if not (_is_close(partial.out_RHD, out_RHD, share) and _is_close(partial.lse_RH, lse_RH, share)):
+            raise self._alarm(question.creditor, Wrong.PARTIAL, f"it answers layer {question.layer} wrongly")
+        return partial
+
+    def _check_numbers(self, question: Question, partial: Partial) -> None:
+        """Every query has keys there, so even an LSE of -inf is no answer, unless we sent such things ourselves."""
+        if partial.out_RHD.isfinite().all() and partial.lse_RH.isfinite().all():
+            return
+        if question.creditor not in self._got_no_numbers and question.q_RHD.isfinite().all():
+            raise self._alarm(question.creditor, Wrong.PARTIAL, "it answers with NaN or infinity")
+
+    def _compute(self, asker: Asker, question: Question) -> tuple[torch.Tensor, torch.Tensor]:
+        outs, lses, first = [], [], 0
+        for share in question.shares:
+            q_THD = question.q_RHD[first : first + share.num_queries]
+            parts = [
+                self._attend(q_THD, copy, question.layer)
+                for copy in self._copies(asker, question.creditor, share.block_ids)
+            ]
+            out, lse = merge(torch.stack([part[0] for part in parts]), torch.stack([part[1] for part in parts]))
+            outs.append(out)
+            lses.append(lse)
+            first += share.num_queries
+        return torch.cat(outs), torch.cat(lses)
+
+    def _copies(self, asker: Asker, creditor: str, block_ids: Sequence[int]) -> Iterator[torch.Tensor]:
+        """The rBlocks, a message at a time; each valid until the next."""
+        for loan_id, ids in self._sent.by_loan(creditor, block_ids).items():
+            for start in range(0, len(ids), self._rblocks_per_message):
+                some = ids[start : start + self._rblocks_per_message]
+                asker.post(MessageKind.FETCH, msgspec.msgpack.encode(FetchHeader(loan_id, some)))
+                reply = asker.wait(self._deadline_s)
+                refusal = decode(reply.header, Acknowledge).refusal
+                if refusal is not None:
+                    raise PeerLost(creditor, f"refused a copy: {refusal.value}")
+                shape = (len(some), *self._rblock.shape)
+                (copy,) = read_tensors(reply.payload, [TensorSpec(shape, self._rblock.dtype)])
+                self.check_returned(creditor, some, copy)
+                yield copy
+
+    def _attend(self, q_THD: torch.Tensor, copy: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        num_rblocks, num_queries = len(copy), len(q_THD)
+        zeros_M, zeros_T = torch.zeros(num_rblocks, dtype=torch.int64), torch.zeros(num_queries, dtype=torch.int64)
+        cu_blocks, cu_queries = torch.tensor([0, num_rblocks]), torch.tensor([0, num_queries])
+        out, lse = micro_attention(
+            q_THD, copy, layer, torch.arange(num_rblocks), zeros_M, cu_blocks, cu_queries, zeros_T, self._scale,
+            causal=False,
+        )  # fmt: skip
+        return out, lse
+
+    def _alarm(self, creditor: str, what: Wrong, sentence: str) -> PeerWrong:
+        self.wrong.add(creditor)
+        metrics.WRONG_CREDITORS.labels(creditor, what.value).inc()
+        logger.error("ALARM: %s cannot be trusted: %s", creditor, sentence)
+        return PeerWrong(creditor, sentence)
+
+
+def _is_close(got: torch.Tensor, expected: torch.Tensor, share: float) -> bool:
+    if not expected.isfinite().all():  # our own doing: the bytes were those that we had sent
+        return True
+    return torch.allclose(got, expected, rtol=share, atol=share * float(expected.abs().max()))

@@ -1,0 +1,103 @@
+"""A member of the pool, with its secret and any name it likes, gives orders to a follower rank of an instance."""
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import msgspec
+import pytest
+
+from megatron_distkv.engine import worker
+from megatron_distkv.engine.addresses import control_address, rank_address
+from megatron_distkv.engine.batch import StepPlan, StepReply
+from megatron_distkv.engine.instance_secret import share_instance_secret
+from megatron_distkv.engine.rank import build_rank
+from megatron_distkv.errors import DistkvError, PeerLost
+from megatron_distkv.messages import Acknowledge, GrantHeader, MessageKind, RevokeHeader
+from megatron_distkv.model import init_tensor_parallel
+from megatron_distkv.transport import Channel, connect, read_secret, write_new_secret
+from tests.conftest import MakeConfig
+from tests.transport.raw_peer import hello
+
+IDLE = StepPlan(7, [], [], [], [], {})
+ORDERS = [
+    (MessageKind.STEP, IDLE),
+    (MessageKind.GRANT, GrantHeader("loan", "thief", [1])),
+    (MessageKind.REVOKE, RevokeHeader("a loan of somebody")),
+    (MessageKind.STOP, RevokeHeader("")),
+]
+
+
+class Follower(NamedTuple):
+    """A rank that takes orders (of an instance of one rank: it is its own leader's only follower here)."""
+
+    worker: worker.Worker
+    thread: threading.Thread
+    pool_secret: bytes
+    instance_secret: bytes
+
+    def channel(self, secret: bytes, *, control: bool) -> Channel:
+        rank = self.worker._rank
+        address = (control_address if control else rank_address)(rank.config.run_dir, rank.config.instance_id, 0)
+        said = hello(instance_id=rank.config.instance_id, pool="default", request_bytes=1 << 16)
+        return connect(address, said, peer="follower", timeout_s=10, secret=secret)
+
+
+@pytest.fixture
+def follower(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> Iterator[Follower]:
+    run_dir = make_config().run_dir
+    write_new_secret(run_dir / "secret")
+    init_tensor_parallel(1)
+    secret = share_instance_secret()
+    monkeypatch.setattr(worker, "share_instance_secret", lambda: secret)
+    config = make_config("i", ledger={"secret_file": run_dir / "secret"})
+    one = worker.Worker(build_rank(config, init_tensor_parallel(1)))
+    thread = threading.Thread(target=one.run)
+    thread.start()
+    yield Follower(one, thread, read_secret(run_dir / "secret"), secret)
+    one._plans.put(None)
+    thread.join(10)
+
+
+def give(channel: Channel, kind: MessageKind, order: msgspec.Struct) -> bytes:
+    return channel.call(kind, msgspec.msgpack.encode(order), deadline_s=10).header
+
+
+def test_the_pools_secret_and_the_instances_name_are_not_enough(follower: Follower) -> None:
+    # Given a loan, and a member of the pool that says it is the instance itself
+    follower.worker._rank.loan_table.grant("a loan of somebody", "somebody", [0])
+    thief = follower.channel(follower.pool_secret, control=False)
+    # When it gives orders where other instances ask, then none is followed
+    for kind, order in ORDERS:
+        with pytest.raises(DistkvError, match="takes no"):
+            give(thief, kind, order)
+    # And where orders are taken it is not let in
+    with pytest.raises(PeerLost, match="does not know"):
+        follower.channel(follower.pool_secret, control=True)
+    # And when it leaves, nobody takes that for the leader's end
+    thief.close()
+    leader = follower.channel(follower.instance_secret, control=True)
+    assert msgspec.msgpack.decode(give(leader, MessageKind.STEP, IDLE), type=StepReply) == StepReply({})
+    assert follower.worker._rank.loan_table.covers("somebody", ["a loan of somebody"], [0])
+    assert not follower.worker._rank.loan_table.covers("thief", ["loan"], [1])
+    leader.close()
+
+
+def test_the_leader_is_obeyed(follower: Follower) -> None:
+    leader = follower.channel(follower.instance_secret, control=True)
+    table = follower.worker._rank.loan_table
+    for kind, order in ORDERS[1:3]:
+        assert msgspec.msgpack.decode(give(leader, kind, order), type=Acknowledge) == Acknowledge()
+    assert table.covers("thief", ["loan"], [1])
+    with contextlib.suppress(PeerLost):  # it may be gone before its answer is out
+        give(leader, *ORDERS[3])
+    follower.thread.join(10)
+    assert not follower.thread.is_alive()
+    leader.close()
+
+
+def test_a_leader_that_is_gone_ends_its_follower(follower: Follower) -> None:
+    follower.channel(follower.instance_secret, control=True).close()
+    follower.thread.join(10)
+    assert not follower.thread.is_alive()

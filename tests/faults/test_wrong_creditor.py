@@ -1,0 +1,236 @@
+"""A creditor that does not tell the truth: silent corruption, wrong answers, and what is no number."""
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from megatron_distkv.cli import serve, up
+from megatron_distkv.engine.instance import DISTRUST_S
+from megatron_distkv.engine.llm import LLM
+from megatron_distkv.ledger.embedded_server import EmbeddedServer
+from megatron_distkv.metrics import REGISTRY
+from megatron_distkv.rblock import RemoteSpan
+from megatron_distkv.request import Request
+from megatron_distkv.sampling_params import SamplingParams
+from megatron_distkv.transport import Answer, Hello
+from megatron_distkv.transport import Request as Message
+from tests.conftest import MakeConfig
+
+GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
+PROMPT = [3 + i * i % 120 for i in range(150)]
+Forge = Callable[[torch.Tensor, torch.Tensor], object]
+
+
+def num_alarms(creditor: str, what: str) -> float:
+    return REGISTRY.get_sample_value("distkv_wrong_creditors_total", {"creditor": creditor, "what": what}) or 0.0
+
+
+class Pool:
+    """Instance a, too small for its request, in the middle of its answer; b and c lend."""
+
+    def __init__(self, make_config: MakeConfig, url: str, stack: ExitStack) -> None:
+        self._make_config = make_config
+        self._url = url
+        self._stack = stack
+
+    def begin(self, verify_one_in: int) -> RemoteSpan:
+        """Returns some rBlocks that a has borrowed."""
+        config = self._make_config("a", num_rblocks=16, url=self._url, lending={"verify_one_in": verify_one_in})
+        self.a = self._stack.enter_context(LLM(config))
+        self.request = Request("long", PROMPT, GREEDY)
+        self.a.instance.add(self.request)
+        while len(self.request.output_token_ids) < 4:
+            self.a.instance.step()
+        return self.borrowed()[0]
+
+    def borrowed(self) -> list[RemoteSpan]:
+        return list(self.a.instance.rmanager.table(self.request).remote_spans())
+
+    def lender(self, name: str) -> LLM:
+        return self.lenders[name]
+
+    def memory_of(self, name: str) -> torch.Tensor:
+        return self.lenders[name].instance._rank.creditor._pool
+
+    def start_lenders(self) -> None:
+        self.lenders = {
+            name: self._stack.enter_context(LLM(self._make_config(name, url=self._url))) for name in ("b", "c")
+        }
+
+    def finish(self) -> list[int]:
+        while not self.a.instance.scheduler.is_idle:
+            self.a.instance.step()
+        self.a.instance.check_integrity()
+        return self.request.output_token_ids
+
+    def distrusts(self, name: str) -> bool:
+        """For much longer than somebody that was only lost."""
+        peers = self.a.instance._rank.peers
+        return (
+            peers.shuns(name) and peers._shunned_until_s[name] - self.a.instance.config.ledger.lease_s > DISTRUST_S / 2
+        )
+
+
+@pytest.fixture
+def pool(make_config: MakeConfig, server: EmbeddedServer) -> Iterator[Pool]:
+    with ExitStack() as stack:
+        made = Pool(make_config, server.url, stack)
+        made.start_lenders()
+        yield made
+
+
+@pytest.fixture
+def expected(make_config: MakeConfig) -> list[int]:
+    with LLM(make_config("enough", num_rblocks=256)) as enough:
+        return enough.generate([PROMPT], GREEDY)[0].token_ids
+
+
+def test_honest_creditors_pass_every_check(pool: Pool, expected: list[int]) -> None:
+    span = pool.begin(verify_one_in=1)
+    before = [num_alarms(name, what) for name in "bc" for what in ("rblocks", "partial")]
+    assert pool.finish() == expected
+    assert [num_alarms(name, what) for name in "bc" for what in ("rblocks", "partial")] == before
+    assert not pool.a.instance._rank.peers.shuns(span.creditor)
+    assert pool.request.num_recomputed_tokens == 0
+
+
+def test_rounding_on_the_wire_is_no_alarm(make_config: MakeConfig, server: EmbeddedServer) -> None:
+    before = num_alarms("b", "partial")
+    lending = {"verify_one_in": 1}
+    with (
+        LLM(make_config("a", num_rblocks=16, url=server.url, dtype="bf16", lending=lending)) as a,
+        LLM(make_config("b", url=server.url, dtype="bf16")),
+    ):
+        request = Request("long", PROMPT, GREEDY)
+        a.instance.add(request)
+        while not a.instance.scheduler.is_idle:
+            a.instance.step()
+    assert request.max_borrowed_rblocks["b"] > 0
+    assert request.num_recomputed_tokens == 0
+    assert num_alarms("b", "partial") == before
+
+
+@pytest.mark.parametrize("command", [up, serve])
+def test_the_command_line_asks_for_checks(command: ModuleType, tmp_path: Path) -> None:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    assert command._config(parser.parse_args(["--model", str(tmp_path)])).lending.verify_one_in == 0
+    assert command._config(parser.parse_args(["--model", str(tmp_path), "--verify", "50"])).lending.verify_one_in == 50
+
+
+@pytest.mark.parametrize("is_last_layer", [False, True])
+def test_one_changed_value_in_a_creditors_pool_is_an_alarm(
+    pool: Pool, expected: list[int], is_last_layer: bool
+) -> None:
+    # Given one value of one borrowed rBlock, in a layer and a place that no answer need show, changed by a little
+    span = pool.begin(verify_one_in=1)
+    before, held = num_alarms(span.creditor, "rblocks"), len(span.block_ids)
+    pool.memory_of(span.creditor)[span.block_ids[-1], -1 if is_last_layer else 0, 0, 1, 3, 5] += 1e-3
+    # When the request goes on
+    tokens = pool.finish()
+    # Then there is an alarm, what lay there is computed again, and nothing of it reaches the client
+    assert num_alarms(span.creditor, "rblocks") == before + 1
+    assert tokens == expected
+    assert pool.request.num_recomputed_tokens >= 8 * held
+    assert pool.request.num_preemptions == 0
+    assert pool.distrusts(span.creditor)
+
+
+def test_without_checks_a_changed_value_goes_unnoticed(pool: Pool, expected: list[int]) -> None:
+    """The fault is real: with values as wrong as here the answer is another."""
+    span = pool.begin(verify_one_in=0)
+    pool.memory_of(span.creditor)[list(span.block_ids), :, :, 1] *= -3
+    assert pool.finish() != expected
+
+
+def test_rblocks_that_come_home_changed_are_not_taken(pool: Pool, expected: list[int]) -> None:
+    # Given a value changed at a creditor that then wants its memory back
+    span = pool.begin(verify_one_in=10**9)
+    before = num_alarms(span.creditor, "rblocks")
+    pool.memory_of(span.creditor)[span.block_ids[0], 1, 0, 0, 0, 0] += 1e-3
+    pool.a.instance.rmanager.recall(span.loan_id)
+    # When they come home, then they are compared, and computed again
+    assert pool.finish() == expected
+    assert num_alarms(span.creditor, "rblocks") == before + 1
+    assert pool.distrusts(span.creditor)
+
+
+def forge_answers(pool: Pool, name: str, forge: Forge, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on its true answers go through `forge`; its memory stays as it is."""
+    creditor = pool.lender(name).instance._rank.creditor
+    honest = creditor.query
+
+    def forged(hello: Hello, request: Message) -> Answer:
+        answer = honest(hello, request)
+        if answer.payload:
+            forge(*answer.payload)
+        return answer
+
+    monkeypatch.setattr(creditor, "query", forged)
+
+
+@pytest.mark.parametrize(
+    "forge",
+    [lambda out, _: out.mul_(1.02), lambda _, lse: lse.add_(0.01), lambda out, _: out[0, 0].copy_(out[0, 1].clone())],
+    ids=["output", "lse", "one head"],
+)
+def test_a_wrong_answer_from_right_memory_is_an_alarm(
+    pool: Pool, expected: list[int], forge: Forge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    span = pool.begin(verify_one_in=1)
+    before = num_alarms(span.creditor, "partial")
+    forge_answers(pool, span.creditor, forge, monkeypatch)
+    assert pool.finish() == expected
+    assert num_alarms(span.creditor, "partial") == before + 1
+    assert pool.distrusts(span.creditor)
+
+
+@pytest.mark.parametrize(
+    "forge",
+    [
+        lambda out, _: out[-1, -1, -1].fill_(float("nan")),
+        lambda out, _: out[0, 0, 0].fill_(float("inf")),
+        lambda _, lse: lse[0, 0].fill_(float("-inf")),
+    ],
+    ids=["nan", "inf", "no keys"],
+)
+def test_no_numbers_are_an_alarm_even_without_checks(
+    pool: Pool, expected: list[int], forge: Forge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    span = pool.begin(verify_one_in=0)
+    before = num_alarms(span.creditor, "partial")
+    forge_answers(pool, span.creditor, forge, monkeypatch)
+    assert pool.finish() == expected
+    assert num_alarms(span.creditor, "partial") == before + 1
+    assert pool.distrusts(span.creditor)
+
+
+def test_a_creditor_is_not_blamed_for_what_its_debtor_sent(pool: Pool) -> None:
+    # Given a debtor whose own KV holds a NaN when it moves out
+    config = pool._make_config("a", num_rblocks=16, url=pool._url, lending={"verify_one_in": 1})
+    pool.a = pool._stack.enter_context(LLM(config))
+    rank = pool.a.instance._rank
+    honest = rank.runner._migration._push
+    before = [num_alarms(name, what) for name in "bc" for what in ("rblocks", "partial")]
+
+    def poisoned(move: object) -> None:
+        rank.runner._pool.tensor_BLK2ND[move.local_ids, 1, 0, 1, 2, 2] = float("nan")  # type: ignore[attr-defined]
+        honest(move)  # type: ignore[arg-type]
+
+    rank.runner._migration._push = poisoned  # type: ignore[method-assign]
+    # When it asks for attention over it
+    pool.request = Request("long", PROMPT, GREEDY)
+    pool.a.instance.add(pool.request)
+    while not pool.a.instance.rmanager._requests or not pool.borrowed():
+        pool.a.instance.step()
+    for _ in range(3):
+        pool.a.instance.step()
+    # Then nobody else is to blame
+    assert pool.borrowed()
+    assert [num_alarms(name, what) for name in "bc" for what in ("rblocks", "partial")] == before
+    pool.a.instance.abort("long")

@@ -1,0 +1,46 @@
+"""What `usage` says of an answer's memory."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from typing import Any, cast
+
+from megatron_distkv.messages import RequestKV
+from megatron_distkv.server.answer import Answer
+from megatron_distkv.server.generation import Piece
+from megatron_distkv.server.tokenizer import Tokenizer
+
+RECEIPT = RequestKV(
+    max_local_rblocks=4,
+    max_borrowed_rblocks={"c": 1, "b": 2},
+    local_rblock_s=8.25,
+    borrowed_rblock_s={"c": 0.5, "b": 1.5},
+    remote_attention_s=0.125,
+)
+
+
+class BareShape:
+    object_name = chunk_name = id_prefix = "bare"
+
+    def choice(self, *_: object) -> dict[str, Any]:
+        return {}
+
+
+async def one_piece(choice: int, kv: RequestKV | None) -> AsyncGenerator[Piece, None]:
+    yield Piece(choice, "x", [7], finish_reason="length", instance_id="a", kv=kv)
+
+
+def test_each_choice_has_a_receipt() -> None:
+    # Given two choices, one with loans, one whose instance sent no receipt
+    async def usage() -> dict[str, Any]:
+        streams = [one_piece(0, RECEIPT), one_piece(1, None)]
+        answer = Answer(cast(Any, BareShape()), cast(Tokenizer, None), "m", 5, streams)
+        body: dict[str, Any] = (await answer.whole())["usage"]
+        return body
+
+    borrower, other = asyncio.run(usage())["kv"]
+    # Then its lenders are named, and their rBlock-seconds summed
+    assert borrower["lenders"] == ["b", "c"]
+    assert borrower["borrowed_rblock_s"] == 2.0
+    assert borrower["local_rblock_s"] == 8.25
+    assert borrower["remote_attention_s"] == 0.125
+    assert (other["lenders"], other["borrowed_rblock_s"], other["remote_attention_s"]) == ([], 0.0, 0.0)
