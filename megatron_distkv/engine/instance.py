@@ -47,7 +47,7 @@ class Instance:
         self._membership = self._make_membership(ledger)
         self._followers = self._connect_followers()
         outlook = PoolOutlook(ledger, rank.identity, rank.peers, enabled=lending.enabled)
-        late_releases = LateReleases(ledger, rank.identity, 2 * config.ledger.lease_s)
+        late_releases = LateReleases(ledger, rank.identity)
         self._borrowing = Borrowing(ledger, rank.identity, rank.peers, outlook, late_releases, lending.deadline_s)
         self._lending = Lending(
             self._allocator,

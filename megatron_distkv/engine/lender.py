@@ -71,7 +71,7 @@ class Lender:
             identity,
             config.ledger,
             self.lending,
-            LateReleases(ledger, identity, patience_s=0),  # of loans that it took: there are none
+            LateReleases(ledger, identity),  # of loans that it took: there are none
             membership.join,
             lambda: InstanceReport(0, state=InstanceState.DRAINING if self.lending.draining else InstanceState.UP),
         )

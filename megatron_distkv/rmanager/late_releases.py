@@ -1,7 +1,8 @@
-"""Loans that ended while neither their creditor nor the ledger could be told."""
+"""Loans that ended while their creditor could not be told."""
 
 import threading
 import time
+from contextlib import suppress
 
 from megatron_distkv.errors import LedgerUnavailable
 from megatron_distkv.ledger import DebtLedger
@@ -10,44 +11,40 @@ from megatron_distkv.rblock import LoanId, loan_name
 from megatron_distkv.rmanager.identity import Identity
 
 logger = get_logger(__name__)
+# A creditor that hangs may wake after a long time, and then restore loans in a ledger that had lost its data.
+REMEMBERED_S = 600.0
+LOOK_INTERVAL_S = 1.0
 
 
 class LateReleases:
-    """The heartbeat says again that they have ended, until the ledger has heard it.
+    """The ledger is told now, if it answers, and again whenever such a loan is seen in it: creditors hear it there."""
 
-    A ledger that has lost its data does not know a loan before its creditor restores it: so one that it does not know
-    is told again for `patience_s`.
-    """
-
-    def __init__(self, ledger: DebtLedger, identity: Identity, patience_s: float) -> None:
+    def __init__(self, ledger: DebtLedger, identity: Identity) -> None:
         self._ledger = ledger
         self._identity = identity
-        self._patience_s = patience_s
-        self._until_s: dict[LoanId, float] = {}
+        self._ended_until_s: dict[LoanId, float] = {}
+        self._look_again_at_s = 0.0
         self._lock = threading.Lock()
 
     def release(self, loan_id: LoanId) -> None:
-        """Tell the ledger now, or later."""
-        try:
+        with self._lock:
+            self._ended_until_s[loan_id] = time.monotonic() + REMEMBERED_S
+        with suppress(LedgerUnavailable):
             self._tell(loan_id)
-        except LedgerUnavailable:
-            logger.warning(
-                "loan %s has ended; ledger and creditor are away, and will hear of it later", loan_name(loan_id)
-            )
-            with self._lock:
-                self._until_s[loan_id] = float("inf")
 
     def tell(self) -> None:
-        """Raises LedgerUnavailable."""
+        """With every heartbeat; raises LedgerUnavailable."""
+        now_s = time.monotonic()
         with self._lock:
-            waiting = list(self._until_s.items())
-        for loan_id, until_s in waiting:
-            is_told = self._tell(loan_id) > 0 or time.monotonic() > until_s
-            with self._lock:
-                if is_told:
-                    del self._until_s[loan_id]
-                else:
-                    self._until_s[loan_id] = min(until_s, time.monotonic() + self._patience_s)
+            self._ended_until_s = {x: until_s for x, until_s in self._ended_until_s.items() if until_s > now_s}
+            ended = set(self._ended_until_s)
+        if not ended or now_s < self._look_again_at_s:
+            return
+        self._look_again_at_s = now_s + LOOK_INTERVAL_S
+        for loan in self._ledger.snapshot().loans:
+            if loan.loan_id in ended:
+                logger.warning("loan %s is in the ledger again, and has ended: releasing it", loan_name(loan.loan_id))
+                self._tell(loan.loan_id)
 
-    def _tell(self, loan_id: LoanId) -> int:
-        return self._ledger.release(loan_id, self._identity.instance, self._identity.epoch)
+    def _tell(self, loan_id: LoanId) -> None:
+        self._ledger.release(loan_id, self._identity.instance, self._identity.epoch)

@@ -56,7 +56,7 @@ class HostileCreditor:
         self.ledger.register(InstanceId("h"), self.address, 64, 0, 600.0)
         self.peers = Peers("p", self.identity, 0, SIZES, DEADLINE_S)
         self.outlook = PoolOutlook(self.ledger, self.identity, self.peers, enabled=True)
-        late = LateReleases(self.ledger, self.identity, 1.0)
+        late = LateReleases(self.ledger, self.identity)
         self.borrowing = Borrowing(self.ledger, self.identity, self.peers, self.outlook, late, DEADLINE_S)
 
     def _answer(self, _: Hello, request: Request) -> Answer:
