@@ -1,0 +1,165 @@
+"""Kernels for GPUs in Triton; under Triton's interpreter (TRITON_INTERPRET=1) they run on tensors of the CPU, for tests.
+
+Host side: checks, launch shapes, allocation. Nothing here reads a tensor's values, so nothing waits for the GPU.
+Legend: T query tokens, H query heads, K KV heads, G = H / K, D head dim, B rBlocks, L layers, N tokens per rBlock,
+M rBlocks listed, P partials, R rotated dims.
+"""
+
+from functools import cache
+
+import torch
+import triton
+
+from megatron_distkv.kernels.triton.attention import attention_kernel
+from megatron_distkv.kernels.triton.merge import merge_kernel
+from megatron_distkv.kernels.triton.store import rope_kernel, store_kv_kernel
+
+IS_INTERPRETED = triton.knobs.runtime.interpret
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Rows of one tile in prefill; a decode tile holds one token's heads, but a tensor core takes no fewer than 16 rows.
+PREFILL_ROWS, SMALLEST_TILE = 128, 16
+MERGED_ROWS = 4
+
+
+def can_serve(*tensors: torch.Tensor) -> bool:
+    where = "cpu" if IS_INTERPRETED else "cuda"
+    return all(tensor.device.type == where and tensor.dtype in DTYPES for tensor in tensors)
+
+
+def micro_attention(
+    q_THD: torch.Tensor,
+    pool_BLK2ND: torch.Tensor,
+    layer: int,
+    block_ids_M: torch.Tensor,
+    block_starts_M: torch.Tensor,
+    cu_blocks: torch.Tensor,
+    cu_queries: torch.Tensor,
+    positions_T: torch.Tensor,
+    scale: float,
+    causal: bool,
+    window: int | None = None,
+    soft_cap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    _check(q_THD, pool_BLK2ND, block_ids_M, block_starts_M, cu_blocks, cu_queries, positions_T)
+    num_tokens, num_heads, head_dim = q_THD.shape
+    kv_heads, size = pool_BLK2ND.shape[2], pool_BLK2ND.shape[4]
+    group, num_sequences = num_heads // kv_heads, len(cu_blocks) - 1
+    rows = _rows_per_tile(num_tokens * group, num_sequences, group)
+    # Every sequence may end in a tile of its own that is not full.
+    num_tiles = num_tokens * group // rows + num_sequences
+    num_splits = _num_splits(q_THD.device, num_tiles * kv_heads, len(block_ids_M), num_sequences)
+    outs = q_THD.new_empty(num_splits, num_tokens, num_heads, head_dim, dtype=torch.float32)
+    lses = q_THD.new_empty(num_splits, num_tokens, num_heads, dtype=torch.float32)
+    if num_tokens == 0:
+        return outs[0], lses[0]
+    pool = pool_BLK2ND[:, layer]
+    attention_kernel[(num_tiles, kv_heads, num_splits)](
+        q_THD, pool, block_ids_M, block_starts_M, cu_blocks, cu_queries, positions_T, outs, lses,
+        scale, soft_cap or 0.0, window or 0, num_sequences, num_splits,
+        q_THD.stride(0), q_THD.stride(1), pool.stride(0), pool.stride(1), pool.stride(2), outs.stride(0), lses.stride(0),
+        H=num_heads, G=group, N=size, D=head_dim, D_PADDED=_padded(head_dim),
+        BLOCK_M=rows, BLOCK_N=_keys_per_step(size, q_THD.dtype),
+        CAUSAL=causal, WINDOWED=window is not None, CAPPED=soft_cap is not None,
+        EXACT=_is_exact(q_THD, pool),
+        num_warps=8 if rows > 64 else 4, num_stages=2 if q_THD.dtype == torch.float32 else 3,
+    )  # fmt: skip
+    return (outs[0], lses[0]) if num_splits == 1 else merge(outs, lses)
+
+
+def merge(outs_PTHD: torch.Tensor, lses_PTH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    outs_PTHD, lses_PTH = outs_PTHD.contiguous(), lses_PTH.contiguous()
+    out, lse = outs_PTHD.new_empty(outs_PTHD.shape[1:]), lses_PTH.new_empty(lses_PTH.shape[1:])
+    head_dim = out.shape[-1]
+    if lse.numel():
+        merge_kernel[(triton.cdiv(lse.numel(), MERGED_ROWS),)](
+            outs_PTHD, lses_PTH, out, lse, len(lses_PTH), lse.numel(),
+            D=head_dim, D_PADDED=triton.next_power_of_2(head_dim), BLOCK_R=MERGED_ROWS,
+        )  # fmt: skip
+    return out, lse
+
+
+def store_kv(
+    k_TKD: torch.Tensor, v_TKD: torch.Tensor, pool_BLK2ND: torch.Tensor, layer: int, slot_mapping_T: torch.Tensor
+) -> None:
+    if not len(k_TKD) == len(v_TKD) == len(slot_mapping_T):
+        raise ValueError(f"store_kv wants a row per slot: K {len(k_TKD)}, V {len(v_TKD)}, slots {len(slot_mapping_T)}")
+    num_tokens, kv_heads, head_dim = k_TKD.shape
+    pool = pool_BLK2ND[:, layer]
+    if num_tokens:
+        store_kv_kernel[(num_tokens,)](
+            _dense_rows(k_TKD), _dense_rows(v_TKD), pool, slot_mapping_T,
+            k_TKD.stride(0), k_TKD.stride(1), v_TKD.stride(0), v_TKD.stride(1),
+            pool.stride(0), pool.stride(1), pool.stride(2),
+            KV_HEADS=kv_heads, HEADS_PADDED=triton.next_power_of_2(kv_heads), N=pool.shape[3],
+            D=head_dim, D_PADDED=triton.next_power_of_2(head_dim),
+        )  # fmt: skip
+
+
+def apply_rope(x_THD: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor) -> torch.Tensor:
+    num_tokens, num_heads, head_dim = x_THD.shape
+    out = x_THD.new_empty(x_THD.shape)
+    cos_TR, sin_TR = cos_TR.contiguous(), sin_TR.contiguous()
+    if num_tokens:
+        rope_kernel[(num_tokens,)](
+            _dense_rows(x_THD), cos_TR, sin_TR, out, x_THD.stride(0), x_THD.stride(1), cos_TR.stride(0),
+            H=num_heads, H_PADDED=triton.next_power_of_2(num_heads), R=cos_TR.shape[1],
+            D=head_dim, D_PADDED=triton.next_power_of_2(head_dim),
+        )  # fmt: skip
+    return out
+
+
+def gather_rblocks(pool_BLK2ND: torch.Tensor, block_ids: torch.Tensor) -> torch.Tensor:
+    return pool_BLK2ND.index_select(0, block_ids)  # whole rows: torch's copy has nothing to gain
+
+
+def scatter_rblocks(data_MLK2ND: torch.Tensor, pool_BLK2ND: torch.Tensor, block_ids: torch.Tensor) -> None:
+    pool_BLK2ND.index_copy_(0, block_ids, data_MLK2ND)
+
+
+def _check(q_THD: torch.Tensor, pool_BLK2ND: torch.Tensor, *indices: torch.Tensor) -> None:
+    if q_THD.shape[1] % pool_BLK2ND.shape[2]:
+        raise ValueError(f"{q_THD.shape[1]} query heads are no multiple of {pool_BLK2ND.shape[2]} KV heads")
+    if any(index.dtype != torch.int64 or not index.is_contiguous() for index in indices):
+        raise ValueError("indices must be contiguous int64")
+    _dense_rows(q_THD)
+
+
+def _dense_rows(x: torch.Tensor) -> torch.Tensor:
+    if x.stride(-1) != 1:
+        raise ValueError("the head dim must be contiguous")
+    return x
+
+
+def _rows_per_tile(num_rows: int, num_sequences: int, group: int) -> int:
+    """Decode: one token's heads in a tile; prefill: as many rows as the tensor cores like."""
+    if num_rows <= num_sequences * group:
+        return min(PREFILL_ROWS, max(SMALLEST_TILE, triton.next_power_of_2(group)))
+    return PREFILL_ROWS if num_rows > num_sequences * PREFILL_ROWS // 2 else 64
+
+
+def _keys_per_step(rblock_size: int, dtype: torch.dtype) -> int:
+    """A divisor of the rBlock where there is one that fits, so that a step reads from one rBlock only."""
+    largest = 32 if dtype == torch.float32 else 64
+    if rblock_size >= 16 and rblock_size % 16 == 0:
+        return next(keys for keys in (largest, 32, 16) if rblock_size % keys == 0)
+    return 32
+
+
+def _num_splits(device: torch.device, num_programs: int, num_rblocks: int, num_sequences: int) -> int:
+    """As many as fill the GPU twice, but no split of fewer than 4 rBlocks on average."""
+    wanted = triton.cdiv(2 * _num_multiprocessors(device), max(1, num_programs))
+    return max(1, min(wanted, num_rblocks // (4 * max(1, num_sequences)), 128))
+
+
+@cache
+def _num_multiprocessors(device: torch.device) -> int:
+    return 6 if IS_INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _padded(head_dim: int) -> int:
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def _is_exact(q_THD: torch.Tensor, pool: torch.Tensor) -> bool:
+    """Heads of so few dims leave the tensor cores idle anyway, and rounded weights would show in them."""
+    return IS_INTERPRETED or q_THD.dtype != pool.dtype or pool.dtype == torch.float32 or q_THD.shape[2] < 32
