@@ -1,4 +1,4 @@
-"""Kernels for GPUs in Triton; under Triton's interpreter (TRITON_INTERPRET=1) they run on tensors of the CPU, for tests.
+"""Kernels for GPUs in Triton; under its interpreter (TRITON_INTERPRET=1) they run on tensors of the CPU, for tests.
 
 Host side: checks, launch shapes, allocation. Nothing here reads a tensor's values, so nothing waits for the GPU.
 Legend: T query tokens, H query heads, K KV heads, G = H / K, D head dim, B rBlocks, L layers, N tokens per rBlock,
@@ -9,8 +9,8 @@ from functools import cache
 
 import torch
 import triton
-
 from megatron_distkv.kernels.triton.attention import attention_kernel
+from megatron_distkv.kernels.triton.backward import key_gradients_kernel, query_gradients_kernel
 from megatron_distkv.kernels.triton.merge import merge_kernel
 from megatron_distkv.kernels.triton.store import rope_kernel, store_kv_kernel
 
@@ -56,7 +56,7 @@ def micro_attention(
     attention_kernel[(num_tiles, kv_heads, num_splits)](
         q_THD, pool, block_ids_M, block_starts_M, cu_blocks, cu_queries, positions_T, outs, lses,
         scale, soft_cap or 0.0, window or 0, num_sequences, num_splits,
-        q_THD.stride(0), q_THD.stride(1), pool.stride(0), pool.stride(1), pool.stride(2), outs.stride(0), lses.stride(0),
+        *q_THD.stride()[:2], *pool.stride()[:3], outs.stride(0), lses.stride(0),
         H=num_heads, G=group, N=size, D=head_dim, D_PADDED=_padded(head_dim),
         BLOCK_M=rows, BLOCK_N=_keys_per_step(size, q_THD.dtype),
         CAUSAL=causal, WINDOWED=window is not None, CAPPED=soft_cap is not None,
@@ -88,8 +88,7 @@ def store_kv(
     if num_tokens:
         store_kv_kernel[(num_tokens,)](
             _dense_rows(k_TKD), _dense_rows(v_TKD), pool, slot_mapping_T,
-            k_TKD.stride(0), k_TKD.stride(1), v_TKD.stride(0), v_TKD.stride(1),
-            pool.stride(0), pool.stride(1), pool.stride(2),
+            *k_TKD.stride()[:2], *v_TKD.stride()[:2], *pool.stride()[:3],
             KV_HEADS=kv_heads, HEADS_PADDED=triton.next_power_of_2(kv_heads), N=pool.shape[3],
             D=head_dim, D_PADDED=triton.next_power_of_2(head_dim),
         )  # fmt: skip
@@ -106,6 +105,33 @@ def apply_rope(x_THD: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor) 
             D=head_dim, D_PADDED=triton.next_power_of_2(head_dim),
         )  # fmt: skip
     return out
+
+
+def tile_backward(
+    d_out_SBHD: torch.Tensor,
+    q_SBHD: torch.Tensor,
+    k_XBKD: torch.Tensor,
+    v_XBKD: torch.Tensor,
+    out_SBHD: torch.Tensor,
+    lse_SBH: torch.Tensor,
+    scale: float,
+    is_causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    inputs = [_dense_rows(x) for x in (q_SBHD, k_XBKD, v_XBKD, d_out_SBHD)]
+    num_queries, num_sequences, num_heads, head_dim = q_SBHD.shape
+    num_keys, _, kv_heads, _ = k_XBKD.shape
+    delta = (d_out_SBHD.float() * out_SBHD.float()).sum(-1)
+    d_q, d_k, d_v = (torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (q_SBHD, k_XBKD, v_XBKD))
+    strides = [stride for x in inputs for stride in x.stride()[:3]]
+    rows, keys = (32, 32) if q_SBHD.dtype == torch.float32 or head_dim > 128 else (64, 64)
+    shapes = {"H": num_heads, "G": num_heads // kv_heads, "D": head_dim, "D_PADDED": _padded(head_dim)}
+    options = {"CAUSAL": is_causal, "EXACT": _is_exact(q_SBHD, k_XBKD), "num_warps": 8, "num_stages": 2}
+    shapes |= options | {"BLOCK_M": rows, "BLOCK_N": keys}
+    given = (*inputs, lse_SBH.contiguous(), delta)
+    sizes = (scale, num_queries, num_keys, *strides)
+    key_gradients_kernel[(triton.cdiv(num_keys, keys), kv_heads, num_sequences)](*given, d_k, d_v, *sizes, **shapes)
+    query_gradients_kernel[(triton.cdiv(num_queries, rows), num_heads, num_sequences)](*given, d_q, *sizes, **shapes)
+    return d_q, d_k, d_v
 
 
 def gather_rblocks(pool_BLK2ND: torch.Tensor, block_ids: torch.Tensor) -> torch.Tensor:
@@ -161,5 +187,5 @@ def _padded(head_dim: int) -> int:
 
 
 def _is_exact(q_THD: torch.Tensor, pool: torch.Tensor) -> bool:
-    """Heads of so few dims leave the tensor cores idle anyway, and rounded weights would show in them."""
+    """Rather fp32: heads of so few dims leave the tensor cores idle anyway, and rounded weights would show in them."""
     return IS_INTERPRETED or q_THD.dtype != pool.dtype or pool.dtype == torch.float32 or q_THD.shape[2] < 32

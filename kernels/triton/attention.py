@@ -12,16 +12,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 # How many rBlock starts are looked at in one step of the search for those that a tile sees.
 STARTS_AT_ONCE = tl.constexpr(1024)
-FAR = tl.constexpr(1 << 62)
-
-
-@triton.jit
-def dot(a, b, EXACT: tl.constexpr):
-    """a @ b in fp32. EXACT: operands in fp32 and no TF32; the interpreter needs it, it multiplies bf16 as integers."""
-    if EXACT:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-    else:
-        return tl.dot(a, b)
+FAR = tl.constexpr(1 << 30)
 
 
 @triton.jit
@@ -39,7 +30,9 @@ def sequence_of(tile, CU_QUERIES, num_sequences, G: tl.constexpr, BLOCK_M: tl.co
 
 
 @triton.jit
-def visible_rblocks(STARTS, count, lowest, highest, N: tl.constexpr, window, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr):
+def visible_rblocks(
+    STARTS, count, lowest, highest, window, N: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr
+):  # fmt: skip
     """Of `count` rBlocks, `[first, seen)` hold all that queries at positions lowest..highest see; `[first, whole)` are
     seen in full by every one of them. Exact for starts in ascending order; for others the range is only wider."""
     first = count
@@ -47,7 +40,7 @@ def visible_rblocks(STARTS, count, lowest, highest, N: tl.constexpr, window, CAU
     whole = count
     for base in range(0, count, STARTS_AT_ONCE):
         index = base + tl.arange(0, STARTS_AT_ONCE)
-        start = tl.load(STARTS + index, mask=index < count, other=FAR)
+        start = tl.load(STARTS + index, mask=index < count, other=FAR).to(tl.int32)
         is_seen = index < count
         is_whole = is_seen
         if CAUSAL:
@@ -68,7 +61,11 @@ def attend(
     N: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over rBlocks `begin`..`end` of the lists IDS and STARTS; `position` of every row."""
+    """Online softmax over rBlocks `begin`..`end` of the lists IDS and STARTS; `position` of every row.
+
+    EXACT multiplies in fp32 without TF32. The interpreter needs it too: it takes bf16 for integers.
+    """
+    PRECISION: tl.constexpr = "ieee" if EXACT else "tf32"
     dims = tl.arange(0, D_PADDED)
     slots = tl.arange(0, BLOCK_N)
     has_dim = dims < D
@@ -80,20 +77,22 @@ def attend(
             block = next_id
             following = (slot + BLOCK_N) // N
             next_id = tl.load(IDS + following, mask=following < end, other=0)
+            K = POOL + block * block_stride
             offset = slot % N + slots
-            rows = block * block_stride + offset * D
+            rows = offset * D
             is_there = slots >= 0
         else:
             listed = (slot + slots) // N
             is_there = slot + slots < num_slots
             offset = (slot + slots) % N
+            K = POOL
             rows = tl.load(IDS + listed, mask=is_there, other=0) * block_stride + offset * D
         is_key = is_there
         if MASKED:
             if N % BLOCK_N == 0:
-                key_position = tl.load(STARTS + slot // N) + offset
+                key_position = tl.load(STARTS + slot // N).to(tl.int32) + offset
             else:
-                key_position = tl.load(STARTS + (slot + slots) // N, mask=is_there, other=0) + offset
+                key_position = tl.load(STARTS + (slot + slots) // N, mask=is_there, other=0).to(tl.int32) + offset
             sees = is_there[None, :] & (position[:, None] >= 0)
             if CAUSAL:
                 sees = sees & (key_position[None, :] <= position[:, None])
@@ -102,12 +101,17 @@ def attend(
             # Slots that nobody sees yet may hold anything, and 0 * NaN is NaN.
             is_key = tl.max(sees.to(tl.int32), axis=0) > 0
         if MASKED or N % BLOCK_N != 0 or D != D_PADDED:
-            k = tl.load(POOL + rows[None, :] + dims[:, None], mask=is_key[None, :] & has_dim[:, None], other=0.0)
-            v = tl.load(POOL + v_offset + rows[:, None] + dims[None, :], mask=is_key[:, None] & has_dim[None, :], other=0.0)
+            k = tl.load(K + rows[None, :] + dims[:, None], mask=is_key[None, :] & has_dim[:, None], other=0.0)
+            v = tl.load(
+                K + v_offset + rows[:, None] + dims[None, :], mask=is_key[:, None] & has_dim[None, :], other=0.0
+            )
         else:
-            k = tl.load(POOL + rows[None, :] + dims[:, None])
-            v = tl.load(POOL + v_offset + rows[:, None] + dims[None, :])
-        scores = dot(q, k, EXACT)
+            k = tl.load(K + rows[None, :] + dims[:, None])
+            v = tl.load(K + v_offset + rows[:, None] + dims[None, :])
+        if EXACT:
+            k = k.to(tl.float32)
+            v = v.to(tl.float32)
+        scores = tl.dot(q, k, input_precision=PRECISION)
         if CAPPED:
             # cap * tanh(s / cap), with tanh(x) = 1 - 2 / (e^2x + 1)
             scaled = scores * (scale / soft_cap)
@@ -123,10 +127,7 @@ def attend(
         weights = tl.exp2(scores - reached[:, None])
         shrink = tl.exp2(top - reached)
         total = total * shrink + tl.sum(weights, 1)
-        if EXACT:
-            acc = acc * shrink[:, None] + dot(weights, v, EXACT)
-        else:
-            acc = acc * shrink[:, None] + dot(weights.to(v.dtype), v, EXACT)
+        acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
         top = new_top
     return top, total, acc
 
@@ -159,7 +160,9 @@ def attention_kernel(
         Q + token[:, None] * q_token_stride + query_head[:, None] * q_head_stride + dims[None, :],
         mask=is_element, other=0.0,
     )  # fmt: skip
-    position = tl.load(POSITIONS + token, mask=is_row, other=-1)
+    if EXACT:
+        q = q.to(tl.float32)
+    position = tl.load(POSITIONS + token, mask=is_row, other=-1).to(tl.int32)
     lowest = tl.min(tl.where(is_row, position, FAR))
     highest = tl.max(position)
 
@@ -168,7 +171,7 @@ def attention_kernel(
     ids = IDS + block_base
     starts = STARTS + block_base
     pool = POOL + head * head_stride
-    first, seen, whole = visible_rblocks(starts, num_blocks, lowest, highest, N, window, CAUSAL, WINDOWED)
+    first, seen, whole = visible_rblocks(starts, num_blocks, lowest, highest, window, N, CAUSAL, WINDOWED)
     share = tl.cdiv(tl.maximum(seen - first, 0), num_splits)
     begin = first + split * share
     end = tl.minimum(begin + share, seen)

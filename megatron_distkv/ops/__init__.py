@@ -8,6 +8,7 @@ from megatron_distkv.ops.backend import available_backends, backend_in_use, inst
 from megatron_distkv.ops.micro_attention import merge, micro_attention
 from megatron_distkv.ops.move_rblocks import gather_rblocks, scatter_rblocks
 from megatron_distkv.ops.store_kv import apply_rope, store_kv
+from megatron_distkv.ops.tile_backward import tile_backward
 
 __all__ = [
     "apply_rope",
@@ -19,5 +20,6 @@ __all__ = [
     "micro_attention",
     "scatter_rblocks",
     "store_kv",
+    "tile_backward",
     "use_backend",
 ]
