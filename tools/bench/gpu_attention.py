@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from megatron_distkv.ops import gather_rblocks, merge, micro_attention, store_kv, tile_backward
 from tools.bench.gpu_timing import Stopwatch, Work, median_ratio
 
-SIZE, SEED, KV_HEADS, GROUP, HEAD_DIM = 64, 0, 8, 4, 128
+SIZE, SEED, GROUP, HEAD_DIM = 64, 0, 4, 128
 TOLERANCE, LSE_TOLERANCE, GRADIENT_TOLERANCE = 4e-3, 1e-4, 1e-2
 
 
@@ -29,6 +29,7 @@ class Figure(NamedTuple):
 
 
 class Sizes(NamedTuple):
+    kv_heads: int
     decodes: list[tuple[int, int]]  # context, batch
     prefills: list[int]
     copied_bytes: int
@@ -36,19 +37,19 @@ class Sizes(NamedTuple):
     runs: int
 
 
-ON_A_GPU = Sizes([(32768, 1), (32768, 16), (32768, 64), (131072, 1), (131072, 16)], [2048, 8192], 2 << 30, 8192, 15)
-DRY = Sizes([(128, 1)], [64], 1 << 16, 64, 1)
+ON_A_GPU = Sizes(8, [(32768, 1), (32768, 16), (32768, 64), (131072, 1), (131072, 16)], [2048, 8192], 2 << 30, 8192, 15)
+DRY = Sizes(1, [(128, 1)], [64], 1 << 16, 64, 1)
 
 
 class Batch:
     """`batch` sequences of `context` tokens, the last `num_queries` of each as queries."""
 
-    def __init__(self, context: int, batch: int, num_queries: int, device: str) -> None:
+    def __init__(self, kv_heads: int, context: int, batch: int, num_queries: int, device: str) -> None:
         torch.manual_seed(SEED)
-        self.count, self.context, self.batch = context // SIZE, context, batch
+        self.kv_heads, self.count, self.context, self.batch = kv_heads, context // SIZE, context, batch
         options = {"dtype": torch.bfloat16, "device": device}
-        self.pool = torch.randn(batch * self.count + 1, 1, KV_HEADS, 2, SIZE, HEAD_DIM, **options)
-        self.q = torch.randn(batch * num_queries, KV_HEADS * GROUP, HEAD_DIM, **options)
+        self.pool = torch.randn(batch * self.count + 1, 1, kv_heads, 2, SIZE, HEAD_DIM, **options)
+        self.q = torch.randn(batch * num_queries, kv_heads * GROUP, HEAD_DIM, **options)
         self.ids = torch.randperm(len(self.pool), device=device)[: batch * self.count].contiguous()
         self.starts = (torch.arange(self.count, device=device) * SIZE).repeat(batch)
         self.cu_blocks = torch.arange(batch + 1, device=device) * self.count
@@ -72,7 +73,7 @@ class Batch:
             kv = self.pool[self.ids[s * self.count : (s + 1) * self.count], 0]
             k, v = (kv[:, :, part].transpose(0, 1).flatten(1, 2) for part in (0, 1))
             rows = s * per_sequence + torch.arange(0, per_sequence, 97, device=k.device)
-            for head in range(KV_HEADS):
+            for head in range(self.kv_heads):
                 heads = slice(head * GROUP, (head + 1) * GROUP)
                 scores = self.q[rows, heads].double() @ k[head].double().T * HEAD_DIM**-0.5
                 is_future = torch.arange(self.context, device=k.device) > self.positions[rows, None, None]
@@ -92,7 +93,7 @@ def same(found: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> None:
 
 class GpuBench:
     def __init__(self, device: str, sizes: Sizes) -> None:
-        self.device, self.sizes, self.watch = device, sizes, Stopwatch(device)
+        self.device, self.sizes, self.kv_heads, self.watch = device, sizes, sizes.kv_heads, Stopwatch(device)
         self.name = torch.cuda.get_device_name() if device == "cuda" else "CPU, interpreted: no figure means anything"
         source = torch.empty(sizes.copied_bytes, dtype=torch.int8, device=device)
         target, a = torch.empty_like(source), torch.randn(2, sizes.matrix, sizes.matrix, device=device).bfloat16()
@@ -111,10 +112,10 @@ class GpuBench:
         yield from self.moves()
 
     def decode(self, context: int, batch: int) -> Figure:
-        case = Batch(context, batch, 1, self.device)
+        case = Batch(self.kv_heads, context, batch, 1, self.device)
         case.check(case.attend())
         k, v = case.dense_kv()
-        q = case.q.view(batch, KV_HEADS * GROUP, 1, HEAD_DIM)
+        q = case.q.view(batch, self.kv_heads * GROUP, 1, HEAD_DIM)
         peers: dict[str, Work] = {
             "torch sdpa, dense KV": lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True),
             **library_decode(case, k, v),
@@ -122,21 +123,21 @@ class GpuBench:
         return self._figure(f"decode, context {context}, batch {batch}", case.attend, peers, "copy", k.nbytes * 2e-9)
 
     def prefill(self, chunk: int) -> Figure:
-        case = Batch(chunk, 1, chunk, self.device)
+        case = Batch(self.kv_heads, chunk, 1, chunk, self.device)
         case.check(case.attend())
         k, v = case.dense_kv()
         q = case.q.transpose(0, 1)[None].contiguous()
         peers: dict[str, Work] = {
             "torch sdpa, dense KV": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         }
-        amount = 2.0 * HEAD_DIM * KV_HEADS * GROUP * chunk * (chunk + 1) / 1e12
+        amount = 2.0 * HEAD_DIM * self.kv_heads * GROUP * chunk * (chunk + 1) / 1e12
         return self._figure(f"prefill, chunk {chunk}", case.attend, peers, "product", amount)
 
     def backward(self, chunk: int) -> Figure:
         torch.manual_seed(SEED)
-        shape = (chunk, 1, KV_HEADS * GROUP, HEAD_DIM)
+        shape = (chunk, 1, self.kv_heads * GROUP, HEAD_DIM)
         q, d_out = (torch.randn(shape, device=self.device).bfloat16() for _ in range(2))
-        k, v = (torch.randn(chunk, 1, KV_HEADS, HEAD_DIM, device=self.device).bfloat16() for _ in range(2))
+        k, v = (torch.randn(chunk, 1, self.kv_heads, HEAD_DIM, device=self.device).bfloat16() for _ in range(2))
         leaves = [x.float().permute(1, 2, 0, 3).requires_grad_() for x in (q, k, v)]
         out = F.scaled_dot_product_attention(*leaves, is_causal=True, enable_gqa=True)
         wanted = torch.autograd.grad(out, leaves, d_out.float().permute(1, 2, 0, 3))
@@ -150,23 +151,24 @@ class GpuBench:
         peers: dict[str, Work] = {
             "torch sdpa": lambda: torch.autograd.grad(peer_out, small, d_peer, retain_graph=True),
         }
-        amount = 2.5 * 2.0 * HEAD_DIM * KV_HEADS * GROUP * chunk * (chunk + 1) / 1e12
+        amount = 2.5 * 2.0 * HEAD_DIM * self.kv_heads * GROUP * chunk * (chunk + 1) / 1e12
         return self._figure(f"backward, chunk {chunk}", lambda: tile_backward(*given), peers, "product", amount)
 
     def moves(self) -> Iterator[Figure]:
         tokens = 8192 if self.device == "cuda" else 16
-        outs, lses = torch.randn(8, tokens, 32, 128, device=self.device), torch.randn(8, tokens, 32, device=self.device)
+        rows = (8, tokens, self.kv_heads * GROUP)
+        outs, lses = torch.randn(*rows, HEAD_DIM, device=self.device), torch.randn(*rows, device=self.device)
         same(merge(outs, lses)[0], (lses.double().softmax(0)[..., None] * outs.double()).sum(0), 1e-5)
         yield self._figure("merge of 8 partials", lambda: merge(outs, lses), {}, "copy", outs.nbytes * 9 / 8 / 1e9)
 
-        case = Batch(tokens * 8, 1, 1, self.device)
+        case = Batch(self.kv_heads, tokens * 8, 1, 1, self.device)
         half = case.ids[: case.count // 2]
         if not torch.equal(gather_rblocks(case.pool, half), case.pool[half]):
             raise SystemExit("wrong answer: gather_rblocks")
         moved = len(half) * case.pool[0].nbytes * 2 / 1e9
         yield self._figure("gather for migration", lambda: gather_rblocks(case.pool, half), {}, "copy", moved)
 
-        k, v = torch.randn(2, len(half) * SIZE, KV_HEADS, HEAD_DIM, device=self.device).bfloat16().unbind()
+        k, v = torch.randn(2, len(half) * SIZE, self.kv_heads, HEAD_DIM, device=self.device).bfloat16().unbind()
         slots = (half[:, None] * SIZE + torch.arange(SIZE, device=self.device)).flatten()
         store_kv(k, v, case.pool, 0, slots)
         if not torch.equal(case.pool[slots // SIZE, 0, :, 0, slots % SIZE], k):
