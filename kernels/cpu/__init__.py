@@ -6,7 +6,6 @@ Tensors lie on the CPU; K, V, pools and queries are fp32, bf16 or fp16. Raises I
 import ctypes
 
 import torch
-from megatron_distkv.kernels import reference
 
 from .library import Attention, Rope, Store, check, load_library
 
@@ -56,11 +55,6 @@ def micro_attention(
     window: int | None = None,
     soft_cap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if window is not None or soft_cap is not None:  # not in the C++ yet
-        return reference.micro_attention(
-            q_THD, pool_BLK2ND, layer, block_ids_M, block_starts_M, cu_blocks, cu_queries, positions_T, scale, causal,
-            window, soft_cap,
-        )  # fmt: skip
     if q_THD.stride(2) != 1:
         q_THD = q_THD.contiguous()
     num_tokens, num_heads, head_dim = q_THD.shape
@@ -83,6 +77,8 @@ def micro_attention(
         num_layers,
         causal,
         scale,
+        soft_cap or 0.0,
+        window or 0,
         num_tokens,
         cu_queries.shape[0] - 1,
         block_ids_M.shape[0],
