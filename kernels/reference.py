@@ -23,10 +23,11 @@ def micro_attention(
     causal: bool,
     window: int | None = None,
     soft_cap: float | None = None,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    num_tokens, num_heads, head_dim = q_THD.shape
-    out_THD = torch.zeros(num_tokens, num_heads, head_dim, dtype=torch.float32, device=q_THD.device)
-    lse_TH = torch.full((num_tokens, num_heads), float("-inf"), dtype=torch.float32, device=q_THD.device)
+    out_THD, lse_TH = out or (torch.empty_like(x, dtype=torch.float32) for x in (q_THD, q_THD[..., 0]))
+    out_THD.zero_()
+    lse_TH.fill_(float("-inf"))
     blocks, queries, rblock_size = cu_blocks.tolist(), cu_queries.tolist(), pool_BLK2ND.shape[4]
     blocks_at_once = max(1, KEY_TOKENS_AT_ONCE // rblock_size)
     for s in range(len(blocks) - 1):

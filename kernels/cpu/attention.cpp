@@ -154,6 +154,7 @@ extern "C" int32_t distkv_micro_attention(const DistkvAttention* args) {
   if (args->struct_size != sizeof *args) return DISTKV_OTHER_ABI;
   if (args->kv_heads <= 0 || args->num_heads % args->kv_heads || args->head_dim <= 0 || args->rblock_size <= 0)
     return DISTKV_UNSUPPORTED;
+  if (args->layer < 0 || args->layer >= args->num_layers) return DISTKV_BAD_INDEX;
   if (!distkv::is_sound(*args)) return DISTKV_BAD_INDEX;
   return distkv::Plan(*args).run();
 }

@@ -4,6 +4,9 @@ import ctypes
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_uint32, c_void_p
 from pathlib import Path
 
+import torch
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 PATH = Path(__file__).with_name("libdistkv_cpu.so")
 
 _FAULTS = {
@@ -78,3 +81,12 @@ def check(status: int) -> None:
     if status:
         kind, sentence = _FAULTS[status]
         raise kind(sentence)
+
+
+def check_indices(*tensors: torch.Tensor) -> None:
+    for tensor in tensors:
+        if tensor.dtype is not torch.int64 or not tensor.is_contiguous():
+            raise ValueError("indices must be contiguous int64 tensors")
+
+
+library = load_library()

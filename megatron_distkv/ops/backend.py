@@ -12,6 +12,7 @@ from megatron_distkv.errors import ConfigError
 from megatron_distkv.kernels import cpu, reference
 
 _BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference} if cpu.is_built() else {"reference": reference}
+_BEST_IS_CPU = "cpu" in _BACKENDS
 _chosen = "auto"
 
 
@@ -41,5 +42,5 @@ def use_backend(name: str) -> None:
 def kernels(*tensors: torch.Tensor) -> ModuleType:
     """The module with the functions that serve `tensors`: all of a call that are not indices."""
     if _chosen == "auto":
-        return cpu if cpu.is_built() and cpu.can_serve(*tensors) else reference
+        return cpu if _BEST_IS_CPU and cpu.can_serve(*tensors) else reference
     return _BACKENDS[_chosen]

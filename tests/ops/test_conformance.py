@@ -1,12 +1,13 @@
 """One suite for every backend: shapes of real models, against float64 from the definition."""
 
 import random
+import weakref
 from typing import NamedTuple
 
 import pytest
 import torch
 
-from megatron_distkv.ops import gather_rblocks, merge, micro_attention, scatter_rblocks, store_kv
+from megatron_distkv.ops import gather_rblocks, merge, micro_attention, micro_attention_out, scatter_rblocks, store_kv
 from tests.ops.dense import dense_attention, relative_error
 
 OUT_LIMIT = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 1e-3}
@@ -68,6 +69,10 @@ class Batch:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         indices = (self.ids, self.starts, self.cu_blocks, self.cu_queries, self.positions)
         return micro_attention(self.q, self.pool, LAYER, *indices, self.scale, causal, window=window, soft_cap=soft_cap)
+
+    def attend_into(self, out: torch.Tensor, lse: torch.Tensor) -> None:
+        indices = (self.ids, self.starts, self.cu_blocks, self.cu_queries, self.positions)
+        micro_attention_out(self.q, self.pool, LAYER, *indices, self.scale, True, None, None, out, lse)
 
     def check(
         self, out: torch.Tensor, lse: torch.Tensor, window: int | None = None, soft_cap: float | None = None
@@ -231,11 +236,50 @@ def test_an_index_outside_the_pool_is_refused() -> None:
         batch.attend()
     with pytest.raises(IndexError):
         gather_rblocks(batch.pool, batch.ids)
+    batch.ids[1] = 0
+    with pytest.raises(IndexError):
+        micro_attention(
+            batch.q, batch.pool, LAYERS, batch.ids, batch.starts, batch.cu_blocks, batch.cu_queries, batch.positions,
+            batch.scale, True,
+        )  # fmt: skip
     kv = torch.zeros(1, 1, 16)
     with pytest.raises(IndexError):
         store_kv(kv, kv.clone(), batch.pool, 0, int64(len(batch.pool) * 8))
     with pytest.raises(IndexError):
         scatter_rblocks(torch.zeros(1, *batch.pool.shape[1:]), batch.pool, int64(len(batch.pool)))
+
+
+def test_into_tensors_at_hand() -> None:
+    # Given two batches of one shape, whose calls alternate as those of layers and steps do
+    case = Case(torch.bfloat16, 2, 4, 64, 16, [Sequence(70, 1), Sequence(33, 33)])
+    batches = [Batch(case, seed=1), Batch(case, seed=2)]
+    outs = [torch.full(batch.q.shape, float("nan")) for batch in batches]
+    lses = [torch.full(batch.q.shape[:2], float("nan")) for batch in batches]
+    for _ in range(2):
+        for batch, out, lse in zip(batches, outs, lses, strict=True):
+            batch.q = batch.q.clone()
+            batch.attend_into(out, lse)
+            batch.check(*batch.attend())
+    for batch, out, lse in zip(batches, outs, lses, strict=True):
+        batch.check(out, lse)
+
+
+def test_nothing_is_written_where_the_result_does_not_fit(backend: str) -> None:
+    if backend == "reference":
+        pytest.skip("torch raises errors of its own")
+    batch = Batch(Case(torch.float32, 1, 2, 16, 8, [Sequence(20, 3)]))
+    with pytest.raises(ValueError, match="shape"):
+        batch.attend_into(torch.empty(2, 2, 16), torch.empty(3, 2))
+    with pytest.raises(ValueError, match="fp32"):
+        batch.attend_into(torch.empty(3, 2, 16, dtype=torch.bfloat16), torch.empty(3, 2))
+
+
+def test_a_kept_call_keeps_no_pool_alive() -> None:
+    batch = Batch(Case(torch.float32, 1, 2, 16, 8, [Sequence(20, 3)]))
+    batch.attend()
+    pool = weakref.ref(batch.pool)
+    del batch
+    assert pool() is None
 
 
 def test_a_compiled_caller_gets_the_same() -> None:
