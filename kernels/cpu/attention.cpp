@@ -46,9 +46,10 @@ class Plan {
   }
 
   int32_t run() {
+    const Isa& isa = isa_in_use();
+    most_few_rows_ = isa.most_few_rows(a_);
     for (int64_t s = 0; s < a_.num_sequences; ++s) add(s);
     if (!place_parts()) return DISTKV_OUT_OF_MEMORY;
-    const Isa& isa = isa_in_use();
     const int64_t scratch = static_cast<int64_t>(isa.scratch_bytes(a_));
     std::atomic<bool> has_memory{true};
     const int threads = call_bytes_ < BYTES_WORTH_A_THREAD && many_.empty() ? 1 : a_.num_threads;
@@ -71,7 +72,7 @@ class Plan {
     const int64_t rows = tokens_of(s) * group_, blocks = a_.cu_blocks[s + 1] - a_.cu_blocks[s];
     if (rows == 0) return;
     if (blocks == 0) return clear(s);
-    if (rows <= FEW_ROWS) return cut(few_, s, rows, few_blocks_, a_.kv_heads);
+    if (rows <= most_few_rows_) return cut(few_, s, rows, few_blocks_, a_.kv_heads);
     if (rows <= ROW_TILE) return cut(many_, s, rows, many_blocks_, 1);
     for (int32_t h = 0; h < a_.kv_heads; ++h)
       for (int64_t r = 0; r < rows; r += ROW_TILE) {
@@ -141,7 +142,7 @@ class Plan {
 
   const DistkvAttention& a_;
   const int64_t group_;
-  int64_t few_blocks_, many_blocks_, call_bytes_;
+  int64_t few_blocks_, many_blocks_, call_bytes_, most_few_rows_ = 0;
   std::vector<Item> few_, many_;
   std::vector<Parts> parts_;
   std::vector<Parted> parted_;

@@ -37,6 +37,7 @@ class AttentionCall:
         self.cu_blocks, self.cu_queries, self.positions = ref(cu_blocks), ref(cu_queries), ref(positions_T)
         self.out: Callable[[], torch.Tensor | None] = _nothing
         self.lse: Callable[[], torch.Tensor | None] = _nothing
+        self.is_gapped = q_THD.stride(2) != 1
         self.args = _arguments(inputs)
         self.pointer = ctypes.byref(self.args)
 
@@ -74,6 +75,8 @@ class AttentionCall:
 
     def run(self, q_THD: torch.Tensor, layer: int) -> None:
         args = self.args
+        if self.is_gapped:
+            q_THD = q_THD.contiguous()
         args.q, args.layer, args.num_threads = q_THD.data_ptr(), layer, torch.get_num_threads()
         status = library.distkv_micro_attention(self.pointer)
         if status:
@@ -96,6 +99,8 @@ def _arguments(inputs: Inputs) -> Attention:
     num_tokens, num_heads, _ = q_THD.shape
     num_blocks, num_layers, kv_heads, _, rblock_size, head_dim = pool_BLK2ND.shape
     scale, causal, window, soft_cap = options
+    if q_THD.stride(2) != 1:
+        q_THD = q_THD.contiguous()
     return Attention(
         struct_size=ctypes.sizeof(Attention), q_dtype=DTYPES[q_THD.dtype], kv_dtype=DTYPES[pool_BLK2ND.dtype],
         num_heads=num_heads, kv_heads=kv_heads, head_dim=head_dim, rblock_size=rblock_size, num_layers=num_layers,
@@ -129,8 +134,6 @@ def micro_attention(
     soft_cap: float | None = None,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if q_THD.stride(2) != 1:
-        q_THD = q_THD.contiguous()
     options = (scale, causal, window, soft_cap)
     call = _call_of((q_THD, pool_BLK2ND, block_ids_M, block_starts_M, cu_blocks, cu_queries, positions_T, options))
     if out is None:

@@ -1,11 +1,12 @@
-// MicroAttention for at most FEW_ROWS query rows per KV head (decode): bound by reading K and V once.
+// MicroAttention for few query rows per KV head (decode): bound by reading K and V once.
 //
-// rBlock by rBlock, head by head, K then V: the order in which they lie in memory. Up to four query rows share each
-// load of K and V; what lies AHEAD_BYTES further on this walk is prefetched meanwhile.
+// rBlock by rBlock, head by head, K then V: the order in which they lie in memory. Four query rows share each
+// load of K (quads.h: up to sixteen) and of V; what lies AHEAD_BYTES further on this walk is prefetched meanwhile.
 #pragma once
 
 #include "isa.h"
 #include "kinds.h"
+#include "quads.h"
 
 namespace {
 
@@ -164,7 +165,8 @@ struct FewRows {
   const DistkvAttention& a;
   const Item& item;
   const int64_t rows = item.row_end - item.row_begin;
-  const int64_t held = rows == 3 || rows == 7 ? rows + 1 : rows;  // with the empty row that fills a tile
+  const bool is_quads = X::IS_PAIRS && rows >= 3 && a.head_dim % 8 == 0;
+  const int64_t held = is_quads ? round_up(rows, 4) : rows + (rows % 4 == 3);  // with the empty rows that fill a tile
   const int64_t padded = round_up(a.head_dim, X::CHUNK);
   const int64_t slab = (int64_t)a.rblock_size * a.head_dim;           // elements of one head's K, or V
   const int64_t stretch = (item.head_end - item.head_begin) * 2 * slab;  // what of an rBlock this item reads
@@ -189,9 +191,7 @@ struct FewRows {
 
   void run() {
     for (int64_t h = item.head_begin; h < item.head_end; ++h)
-      for (int64_t r = 0; r < rows; ++r)
-        X::load_queries(a.q, a.q_dtype, query_offset(a, item, h, item.row_begin + r), a.head_dim,
-                        queries + ((h - item.head_begin) * held + r) * padded);
+      for (int64_t r = 0; r < rows; ++r) load_row(h, r);
     for (int64_t b = item.block_begin; b < item.block_end; ++b) over_block(b);
     for (int64_t h = item.head_begin; h < item.head_end; ++h)
       for (int64_t r = 0; r < rows; ++r) {
@@ -199,6 +199,18 @@ struct FewRows {
         emit_row<X>(a, item, h, item.row_begin + r, acc + state * padded, tops[state],
                     sum_lane(load(sums + state * W)));
       }
+  }
+
+  void load_row(int64_t h, int64_t r) {
+    const int64_t offset = query_offset(a, item, h, item.row_begin + r);
+    typename X::Query* to = queries + (h - item.head_begin) * held * padded;
+    if constexpr (X::IS_PAIRS)
+      if (is_quads) {
+        const uint16_t* q = (const uint16_t*)a.q + offset;
+        for (int64_t d = 0; d < a.head_dim; d += 8) memcpy(to + place_in_quads(r, d, a.head_dim), q + d, 16);
+        return;
+      }
+    X::load_queries(a.q, a.q_dtype, offset, a.head_dim, to + r * padded);
   }
 
   void over_block(int64_t b) {
@@ -235,23 +247,29 @@ struct FewRows {
   void over_chunk(int64_t h, const Element* k, int64_t n, int64_t from, const Seen* seen, ptrdiff_t k_ahead,
                   ptrdiff_t v_ahead) {
     const int64_t state = h * held;
-    for_tiles([&](auto tile, int64_t r) {
-      constexpr int R = decltype(tile)::ROWS;
-      const typename X::Query* q = queries + (state + r) * padded;
-      float* s = scores + r * CHUNK_TOKENS;
-      if (r == 0) few_scores<X, R, true>(q, padded, k, a.head_dim, n, k_ahead, s);
-      else few_scores<X, R, false>(q, padded, k, a.head_dim, n, 0, s);
-      bend_scores(a, s, R * CHUNK_TOKENS);
-      for (int64_t i = r; i < r + R; ++i)
-        few_weights<X>(scores + i * CHUNK_TOKENS, i < rows ? seen[i].within(from, n) : Seen{0, 0}, n, score_scale(a),
-                       tops + state + i, sums + (state + i) * W, shrinks + i, weights + i * CHUNK_TOKENS);
-    });
+    score(state, k, n, k_ahead);
+    bend_scores(a, scores, held * CHUNK_TOKENS);
+    for (int64_t r = 0; r < held; ++r)
+      few_weights<X>(scores + r * CHUNK_TOKENS, r < rows ? seen[r].within(from, n) : Seen{0, 0}, n, score_scale(a),
+                     tops + state + r, sums + (state + r) * W, shrinks + r, weights + r * CHUNK_TOKENS);
     for_tiles([&](auto tile, int64_t r) {
       constexpr int R = decltype(tile)::ROWS;
       const typename X::Weight* p = weights + r * CHUNK_TOKENS;
       float* out = acc + (state + r) * padded;
       if (r == 0) few_all_values<X, R, true>(p, k + slab, a.head_dim, n, v_ahead, shrinks + r, out, padded);
       else few_all_values<X, R, false>(p, k + slab, a.head_dim, n, 0, shrinks + r, out, padded);
+    });
+  }
+
+  void score(int64_t state, const Element* k, int64_t n, ptrdiff_t ahead) {
+    const typename X::Query* q = queries + state * padded;
+    if constexpr (X::IS_PAIRS)
+      if (is_quads) return all_quad_scores(held / 4, q, k, a.head_dim, n, ahead, scores);
+    for_tiles([&](auto tile, int64_t r) {
+      constexpr int R = decltype(tile)::ROWS;
+      float* s = scores + r * CHUNK_TOKENS;
+      if (r == 0) few_scores<X, R, true>(q, padded, k, a.head_dim, n, ahead, s);
+      else few_scores<X, R, false>(q + r * padded, padded, k, a.head_dim, n, 0, s);
     });
   }
 

@@ -50,6 +50,14 @@ void many_rows(const DistkvAttention& a, const Item& item, char* scratch) {
   }
 }
 
+int64_t most_few_rows(const DistkvAttention& a) {
+#if defined(__AVX512BF16__)
+  if (takes_pairs(a) && a.head_dim % 8 == 0) return FEW_ROWS;
+#endif
+  (void)a;
+  return 8;
+}
+
 // Enough for either engine at any kind.
 size_t scratch_bytes(const DistkvAttention& a) {
   const int64_t padded = round_up(a.head_dim, 32), states = a.kv_heads * FEW_ROWS;
@@ -68,7 +76,7 @@ size_t scratch_bytes(const DistkvAttention& a) {
 
 const distkv::Isa& distkv::DISTKV_TABLE(DISTKV_ISA)() {
   static constexpr Isa table = {
-      DISTKV_STRING(DISTKV_ISA), few_rows, many_rows, scratch_bytes, merge_rows, rope_tokens, cast, read_once,
+      DISTKV_STRING(DISTKV_ISA), few_rows, many_rows, most_few_rows, scratch_bytes, merge_rows, rope_tokens, cast, read_once,
   };
   return table;
 }
