@@ -39,7 +39,7 @@ bool is_sound(const DistkvAttention& a) {
 class Plan {
  public:
   explicit Plan(const DistkvAttention& a) : a_(a), group_(a.num_heads / a.kv_heads) {
-    const int64_t kv_bytes = 2 * a.kv_heads * a.rblock_size * a.head_dim * (a.kv_dtype == DISTKV_FP32 ? 4 : 2);
+    const int64_t kv_bytes = 2 * a.kv_heads * a.rblock_size * a.head_dim * (a.kv_dtype == DISTKV_FP32 ? 4 : a.kv_dtype == DISTKV_INT8 ? 1 : 2);
     few_blocks_ = BYTES_PER_ITEM / kv_bytes > 0 ? BYTES_PER_ITEM / kv_bytes : 1;
     many_blocks_ = KEYS_PER_ITEM / a.rblock_size > 0 ? KEYS_PER_ITEM / a.rblock_size : 1;
     call_bytes_ = a.num_listed * kv_bytes;
@@ -154,6 +154,8 @@ class Plan {
 extern "C" int32_t distkv_micro_attention(const DistkvAttention* args) {
   if (args->struct_size != sizeof *args) return DISTKV_OTHER_ABI;
   if (args->kv_heads <= 0 || args->num_heads % args->kv_heads || args->head_dim <= 0 || args->rblock_size <= 0)
+    return DISTKV_UNSUPPORTED;
+  if (args->kv_dtype == DISTKV_INT8 && (args->k_scales == nullptr || args->v_scales == nullptr))
     return DISTKV_UNSUPPORTED;
   if (args->layer < 0 || args->layer >= args->num_layers) return DISTKV_BAD_INDEX;
   if (!distkv::is_sound(*args)) return DISTKV_BAD_INDEX;

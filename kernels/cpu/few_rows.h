@@ -4,6 +4,7 @@
 // load of K (quads.h: up to sixteen) and of V; what lies AHEAD_BYTES further on this walk is prefetched meanwhile.
 #pragma once
 
+#include "int8_quads.h"
 #include "isa.h"
 #include "kinds.h"
 #include "quads.h"
@@ -165,7 +166,7 @@ struct FewRows {
   const DistkvAttention& a;
   const Item& item;
   const int64_t rows = item.row_end - item.row_begin;
-  const bool is_quads = X::IS_PAIRS && rows >= 3 && a.head_dim % 8 == 0;
+  const bool is_quads = X::IS_DOTS || (X::IS_PAIRS && rows >= 3 && a.head_dim % 8 == 0);
   const int64_t held = is_quads ? round_up(rows, 4) : rows + (rows % 4 == 3);  // with the empty rows that fill a tile
   const int64_t padded = round_up(a.head_dim, X::CHUNK);
   const int64_t slab = (int64_t)a.rblock_size * a.head_dim;           // elements of one head's K, or V
@@ -173,6 +174,13 @@ struct FewRows {
   float *acc, *tops, *sums, *scores, *shrinks;
   typename X::Query* queries;
   typename X::Weight* weights;
+  // Only for int8:
+  float* scaled;                 // one KV head's queries times K's scales
+  const float* v_scales;         // of the rBlock and KV head at hand
+  int32_t* offsets;              // what int8_quads.h keeps
+  float* units;
+  int8_t* query_bytes;
+  uint8_t* weight_bytes;         // high, then low
 
   FewRows(const DistkvAttention& attention, const Item& work, char* scratch) : a(attention), item(work) {
     const int64_t heads = item.head_end - item.head_begin, all = heads * held;
@@ -183,6 +191,12 @@ struct FewRows {
     shrinks = scores + FEW_ROWS * CHUNK_TOKENS;
     weights = (typename X::Weight*)(shrinks + FEW_ROWS);
     queries = (typename X::Query*)((float*)weights + FEW_ROWS * CHUNK_TOKENS);
+    scaled = (float*)queries + all * padded;
+    units = scaled + FEW_ROWS * padded;
+    offsets = (int32_t*)(units + 4 * FEW_ROWS);
+    query_bytes = (int8_t*)(offsets + 4 * FEW_ROWS);
+    weight_bytes = (uint8_t*)(query_bytes + 2 * FEW_ROWS * padded);
+    if (X::IS_INT8) memset(scaled, 0, FEW_ROWS * padded * sizeof(float));
     memset(acc, 0, all * padded * sizeof(float));
     memset(sums, 0, all * W * sizeof(float));
     memset((void*)queries, 0, all * padded * sizeof(typename X::Query));
@@ -223,11 +237,26 @@ struct FewRows {
       most = larger(most, seen[r].end);
     }
     const Element* base = (const Element*)a.pool + slab_offset(a, a.block_ids[b], item.head_begin);
-    for (int64_t h = 0; h < item.head_end - item.head_begin; ++h)
+    for (int64_t h = 0; first < most && h < item.head_end - item.head_begin; ++h) {
+      if constexpr (X::IS_INT8) take_scales(a.block_ids[b], h);
       for (int64_t from = first; from < most; from += CHUNK_TOKENS) {
         const int64_t n = smaller(CHUNK_TOKENS, most - from), place = h * 2 * slab + from * a.head_dim;
         over_chunk(h, base + place, n, from, seen, ahead_of(b, base, place), ahead_of(b, base, place + slab));
       }
+    }
+  }
+
+  // The rBlock's scales of K into a copy of the queries of KV head h; those of V into reach.
+  void take_scales(int64_t id, int64_t h) {
+    const float* k_scales = scales_of(a, a.k_scales, id, item.head_begin + h, a.head_dim);
+    v_scales = scales_of(a, a.v_scales, id, item.head_begin + h, a.rblock_size);
+    const float* q = (const float*)queries + h * held * padded;
+    for (int64_t r = 0; r < held; ++r)
+      for (int64_t d = 0; d < a.head_dim; ++d) scaled[r * padded + d] = q[r * padded + d] * k_scales[d];
+#if defined(__AVX512VNNI__)
+    if constexpr (X::IS_DOTS)
+      for (int64_t r = 0; r < held; ++r) bytes().pack(scaled, padded, r, held, a.head_dim);
+#endif
   }
 
   // The distance in bytes from element `place` of rBlock b's stretch to what the walk reads AHEAD_BYTES later.
@@ -252,17 +281,47 @@ struct FewRows {
     for (int64_t r = 0; r < held; ++r)
       few_weights<X>(scores + r * CHUNK_TOKENS, r < rows ? seen[r].within(from, n) : Seen{0, 0}, n, score_scale(a),
                      tops + state + r, sums + (state + r) * W, shrinks + r, weights + r * CHUNK_TOKENS);
+    if constexpr (X::IS_INT8)
+      for (int64_t r = 0; r < held; ++r)
+        for (int64_t t = 0; t < n; ++t) ((float*)weights)[r * CHUNK_TOKENS + t] *= v_scales[from + t];
+    add_values(state, k + slab, n, v_ahead);
+  }
+
+  void add_values(int64_t state, const Element* v, int64_t n, ptrdiff_t ahead) {
+#if defined(__AVX512VNNI__)
+    if constexpr (X::IS_DOTS) return add_int8_values(state, v, n, ahead);
+#endif
     for_tiles([&](auto tile, int64_t r) {
       constexpr int R = decltype(tile)::ROWS;
       const typename X::Weight* p = weights + r * CHUNK_TOKENS;
       float* out = acc + (state + r) * padded;
-      if (r == 0) few_all_values<X, R, true>(p, k + slab, a.head_dim, n, v_ahead, shrinks + r, out, padded);
-      else few_all_values<X, R, false>(p, k + slab, a.head_dim, n, 0, shrinks + r, out, padded);
+      if (r == 0) few_all_values<X, R, true>(p, v, a.head_dim, n, ahead, shrinks + r, out, padded);
+      else few_all_values<X, R, false>(p, v, a.head_dim, n, 0, shrinks + r, out, padded);
     });
   }
 
+#if defined(__AVX512VNNI__)
+  Int8Queries bytes() const { return {query_bytes, offsets, units}; }
+
+  void add_int8_values(int64_t state, const int8_t* v, int64_t n, ptrdiff_t ahead) {
+    uint8_t *high = weight_bytes, *low = high + FEW_ROWS * CHUNK_TOKENS;
+    float worth[FEW_ROWS];
+    for (int64_t r = 0; r < held; ++r) {
+      float* p = (float*)weights + r * CHUNK_TOKENS;
+      for (int64_t t = n; t < CHUNK_TOKENS; ++t) p[t] = 0;
+      worth[r] = pack_weights(p, high + r * CHUNK_TOKENS, low + r * CHUNK_TOKENS);
+    }
+    for (int64_t r = 0; r < held; r += 4)
+      int8_values(high + r * CHUNK_TOKENS, low + r * CHUNK_TOKENS, worth + r, v, a.head_dim, n, r == 0 ? ahead : 0,
+                  shrinks + r, acc + (state + r) * padded, padded);
+  }
+#endif
+
   void score(int64_t state, const Element* k, int64_t n, ptrdiff_t ahead) {
-    const typename X::Query* q = queries + state * padded;
+    const typename X::Query* q = X::IS_INT8 ? (const typename X::Query*)scaled : queries + state * padded;
+#if defined(__AVX512VNNI__)
+    if constexpr (X::IS_DOTS) return int8_scores(bytes(), held, k, a.head_dim, n, ahead, scores);
+#endif
     if constexpr (X::IS_PAIRS)
       if (is_quads) return all_quad_scores(held / 4, q, k, a.head_dim, n, ahead, scores);
     for_tiles([&](auto tile, int64_t r) {

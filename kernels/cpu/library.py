@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+KV_DTYPES = {**DTYPES, torch.int8: 3}
 PATH = Path(__file__).with_name("libdistkv_cpu.so")
 
 _FAULTS = {
@@ -30,7 +31,7 @@ class Attention(Structure):
         ("num_tokens num_sequences num_listed num_blocks", c_int64),
         ("q", c_void_p),
         ("q_token_stride q_head_stride", c_int64),
-        ("pool block_ids block_starts cu_blocks cu_queries positions out lse", c_void_p),
+        ("pool k_scales v_scales block_ids block_starts cu_blocks cu_queries positions out lse", c_void_p),
     )
 
 

@@ -89,6 +89,8 @@ struct ManyRows {
   int64_t positions[LANES];
   int32_t seen_begin[LANES], seen_end[LANES];  // of the chunk, by row
   bool is_masked = false;
+  // Only for int8: of the rBlock and KV head at hand, and of the chunk's first key.
+  const float *k_scales = nullptr, *rblock_v_scales = nullptr, *v_scales = nullptr;
 
   ManyRows(const DistkvAttention& attention, const Item& work, char* scratch) : a(attention), item(work) {
     acc = (float*)scratch;
@@ -130,9 +132,14 @@ struct ManyRows {
 
   void over_block(int64_t h, int64_t b) {
     const Element* k = (const Element*)a.pool + slab_offset(a, a.block_ids[b], h);
+    if (sizeof(Element) == 1) {
+      k_scales = scales_of(a, a.k_scales, a.block_ids[b], h, a.head_dim);
+      rblock_v_scales = scales_of(a, a.v_scales, a.block_ids[b], h, a.rblock_size);
+    }
     for (int64_t from = 0; from < a.rblock_size; from += CHUNK_TOKENS) {
       const int64_t n = smaller(CHUNK_TOKENS, a.rblock_size - from);
       const Seen any = look(a.block_starts[b], from, n);
+      v_scales = rblock_v_scales + from + any.begin;
       if (any.begin < any.end) over_chunk(k + (from + any.begin) * a.head_dim, any.end - any.begin);
     }
   }
@@ -169,9 +176,12 @@ struct ManyRows {
 
   void score_keys(const Element* k, int64_t n) {
     const uint32_t* keys = (const uint32_t*)k;
-    if (!X::IS_PAIRS && sizeof(Element) == 2) {
+    if (!X::IS_PAIRS && sizeof(Element) < 4) {
       widen<E>(k, n * a.head_dim, (float*)wide_keys);
       keys = wide_keys;
+      if (sizeof(Element) == 1)
+        for (int64_t t = 0; t < n; ++t)
+          for (int64_t d = 0; d < a.head_dim; ++d) ((float*)wide_keys)[t * a.head_dim + d] *= k_scales[d];
     }
     int64_t t = 0;
     for (; t + KEYS <= n; t += KEYS)
@@ -262,6 +272,8 @@ struct ManyRows {
         pack_pair(value, t + 1 < n ? value + a.head_dim : nullptr, unit);
       else
         widen<E>(value, a.head_dim, (float*)unit);
+      if (sizeof(Element) == 1)
+        for (int64_t d = 0; d < a.head_dim; ++d) ((float*)unit)[d] *= v_scales[t];
     }
   }
 

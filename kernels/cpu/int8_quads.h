@@ -1,0 +1,175 @@
+// int8 K and V met with integer products (AVX512_VNNI), for few query rows: four rows to a vector, as in quads.h.
+//
+// What is multiplied with K, a query times K's scales, becomes 15 bits, high * 128 + low, of each row's largest; what
+// is multiplied with V, a weight times V's scale, becomes 16 bits, high * 256 + low, of each chunk's and row's largest.
+// Their rounding is far below that of K and V. vpdpbusd wants one factor unsigned: K + 128, which `offset` takes back.
+#pragma once
+
+#include "kinds.h"
+
+#if defined(__AVX512VNNI__)
+namespace {
+
+using distkv::CHUNK_TOKENS;
+
+constexpr int64_t INT8_QUAD_DIMS = 16;
+
+// 128-bit lane r of the result: the sums of lane r of each of four vectors.
+inline __m512i sums_in_lanes(const __m512i* a) {
+  const __m512i x = _mm512_add_epi32(_mm512_unpacklo_epi32(a[0], a[1]), _mm512_unpackhi_epi32(a[0], a[1]));
+  const __m512i y = _mm512_add_epi32(_mm512_unpacklo_epi32(a[2], a[3]), _mm512_unpackhi_epi32(a[2], a[3]));
+  return _mm512_add_epi32(_mm512_unpacklo_epi64(x, y), _mm512_unpackhi_epi64(x, y));
+}
+
+// Query rows of one KV head, scaled by K's scales: [part][quad][step of 16 dims][row of the quad][16], as bytes.
+struct Int8Queries {
+  int8_t* parts;   // high then low, `rows` * head_dim each
+  int32_t* offset;  // per row and lane of its quad: 128 * the sum of the row
+  float* unit;      // the same: what one is worth
+
+  void pack(const float* q, int64_t padded, int64_t r, int64_t rows, int64_t head_dim) const {
+    vf most = {};
+    for (int64_t d = 0; d < head_dim; d += W) {
+      const vf x = load(q + r * padded + d);
+      most = vmax(most, x < 0 ? -x : x);
+    }
+    const float top = max_lane(most), factor = top > 0 ? 16256.f / top : 0;
+    __m512i sum = _mm512_setzero_si512();
+    for (int64_t d = 0; d < head_dim; d += W) {
+      const __m512i x = _mm512_cvtps_epi32((__m512)(load(q + r * padded + d) * splat(factor)));
+      const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(x, _mm512_set1_epi32(64)), 7);
+      const __m512i low = _mm512_sub_epi32(x, _mm512_slli_epi32(high, 7));
+      int8_t* to = parts + r / 4 * 4 * head_dim + d / INT8_QUAD_DIMS * 64 + r % 4 * INT8_QUAD_DIMS;
+      _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8(high));
+      _mm_storeu_si128((__m128i*)(to + rows * head_dim), _mm512_cvtepi32_epi8(low));
+      sum = _mm512_add_epi32(sum, x);
+    }
+    for (int i = 0; i < 4; ++i) {
+      offset[r * 4 + i] = 128 * _mm512_reduce_add_epi32(sum);
+      unit[r * 4 + i] = top / 16256.f;
+    }
+  }
+};
+
+// s[row][t] = q[row] . k[t] for Q quads of `rows` rows, from quad `first` on; garbage after the last key.
+template <int Q>
+inline void int8_scores_of(const Int8Queries& q, int64_t first, int64_t rows, const int8_t* k, int64_t head_dim,
+                           int64_t num_keys, ptrdiff_t ahead, float* s) {
+  constexpr int J = 8 / Q;
+  const int8_t *high = q.parts + first * 4 * head_dim, *low = high + rows * head_dim;
+  for (int64_t t = 0; t < num_keys; t += J) {
+    const int8_t* keys[J];
+    __m512i highs[Q * J], lows[Q * J];
+#pragma GCC unroll 8
+    for (int j = 0; j < J; ++j) keys[j] = k + smaller(t + j, num_keys - 1) * head_dim;
+#pragma GCC unroll 8
+    for (int i = 0; i < Q * J; ++i) highs[i] = lows[i] = _mm512_setzero_si512();
+#pragma GCC unroll 1
+    for (int64_t d = 0; d < head_dim; d += INT8_QUAD_DIMS) {
+#pragma GCC unroll 8
+      for (int j = 0; j < J; ++j) {
+        const __m512i bytes = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)(keys[j] + d)));
+        const __m512i key = _mm512_xor_si512(bytes, _mm512_set1_epi8((char)0x80));
+#pragma GCC unroll 2
+        for (int i = 0; i < Q; ++i) {
+          const int64_t place = (i * 4 * head_dim) + d * 4;
+          highs[i * J + j] = _mm512_dpbusd_epi32(highs[i * J + j], key, _mm512_loadu_si512(high + place));
+          lows[i * J + j] = _mm512_dpbusd_epi32(lows[i * J + j], key, _mm512_loadu_si512(low + place));
+        }
+      }
+#pragma GCC unroll 2
+      for (int i = 0; i < J * 16; i += 64)
+        if (ahead) prefetch((const char*)(k + t * head_dim) + ahead + d * J + i);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < Q; ++i) {
+      const __m512i offset = _mm512_loadu_si512(q.offset + (first + i) * 16);
+      const __m512 unit = _mm512_loadu_ps(q.unit + (first + i) * 16);
+#pragma GCC unroll 2
+      for (int j = 0; j < J; j += 4) {
+        __m512i both[4];
+#pragma GCC unroll 4
+        for (int m = 0; m < 4; ++m)
+          both[m] = _mm512_add_epi32(_mm512_slli_epi32(highs[i * J + j + m], 7), lows[i * J + j + m]);
+        const __m512 four = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sums_in_lanes(both), offset)), unit);
+        float* to = s + (first + i) * 4 * CHUNK_TOKENS + t + j;
+        _mm_storeu_ps(to, _mm512_castps512_ps128(four));
+        _mm_storeu_ps(to + CHUNK_TOKENS, _mm512_extractf32x4_ps(four, 1));
+        _mm_storeu_ps(to + 2 * CHUNK_TOKENS, _mm512_extractf32x4_ps(four, 2));
+        _mm_storeu_ps(to + 3 * CHUNK_TOKENS, _mm512_extractf32x4_ps(four, 3));
+      }
+    }
+  }
+}
+
+inline void int8_scores(const Int8Queries& q, int64_t rows, const int8_t* k, int64_t head_dim, int64_t num_keys,
+                        ptrdiff_t ahead, float* s) {
+  int64_t quad = 0;
+  for (; quad + 2 <= rows / 4; quad += 2)
+    int8_scores_of<2>(q, quad, rows, k, head_dim, num_keys, quad == 0 ? ahead : 0, s);
+  if (quad < rows / 4) int8_scores_of<1>(q, quad, rows, k, head_dim, num_keys, quad == 0 ? ahead : 0, s);
+}
+
+// Weights of one row as bytes, high then low part, each [CHUNK_TOKENS]; returns what one of them is worth.
+inline float pack_weights(const float* p, uint8_t* high, uint8_t* low) {
+  vf most = {};
+  for (int64_t t = 0; t < CHUNK_TOKENS; t += W) most = vmax(most, load(p + t));
+  const float top = max_lane(most), factor = top > 0 ? 65280.f / top : 0;
+  for (int64_t t = 0; t < CHUNK_TOKENS; t += W) {
+    const __m512i x = _mm512_cvtps_epi32((__m512)(load(p + t) * splat(factor)));
+    _mm_storeu_si128((__m128i*)(high + t), _mm512_cvtepi32_epi8(_mm512_srli_epi32(x, 8)));
+    _mm_storeu_si128((__m128i*)(low + t), _mm512_cvtepi32_epi8(x));
+  }
+  return top / 65280.f;
+}
+
+// acc[r][dims] = acc[r][dims] * shrink[r] + sum over tokens of p[r][t] v[t][dims], four rows, all dims (multiples of
+// 64). Of each 64 dims, vector i holds dims 16 * lane + 4 * i to + 3.
+inline void int8_values(const uint8_t* high, const uint8_t* low, const float* unit, const int8_t* v, int64_t head_dim,
+                        int64_t num_keys, ptrdiff_t ahead, const float* shrink, float* acc, int64_t padded) {
+  for (int64_t d = 0; d < head_dim; d += 64)
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      __m512i highs[8], lows[8];
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) highs[i] = lows[i] = _mm512_setzero_si512();
+#pragma GCC unroll 1
+      for (int64_t t = 0; t < num_keys; t += 4) {
+        __m512i token[4], pair[2], four[2];
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) {
+          const int8_t* at = v + smaller(t + j, num_keys - 1) * head_dim + d;
+          token[j] = _mm512_loadu_si512(at);
+          if (half == 0 && ahead) prefetch((const char*)at + ahead);
+        }
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; ++j)
+          pair[j] = half == 0 ? _mm512_unpacklo_epi8(token[2 * j], token[2 * j + 1])
+                              : _mm512_unpackhi_epi8(token[2 * j], token[2 * j + 1]);
+        four[0] = _mm512_unpacklo_epi16(pair[0], pair[1]);
+        four[1] = _mm512_unpackhi_epi16(pair[0], pair[1]);
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; ++r) {
+          int32_t upper, lower;
+          memcpy(&upper, high + r * CHUNK_TOKENS + t, 4);
+          memcpy(&lower, low + r * CHUNK_TOKENS + t, 4);
+#pragma GCC unroll 2
+          for (int i = 0; i < 2; ++i) {
+            highs[r * 2 + i] = _mm512_dpbusd_epi32(highs[r * 2 + i], _mm512_set1_epi32(upper), four[i]);
+            lows[r * 2 + i] = _mm512_dpbusd_epi32(lows[r * 2 + i], _mm512_set1_epi32(lower), four[i]);
+          }
+        }
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; ++r)
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; ++i) {
+          float* to = acc + r * padded + d + (half * 2 + i) * W;
+          const __m512i both = _mm512_add_epi32(_mm512_slli_epi32(highs[r * 2 + i], 8), lows[r * 2 + i]);
+          store(to, load(to) * splat(shrink[r]) + (vf)_mm512_cvtepi32_ps(both) * splat(unit[r]));
+        }
+    }
+}
+
+}  // namespace
+#endif
