@@ -52,35 +52,44 @@ struct Int8Queries {
 };
 
 // s[row][t] = q[row] . k[t] for Q quads of `rows` rows, from quad `first` on; garbage after the last key.
-template <int Q>
+// D is the head size, or 0 where it is none of the usual ones.
+template <int Q, int D>
 inline void int8_scores_of(const Int8Queries& q, int64_t first, int64_t rows, const int8_t* k, int64_t head_dim,
                            int64_t num_keys, ptrdiff_t ahead, float* s) {
   constexpr int J = 8 / Q;
-  const int8_t *high = q.parts + first * 4 * head_dim, *low = high + rows * head_dim;
+  const int64_t dims = D ? D : head_dim;
+  const int8_t *high = q.parts + first * 4 * dims, *low = high + rows * dims;
   for (int64_t t = 0; t < num_keys; t += J) {
-    const int8_t* keys[J];
+    const int8_t* keys = k + t * dims;
+    const int64_t last = num_keys - 1 - t;
     __m512i highs[Q * J], lows[Q * J];
 #pragma GCC unroll 8
-    for (int j = 0; j < J; ++j) keys[j] = k + smaller(t + j, num_keys - 1) * head_dim;
-#pragma GCC unroll 8
     for (int i = 0; i < Q * J; ++i) highs[i] = lows[i] = _mm512_setzero_si512();
+    const auto add = [&](auto key_at) __attribute__((always_inline)) {
 #pragma GCC unroll 1
-    for (int64_t d = 0; d < head_dim; d += INT8_QUAD_DIMS) {
-#pragma GCC unroll 8
-      for (int j = 0; j < J; ++j) {
-        const __m512i bytes = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)(keys[j] + d)));
-        const __m512i key = _mm512_xor_si512(bytes, _mm512_set1_epi8((char)0x80));
+      for (int64_t d = 0; d < dims; d += INT8_QUAD_DIMS) {
+        __m512i upper[Q], lower[Q];
 #pragma GCC unroll 2
         for (int i = 0; i < Q; ++i) {
-          const int64_t place = (i * 4 * head_dim) + d * 4;
-          highs[i * J + j] = _mm512_dpbusd_epi32(highs[i * J + j], key, _mm512_loadu_si512(high + place));
-          lows[i * J + j] = _mm512_dpbusd_epi32(lows[i * J + j], key, _mm512_loadu_si512(low + place));
+          upper[i] = _mm512_loadu_si512(high + i * 4 * dims + d * 4);
+          lower[i] = _mm512_loadu_si512(low + i * 4 * dims + d * 4);
         }
-      }
+#pragma GCC unroll 8
+        for (int j = 0; j < J; ++j) {
+          const __m128i* at = (const __m128i*)(keys + key_at(j) * dims + d);
+          const __m512i key = _mm512_xor_si512(_mm512_broadcast_i32x4(_mm_loadu_si128(at)), _mm512_set1_epi8((char)0x80));
 #pragma GCC unroll 2
-      for (int i = 0; i < J * 16; i += 64)
-        if (ahead) prefetch((const char*)(k + t * head_dim) + ahead + d * J + i);
-    }
+          for (int i = 0; i < Q; ++i) {
+            highs[i * J + j] = _mm512_dpbusd_epi32(highs[i * J + j], key, upper[i]);
+            lows[i * J + j] = _mm512_dpbusd_epi32(lows[i * J + j], key, lower[i]);
+          }
+        }
+#pragma GCC unroll 2
+        for (int i = 0; i < J * 16; i += 64) prefetch((const char*)keys + ahead + d * J + i);
+      }
+    };
+    if (last >= J - 1) add([](int64_t j) { return j; });
+    else add([last](int64_t j) { return smaller(j, last); });
 #pragma GCC unroll 2
     for (int i = 0; i < Q; ++i) {
       const __m512i offset = _mm512_loadu_si512(q.offset + (first + i) * 16);
@@ -100,6 +109,13 @@ inline void int8_scores_of(const Int8Queries& q, int64_t first, int64_t rows, co
       }
     }
   }
+}
+
+template <int Q>
+inline void int8_scores_of(const Int8Queries& q, int64_t first, int64_t rows, const int8_t* k, int64_t head_dim,
+                           int64_t num_keys, ptrdiff_t ahead, float* s) {
+  if (head_dim == 128) return int8_scores_of<Q, 128>(q, first, rows, k, head_dim, num_keys, ahead, s);
+  int8_scores_of<Q, 0>(q, first, rows, k, head_dim, num_keys, ahead, s);
 }
 
 inline void int8_scores(const Int8Queries& q, int64_t rows, const int8_t* k, int64_t head_dim, int64_t num_keys,
@@ -123,52 +139,63 @@ inline float pack_weights(const float* p, uint8_t* high, uint8_t* low) {
   return top / 65280.f;
 }
 
-// acc[r][dims] = acc[r][dims] * shrink[r] + sum over tokens of p[r][t] v[t][dims], four rows, all dims (multiples of
-// 64). Of each 64 dims, vector i holds dims 16 * lane + 4 * i to + 3.
+// acc[r][dims] = acc[r][dims] * shrink[r] + sum over tokens of p[r][t] v[t][dims], four rows, half of the 64 dims from
+// `v` on. Of 64 dims, vector i holds dims 16 * lane + 4 * i to + 3.
+template <int HALF>
+inline void int8_values_of(const uint8_t* high, const uint8_t* low, const float* unit, const int8_t* v,
+                           int64_t head_dim, int64_t num_keys, ptrdiff_t ahead, const float* shrink, float* acc,
+                           int64_t padded) {
+  __m512i highs[8], lows[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) highs[i] = lows[i] = _mm512_setzero_si512();
+  const auto add = [&](int64_t t, const int8_t* a, const int8_t* b, const int8_t* c, const int8_t* d)
+                       __attribute__((always_inline)) {
+    const auto mix = [](const int8_t* x, const int8_t* y) __attribute__((always_inline)) {
+      const __m512i first = _mm512_loadu_si512(x), second = _mm512_loadu_si512(y);
+      return HALF == 0 ? _mm512_unpacklo_epi8(first, second) : _mm512_unpackhi_epi8(first, second);
+    };
+    const __m512i front = mix(a, b), back = mix(c, d);
+    const __m512i four[2] = {_mm512_unpacklo_epi16(front, back), _mm512_unpackhi_epi16(front, back)};
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) {
+      int32_t upper, lower;
+      memcpy(&upper, high + r * CHUNK_TOKENS + t, 4);
+      memcpy(&lower, low + r * CHUNK_TOKENS + t, 4);
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) {
+        highs[r * 2 + i] = _mm512_dpbusd_epi32(highs[r * 2 + i], _mm512_set1_epi32(upper), four[i]);
+        lows[r * 2 + i] = _mm512_dpbusd_epi32(lows[r * 2 + i], _mm512_set1_epi32(lower), four[i]);
+      }
+    }
+  };
+  int64_t t = 0;
+  const int8_t* at = v;
+#pragma GCC unroll 1
+  for (; t + 4 <= num_keys; t += 4, at += 4 * head_dim) {
+    add(t, at, at + head_dim, at + 2 * head_dim, at + 3 * head_dim);
+    if (HALF == 0)
+      for (int j = 0; j < 4; ++j) prefetch((const char*)(at + j * head_dim) + ahead);
+  }
+  if (t < num_keys) {  // the missing ones have no weight
+    const int64_t last = num_keys - 1 - t;
+    add(t, at, at + smaller(1, last) * head_dim, at + smaller(2, last) * head_dim, at + last * head_dim);
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; ++r)
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      float* to = acc + r * padded + (HALF * 2 + i) * W;
+      const __m512i both = _mm512_add_epi32(_mm512_slli_epi32(highs[r * 2 + i], 8), lows[r * 2 + i]);
+      store(to, load(to) * splat(shrink[r]) + (vf)_mm512_cvtepi32_ps(both) * splat(unit[r]));
+    }
+}
+
 inline void int8_values(const uint8_t* high, const uint8_t* low, const float* unit, const int8_t* v, int64_t head_dim,
                         int64_t num_keys, ptrdiff_t ahead, const float* shrink, float* acc, int64_t padded) {
-  for (int64_t d = 0; d < head_dim; d += 64)
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) {
-      __m512i highs[8], lows[8];
-#pragma GCC unroll 8
-      for (int i = 0; i < 8; ++i) highs[i] = lows[i] = _mm512_setzero_si512();
-#pragma GCC unroll 1
-      for (int64_t t = 0; t < num_keys; t += 4) {
-        __m512i token[4], pair[2], four[2];
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) {
-          const int8_t* at = v + smaller(t + j, num_keys - 1) * head_dim + d;
-          token[j] = _mm512_loadu_si512(at);
-          if (half == 0 && ahead) prefetch((const char*)at + ahead);
-        }
-#pragma GCC unroll 2
-        for (int j = 0; j < 2; ++j)
-          pair[j] = half == 0 ? _mm512_unpacklo_epi8(token[2 * j], token[2 * j + 1])
-                              : _mm512_unpackhi_epi8(token[2 * j], token[2 * j + 1]);
-        four[0] = _mm512_unpacklo_epi16(pair[0], pair[1]);
-        four[1] = _mm512_unpackhi_epi16(pair[0], pair[1]);
-#pragma GCC unroll 4
-        for (int r = 0; r < 4; ++r) {
-          int32_t upper, lower;
-          memcpy(&upper, high + r * CHUNK_TOKENS + t, 4);
-          memcpy(&lower, low + r * CHUNK_TOKENS + t, 4);
-#pragma GCC unroll 2
-          for (int i = 0; i < 2; ++i) {
-            highs[r * 2 + i] = _mm512_dpbusd_epi32(highs[r * 2 + i], _mm512_set1_epi32(upper), four[i]);
-            lows[r * 2 + i] = _mm512_dpbusd_epi32(lows[r * 2 + i], _mm512_set1_epi32(lower), four[i]);
-          }
-        }
-      }
-#pragma GCC unroll 4
-      for (int r = 0; r < 4; ++r)
-#pragma GCC unroll 2
-        for (int i = 0; i < 2; ++i) {
-          float* to = acc + r * padded + d + (half * 2 + i) * W;
-          const __m512i both = _mm512_add_epi32(_mm512_slli_epi32(highs[r * 2 + i], 8), lows[r * 2 + i]);
-          store(to, load(to) * splat(shrink[r]) + (vf)_mm512_cvtepi32_ps(both) * splat(unit[r]));
-        }
-    }
+  for (int64_t d = 0; d < head_dim; d += 64) {
+    int8_values_of<0>(high, low, unit, v + d, head_dim, num_keys, ahead, shrink, acc + d, padded);
+    int8_values_of<1>(high, low, unit, v + d, head_dim, num_keys, ahead, shrink, acc + d, padded);
+  }
 }
 
 }  // namespace
