@@ -23,10 +23,12 @@ def micro_attention(
     causal: bool,
     window: int | None = None,
     soft_cap: float | None = None,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    num_tokens, num_heads, head_dim = q_THD.shape
-    out_THD = torch.zeros(num_tokens, num_heads, head_dim, dtype=torch.float32, device=q_THD.device)
-    lse_TH = torch.full((num_tokens, num_heads), float("-inf"), dtype=torch.float32, device=q_THD.device)
+    out_THD, lse_TH = out or (torch.empty_like(x, dtype=torch.float32) for x in (q_THD, q_THD[..., 0]))
+    out_THD.zero_()
+    lse_TH.fill_(float("-inf"))
     blocks, queries, rblock_size = cu_blocks.tolist(), cu_queries.tolist(), pool_BLK2ND.shape[4]
     blocks_at_once = max(1, KEY_TOKENS_AT_ONCE // rblock_size)
     for s in range(len(blocks) - 1):
@@ -36,7 +38,11 @@ def micro_attention(
         pieces = (x[listed].split(blocks_at_once) for x in (block_ids_M, block_starts_M))
         for ids, starts in zip(*pieces, strict=True):
             hidden_TX = _hidden(positions_T[rows], starts, rblock_size, causal, window)
-            piece = _over_blocks(q_THD[rows], pool_BLK2ND[ids, layer].float(), hidden_TX, scale, soft_cap)
+            kv_MK2ND = pool_BLK2ND[ids, layer].float()
+            if scales is not None:
+                kv_MK2ND[:, :, 0] *= scales[0][ids, layer][:, :, None, :]
+                kv_MK2ND[:, :, 1] *= scales[1][ids, layer][:, :, :, None]
+            piece = _over_blocks(q_THD[rows], kv_MK2ND, hidden_TX, scale, soft_cap)
             before = (out_THD[rows], lse_TH[rows])
             out_THD[rows], lse_TH[rows] = merge(*(torch.stack(pair) for pair in zip(before, piece, strict=True)))
     return out_THD, lse_TH

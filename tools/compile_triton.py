@@ -25,10 +25,20 @@ from triton.compiler import ASTSource
 
 HOPPER = GPUTarget("cuda", 90, 32)
 FLOATS = {"scale", "soft_cap"}
-POINTERS_TO_FP32 = {"OUT", "LSE", "OUTS", "LSES", "DELTA", "D_K", "D_V", "D_Q", "COS", "SIN"}
+POINTERS_TO_FP32 = {"OUT", "LSE", "OUTS", "LSES", "DELTA", "D_K", "D_V", "D_Q", "COS", "SIN", "K_SCALES", "V_SCALES"}
 POINTERS_TO_INT64 = {"IDS", "STARTS", "CU_BLOCKS", "CU_QUERIES", "POSITIONS", "SLOTS"}
 HEAD = {"D": 128, "D_PADDED": 128}
-ATTENTION = {"H": 32, "G": 4, "N": 64, **HEAD, "BLOCK_N": 64, "WINDOWED": False, "CAPPED": False, "EXACT": False}
+ATTENTION = {
+    "H": 32,
+    "G": 4,
+    "N": 64,
+    **HEAD,
+    "BLOCK_N": 64,
+    "WINDOWED": False,
+    "CAPPED": False,
+    "EXACT": False,
+    "INT8": False,
+}
 TILE = {"H": 32, "G": 4, **HEAD, "BLOCK_M": 64, "BLOCK_N": 64, "CAUSAL": True, "EXACT": False}
 
 

@@ -39,7 +39,10 @@ def micro_attention(
     causal: bool,
     window: int | None = None,
     soft_cap: float | None = None,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    k_scales, v_scales = _scales_of_layer(pool_BLK2ND, layer, scales) if scales else (q_THD, q_THD)
     _check(q_THD, pool_BLK2ND, block_ids_M, block_starts_M, cu_blocks, cu_queries, positions_T)
     num_tokens, num_heads, head_dim = q_THD.shape
     kv_heads, size = pool_BLK2ND.shape[2], pool_BLK2ND.shape[4]
@@ -48,27 +51,34 @@ def micro_attention(
     # Every sequence may end in a tile of its own that is not full.
     num_tiles = num_tokens * group // rows + num_sequences
     num_splits = _num_splits(q_THD.device, num_tiles * kv_heads, len(block_ids_M), num_sequences)
-    outs = q_THD.new_empty(num_splits, num_tokens, num_heads, head_dim, dtype=torch.float32)
-    lses = q_THD.new_empty(num_splits, num_tokens, num_heads, dtype=torch.float32)
+    final = out or _new_partial(q_THD)
+    outs, lses = (x[None] for x in final) if num_splits == 1 else _new_partial(q_THD, num_splits)
     if num_tokens == 0:
-        return outs[0], lses[0]
+        return final
     pool = pool_BLK2ND[:, layer]
     attention_kernel[(num_tiles, kv_heads, num_splits)](
         q_THD, pool, block_ids_M, block_starts_M, cu_blocks, cu_queries, positions_T, outs, lses,
-        scale, soft_cap or 0.0, window or 0, num_sequences, num_splits,
+        k_scales, v_scales, scale, soft_cap or 0.0, window or 0, num_sequences, num_splits,
         *q_THD.stride()[:2], *pool.stride()[:3], outs.stride(0), lses.stride(0),
+        *k_scales.stride()[:2], *v_scales.stride()[:2],
         H=num_heads, G=group, N=size, D=head_dim, D_PADDED=_padded(head_dim),
         BLOCK_M=rows, BLOCK_N=_keys_per_step(size, q_THD.dtype),
         CAUSAL=causal, WINDOWED=window is not None, CAPPED=soft_cap is not None,
-        EXACT=_is_exact(q_THD, pool),
+        EXACT=_is_exact(q_THD, pool), INT8=scales is not None,
         num_warps=8 if rows > 64 else 4, num_stages=2 if q_THD.dtype == torch.float32 else 3,
     )  # fmt: skip
-    return (outs[0], lses[0]) if num_splits == 1 else merge(outs, lses)
+    return final if num_splits == 1 else _merge_into(final, outs, lses)
 
 
 def merge(outs_PTHD: torch.Tensor, lses_PTH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    outs_PTHD, lses_PTH = outs_PTHD.contiguous(), lses_PTH.contiguous()
-    out, lse = outs_PTHD.new_empty(outs_PTHD.shape[1:]), lses_PTH.new_empty(lses_PTH.shape[1:])
+    final = outs_PTHD.new_empty(outs_PTHD.shape[1:]), lses_PTH.new_empty(lses_PTH.shape[1:])
+    return _merge_into(final, outs_PTHD.contiguous(), lses_PTH.contiguous())
+
+
+def _merge_into(
+    final: tuple[torch.Tensor, torch.Tensor], outs_PTHD: torch.Tensor, lses_PTH: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = final
     head_dim = out.shape[-1]
     if lse.numel():
         merge_kernel[(triton.cdiv(lse.numel(), MERGED_ROWS),)](
@@ -142,12 +152,31 @@ def scatter_rblocks(data_MLK2ND: torch.Tensor, pool_BLK2ND: torch.Tensor, block_
     pool_BLK2ND.index_copy_(0, block_ids, data_MLK2ND)
 
 
+def _new_partial(q_THD: torch.Tensor, *parts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for out and lse, `parts` times."""
+    shapes = (*parts, *q_THD.shape), (*parts, *q_THD.shape[:2])
+    out, lse = (torch.empty(shape, dtype=torch.float32, device=q_THD.device) for shape in shapes)
+    return out, lse
+
+
 def _check(q_THD: torch.Tensor, pool_BLK2ND: torch.Tensor, *indices: torch.Tensor) -> None:
     if q_THD.shape[1] % pool_BLK2ND.shape[2]:
         raise ValueError(f"{q_THD.shape[1]} query heads are no multiple of {pool_BLK2ND.shape[2]} KV heads")
     if any(index.dtype != torch.int64 or not index.is_contiguous() for index in indices):
         raise ValueError("indices must be contiguous int64")
     _dense_rows(q_THD)
+
+
+def _scales_of_layer(
+    pool_BLK2ND: torch.Tensor, layer: int, scales: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    num_rblocks, num_layers, kv_heads, _, size, head_dim = pool_BLK2ND.shape
+    shapes = [(num_rblocks, num_layers, kv_heads, extent) for extent in (head_dim, size)]
+    if [tuple(x.shape) for x in scales] != shapes:
+        raise ValueError(
+            f"scales of K and V must be {shapes[0]} and {shapes[1]}, not {[tuple(x.shape) for x in scales]}"
+        )
+    return _dense_rows(scales[0])[:, layer], _dense_rows(scales[1])[:, layer]
 
 
 def _dense_rows(x: torch.Tensor) -> torch.Tensor:

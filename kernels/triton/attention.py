@@ -57,9 +57,11 @@ def visible_rblocks(
 
 @triton.jit
 def attend(
-    q, top, total, acc, begin, end, POOL, IDS, STARTS, position, scale, soft_cap, window, block_stride, v_offset,
+    q, top, total, acc, begin, end, POOL, IDS, STARTS, K_SCALES, V_SCALES, position, scale, soft_cap, window,
+    block_stride, v_offset, k_scales_stride, v_scales_stride,
     N: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr,
+    INT8: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over rBlocks `begin`..`end` of the lists IDS and STARTS; `position` of every row.
 
@@ -82,11 +84,11 @@ def attend(
             rows = offset * D
             is_there = slots >= 0
         else:
-            listed = (slot + slots) // N
             is_there = slot + slots < num_slots
+            block = tl.load(IDS + (slot + slots) // N, mask=is_there, other=0)
             offset = (slot + slots) % N
             K = POOL
-            rows = tl.load(IDS + listed, mask=is_there, other=0) * block_stride + offset * D
+            rows = block * block_stride + offset * D
         is_key = is_there
         if MASKED:
             if N % BLOCK_N == 0:
@@ -111,6 +113,12 @@ def attend(
         if EXACT:
             k = k.to(tl.float32)
             v = v.to(tl.float32)
+        if INT8:
+            k_scale = K_SCALES + block * k_scales_stride
+            if N % BLOCK_N == 0:
+                k *= tl.load(k_scale + dims, mask=has_dim, other=0.0)[:, None]
+            else:
+                k *= tl.load(k_scale[None, :] + dims[:, None], mask=has_dim[:, None], other=0.0)
         scores = tl.dot(q, k, input_precision=PRECISION)
         if CAPPED:
             # cap * tanh(s / cap), with tanh(x) = 1 - 2 / (e^2x + 1)
@@ -127,6 +135,8 @@ def attend(
         weights = tl.exp2(scores - reached[:, None])
         shrink = tl.exp2(top - reached)
         total = total * shrink + tl.sum(weights, 1)
+        if INT8:
+            weights *= tl.load(V_SCALES + block * v_scales_stride + offset, mask=is_there, other=0.0)[None, :]
         acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
         top = new_top
     return top, total, acc
@@ -134,12 +144,13 @@ def attend(
 
 @triton.jit
 def attention_kernel(
-    Q, POOL, IDS, STARTS, CU_BLOCKS, CU_QUERIES, POSITIONS, OUT, LSE,
+    Q, POOL, IDS, STARTS, CU_BLOCKS, CU_QUERIES, POSITIONS, OUT, LSE, K_SCALES, V_SCALES,
     scale, soft_cap, window, num_sequences, num_splits,
     q_token_stride, q_head_stride, block_stride, head_stride, v_offset, out_split_stride, lse_split_stride,
+    k_scales_stride, k_scales_head_stride, v_scales_stride, v_scales_head_stride,
     H: tl.constexpr, G: tl.constexpr, N: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, EXACT: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, EXACT: tl.constexpr, INT8: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles, KV heads, splits). OUT `[splits, T, H, D]` and LSE `[splits, T, H]`, both contiguous."""
     tile = tl.program_id(0)
@@ -171,6 +182,8 @@ def attention_kernel(
     ids = IDS + block_base
     starts = STARTS + block_base
     pool = POOL + head * head_stride
+    k_scales = K_SCALES + head * k_scales_head_stride
+    v_scales = V_SCALES + head * v_scales_head_stride
     first, seen, whole = visible_rblocks(starts, num_blocks, lowest, highest, window, N, CAUSAL, WINDOWED)
     share = tl.cdiv(tl.maximum(seen - first, 0), num_splits)
     begin = first + split * share
@@ -182,14 +195,16 @@ def attention_kernel(
     acc = tl.zeros([BLOCK_M, D_PADDED], tl.float32)
     if not WINDOWED:
         top, total, acc = attend(
-            q, top, total, acc, begin, unmasked_end, pool, ids, starts, position, scale, soft_cap, window,
-            block_stride, v_offset, N, D, D_PADDED, BLOCK_N, CAUSAL, WINDOWED, CAPPED, False, EXACT,
+            q, top, total, acc, begin, unmasked_end, pool, ids, starts, k_scales, v_scales, position, scale,
+            soft_cap, window, block_stride, v_offset, k_scales_stride, v_scales_stride,
+            N, D, D_PADDED, BLOCK_N, CAUSAL, WINDOWED, CAPPED, False, EXACT, INT8,
         )  # fmt: skip
         begin = unmasked_end
     if CAUSAL or WINDOWED:
         top, total, acc = attend(
-            q, top, total, acc, begin, end, pool, ids, starts, position, scale, soft_cap, window,
-            block_stride, v_offset, N, D, D_PADDED, BLOCK_N, CAUSAL, WINDOWED, CAPPED, True, EXACT,
+            q, top, total, acc, begin, end, pool, ids, starts, k_scales, v_scales, position, scale,
+            soft_cap, window, block_stride, v_offset, k_scales_stride, v_scales_stride,
+            N, D, D_PADDED, BLOCK_N, CAUSAL, WINDOWED, CAPPED, True, EXACT, INT8,
         )  # fmt: skip
 
     has_keys = total > 0

@@ -16,6 +16,7 @@ import torch
 from megatron_distkv.errors import ConfigError
 from megatron_distkv.kernels import cpu, reference
 
+_CPU_IS_BUILT = cpu.is_built()
 _chosen = "auto"
 
 
@@ -46,11 +47,15 @@ def use_backend(name: str) -> None:
 
 def kernels(*tensors: torch.Tensor) -> ModuleType:
     """The module with the functions that serve `tensors`: all of a call that are not indices."""
-    if _chosen != "auto":
-        return _module(_chosen)
-    if tensors[0].is_cuda:
-        return _module("triton") if _has_triton() and _module("triton").can_serve(*tensors) else reference
-    return cpu if cpu.is_built() and cpu.can_serve(*tensors) else reference
+    if _chosen == "auto":
+        if _CPU_IS_BUILT and cpu.can_serve(*tensors):
+            return cpu
+        return _module("triton") if tensors[0].is_cuda and _triton_can_serve(*tensors) else reference
+    return _module(_chosen)
+
+
+def _triton_can_serve(*tensors: torch.Tensor) -> bool:
+    return _has_triton() and bool(_module("triton").can_serve(*tensors))
 
 
 @cache

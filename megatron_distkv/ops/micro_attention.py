@@ -61,6 +61,41 @@ def _(q_THD: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
     return q_THD.new_empty(q_THD.shape, dtype=torch.float32), q_THD.new_empty(q_THD.shape[:2], dtype=torch.float32)
 
 
+def micro_attention_out(
+    q_THD: torch.Tensor,
+    pool_BLK2ND: torch.Tensor,
+    layer: int,
+    block_ids_M: torch.Tensor,
+    block_starts_M: torch.Tensor,
+    cu_blocks: torch.Tensor,
+    cu_queries: torch.Tensor,
+    positions_T: torch.Tensor,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    soft_cap: float | None,
+    out_THD: torch.Tensor,
+    lse_TH: torch.Tensor,
+) -> None:
+    """The same into tensors at hand (fp32, contiguous): the way that costs least per call, and one for CUDA graphs."""
+    args = (
+        q_THD, pool_BLK2ND, layer, block_ids_M, block_starts_M, cu_blocks, cu_queries, positions_T, scale, causal,
+        window, soft_cap,
+    )  # fmt: skip
+    if torch.compiler.is_compiling():
+        torch.ops.distkv.micro_attention_out(*args, out_THD, lse_TH)
+        return
+    kernels(q_THD, pool_BLK2ND).micro_attention(*args, out=(out_THD, lse_TH))
+
+
+torch.library.custom_op("distkv::micro_attention_out", micro_attention_out, mutates_args=("out_THD", "lse_TH"))
+
+
+@torch.library.register_fake("distkv::micro_attention_out")
+def _(*_: object) -> None:
+    return None
+
+
 def merge(outs_PTHD: torch.Tensor, lses_PTH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """One partial out of P (fp32): out `[T, H, D]` and lse `[T, H]`."""
     if torch.compiler.is_compiling():
