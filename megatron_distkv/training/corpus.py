@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from megatron.core.datasets.indexed_dataset import IndexedDataset, get_bin_path, get_idx_path
+from megatron.core.datasets.indexed_dataset import _INDEX_HEADER, IndexedDataset, get_bin_path, get_idx_path
 
 from megatron_distkv.config.train import CorpusConfig
 from megatron_distkv.errors import UserError
@@ -84,19 +84,22 @@ def _require(path: Path) -> None:
 
 
 def _open(prefix: Path) -> IndexedDataset:
-    """Megatron asserts that files are what they should be, or lets numpy fail."""
-    index = get_idx_path(str(prefix))
+    """Looked at first: Megatron asserts that files are what they should be, or lets numpy fail."""
+    index, tokens = Path(get_idx_path(str(prefix))), Path(get_bin_path(str(prefix)))
+    with index.open("rb") as file:
+        if file.read(len(_INDEX_HEADER)) != _INDEX_HEADER:
+            raise UserError(f"{index} is no index of a Megatron dataset")
+    size = tokens.stat().st_size
+    if size == 0:  # cannot be mapped into memory
+        raise UserError(f"{tokens} holds no tokens")
     try:
         dataset = IndexedDataset(str(prefix))
-    except (AssertionError, ValueError, KeyError, OSError) as error:
-        # An empty .bin cannot be mapped into memory.
-        if Path(get_bin_path(str(prefix))).stat().st_size == 0:
-            raise UserError(f"{get_bin_path(str(prefix))} holds no tokens") from None
-        raise UserError(f"{index} is no index of a Megatron dataset: {str(error).splitlines()[0]}") from None
-    size = Path(get_bin_path(str(prefix))).stat().st_size
+    except (AssertionError, ValueError, KeyError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{index} is a damaged index of a Megatron dataset: {reason}") from None
     needed = int(dataset.sequence_lengths.sum(dtype=np.int64)) * np.dtype(dataset.index.dtype).itemsize
     if size < needed:
-        raise UserError(f"{get_bin_path(str(prefix))} has {size} bytes, but its index names {needed}: it is cut off")
+        raise UserError(f"{tokens} has {size} bytes, but its index names {needed}: it is cut off")
     return dataset
 
 

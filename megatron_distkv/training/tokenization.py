@@ -33,15 +33,27 @@ def tokenize_file(path: Path, config: CorpusConfig, vocab_size: int, folder: Pat
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = folder / f"{prefix.name}.unfinished"
     builder = IndexedDatasetBuilder(get_bin_path(str(unfinished)), DType.optimal_dtype(vocab_size))
-    for number, ids in enumerate(_encoded(path, config, encode), start=1):
-        if max(ids, default=0) >= vocab_size:
-            raise UserError(f"{path}: document {number} has token {max(ids)}, beyond the vocabulary of {vocab_size}")
-        if ids:
-            builder.add_document(torch.tensor(ids), [len(ids)])
+    with builder.data_file:
+        num_tokens = sum(_add(builder, ids) for ids in _checked(path, config, encode, vocab_size))
+    if num_tokens == 0:
+        raise UserError(f"{path} holds no tokens")
     builder.finalize(get_idx_path(str(unfinished)))
     for of in (get_bin_path, get_idx_path):  # the index last: with it the dataset is there
         os.replace(of(str(unfinished)), of(str(prefix)))
     return prefix
+
+
+def _add(builder: IndexedDatasetBuilder, ids: list[int]) -> int:
+    builder.add_document(torch.tensor(ids), [len(ids)])
+    return len(ids)
+
+
+def _checked(path: Path, config: CorpusConfig, encode: Encode, vocab_size: int) -> Iterator[list[int]]:
+    for number, ids in enumerate(_encoded(path, config, encode), start=1):
+        if max(ids, default=0) >= vocab_size:
+            raise UserError(f"{path}: document {number} has token {max(ids)}, beyond the vocabulary of {vocab_size}")
+        if ids:
+            yield ids
 
 
 def _fingerprint(path: Path, config: CorpusConfig, vocab_size: int) -> str:
@@ -61,9 +73,7 @@ def _identity(path: Path | None) -> list[str | int] | None:
 def _encoder(config: CorpusConfig, vocab_size: int) -> Encode:
     if config.tokenizer is None:
         if vocab_size <= EOS:
-            raise UserError(
-                f"bytes need a vocabulary of {EOS + 1} tokens, the model has {vocab_size}: name a tokenizer"
-            )
+            raise UserError(f"bytes need a vocabulary of {EOS + 1}, the model has {vocab_size}: name a tokenizer")
         return lambda texts: [[BOS, *text.encode(), EOS] for text in texts]
     try:
         tokenizer = Tokenizer.from_file(str(config.tokenizer))
