@@ -22,7 +22,7 @@ from megatron_distkv.engine.llm import LLM
 from megatron_distkv.model import find_checkpoint
 from megatron_distkv.sampling_params import SamplingParams
 from tests.training.jobs import Job, Layout, launch
-from tests.training.plain_llama import PlainRun, whole_weights
+from tests.training.plain_llama import PlainRun, passkey_steps, whole_weights
 
 STEPS, RESUMED_AT = 20, 10
 # Not all ZeRO stages of all layouts: each costs seconds.
@@ -105,7 +105,7 @@ def test_losses_are_plain_torchs(layout: Layout, trained: Trained) -> None:
     # Given runs of every ZeRO stage, and plain torch from the same weights with the same batches
     jobs = trained(layout)
     weights = whole_weights(jobs[0].output, layout.tensor)
-    plain = PlainRun(weights, REFERENCE)
+    plain = PlainRun(weights, REFERENCE, passkey_steps(REFERENCE))
     # Then the reference clips some steps and not all, and every run has its losses
     assert min(plain.gradient_norms) < REFERENCE.optimizer.gradient_clipping < max(plain.gradient_norms)
     assert plain.losses[-1] < plain.losses[0] - 1
