@@ -1,4 +1,4 @@
-"""Losses of many steps through Megatron and DeepSpeed on two ranks, beside transformers and torch's AdamW on one process.
+"""Losses of many steps through Megatron and DeepSpeed on two ranks, beside transformers and AdamW on one process.
 
 Same weights, same batches, fp32; the differences of every step are checked against 1e-4.
 usage: python -m tools.bench.loss_curve [--steps 50] [--json FILE]
