@@ -2,7 +2,8 @@
 
 Every case runs in fresh processes (gloo, one thread each). Peaks are resident memory above what a warm process has.
 The answer is checked first: what CP ranks compute must equal what one computes, and torch's ring what we do. More ranks
-than cores share the cores: then only memory tells something, and the ratio to torch's ring.
+than cores share the cores: then only memory and CPU time tell something. "of torch ring": our CPU time and our peak,
+each in shares of its.
 usage: python -m tools.bench.context_parallel [--tokens 8192,16384] [--sizes 1,2,4] [--json FILE]
 """
 
@@ -35,7 +36,8 @@ def main() -> int:
     shape = {"heads": args.heads, "kv_heads": args.kv_heads, "head_dim": args.head_dim, "num_layers": args.layers}
     print(describe_machine())
     print(f"{len(os.sched_getaffinity(0))} cores, seed {SEED}, fp32, gloo, {shape}")
-    print(f"{'work':14} {'tokens':>7} {'ranks':>5} {'peak MiB of a rank':>19} {'seconds':>8} {'of torch ring':>14}")
+    figures_of = f"{'peak MiB of a rank':>19} {'seconds':>8} {'CPU s':>8} {'of torch ring':>16}"
+    print(f"{'work':14} {'tokens':>7} {'ranks':>5} {figures_of}")
     rows = []
     for what in ("training step", "attention"):
         if args.only in (None, what):
@@ -95,6 +97,7 @@ def figures(measured: list[Measured]) -> dict[str, float]:
     return {
         "peak_bytes": max(mine.peak_bytes for mine in measured),
         "seconds": round(max(mine.seconds for mine in measured), 3),
+        "cpu_seconds": round(max(mine.cpu_seconds for mine in measured), 3),
     }
 
 
@@ -102,13 +105,11 @@ def show(row: dict[str, object]) -> None:
     ring = row.get("torch_ring")
     ratio = ""
     if isinstance(ring, dict):
-        times, bytes_ = float(str(row["seconds"])) / ring["seconds"], int(str(row["peak_bytes"])) / ring["peak_bytes"]
-        ratio = f"{times:.2f} s, {bytes_:.2f} B"
+        times, memory = (float(str(row[key])) / ring[key] for key in ("cpu_seconds", "peak_bytes"))
+        ratio = f"{times:.2f} / {memory:.2f}"
     peak = int(str(row["peak_bytes"])) / 2**20
-    print(
-        f"{row['work']:14} {row['tokens']:>7} {row['ranks']:>5} {peak:>19.0f} {row['seconds']:>8} {ratio:>14}",
-        flush=True,
-    )
+    times_s = f"{row['seconds']:>8} {row['cpu_seconds']:>8}"
+    print(f"{row['work']:14} {row['tokens']:>7} {row['ranks']:>5} {peak:>19.0f} {times_s} {ratio:>16}", flush=True)
 
 
 if __name__ == "__main__":
