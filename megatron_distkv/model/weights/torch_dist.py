@@ -4,6 +4,7 @@ DIR/latest_checkpointed_iteration.txt    "20" or "release"
 DIR/iter_0000020/                        .metadata, __r_n.distcp, common.pt (args), metadata.json
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +64,17 @@ def read_config(directory: Path) -> ModelConfig:
     return read_args(args_of(safe_load(path), path), str(path))
 
 
-def save(gpt: GPTModel, config: ModelConfig, path: Path, iteration: int) -> Path:
-    """Write `path/iter_...` from all ranks, then (rank 0, last) the file that names it. Returns the folder."""
+def save(gpt: GPTModel, config: ModelConfig, path: Path, iteration: int, more: Mapping[str, Any] | None = None) -> Path:
+    """Write `path/iter_...` from all ranks, then (rank 0, last) the file that names it. Returns the folder.
+
+    `more`: what to save beside the weights, such as an optimizer's states, in Megatron's sharded tensors.
+    """
     directory = path / f"iter_{iteration:07d}"
     if dist.get_rank() == 0:
         directory.mkdir(parents=True, exist_ok=True)
     dist.barrier()
     state = dict(gpt.sharded_state_dict(metadata=_metadata()))
-    state.update(args=write_args(config), iteration=iteration, checkpoint_version=3.0)
+    state.update(more or {}, args=write_args(config), iteration=iteration, checkpoint_version=3.0)
     dist_checkpointing.save(state, str(directory), sharded_strategy=_PlainTorchSave())
     dist.barrier()
     if dist.get_rank() == 0:
