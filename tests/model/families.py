@@ -27,6 +27,12 @@ _LLAMA3 = {
     "original_max_position_embeddings": 128,
 }  # fmt: skip
 _YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 512}
+# As Qwen's model cards say: beside a max_position_embeddings that stays what it was.
+_YARN_CARD = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 32}
+_YARN_OTHERS = {
+    "rope_type": "yarn", "rope_theta": 500.0, "factor": 2.0, "original_max_position_embeddings": 64, "beta_fast": 8.0,
+    "beta_slow": 0.5, "truncate": False, "mscale": 0.707, "mscale_all_dim": 1.2,
+}  # fmt: skip
 _LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}
 
 
@@ -39,10 +45,12 @@ FAMILIES: dict[str, PretrainedConfig] = {
     "llama3": _make(LlamaConfig, rope_parameters=_LLAMA3),
     "llama3-tied": _make(LlamaConfig, rope_parameters=_LLAMA3, tie_word_embeddings=True),
     "llama-linear": _make(LlamaConfig, rope_parameters=_LINEAR),
+    "llama-yarn": _make(LlamaConfig, rope_parameters=_YARN_OTHERS),
     "mistral": _make(MistralConfig, sliding_window=None),
     "mistral-window": _make(MistralConfig, sliding_window=64),
     "qwen2": _make(Qwen2Config),
     "qwen2-tied": _make(Qwen2Config, tie_word_embeddings=True, num_key_value_heads=4),
+    "qwen2-yarn": _make(Qwen2Config, rope_parameters=_YARN_CARD, max_position_embeddings=32),
     "qwen3": _make(Qwen3Config, head_dim=32),
     "qwen3-yarn": _make(Qwen3Config, rope_parameters=_YARN),
     "mixtral": _make(MixtralConfig, num_local_experts=4, num_experts_per_tok=2, sliding_window=None),

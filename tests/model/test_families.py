@@ -56,10 +56,13 @@ def test_two_ranks_give_the_logits_of_transformers(references: Path, tmp_path: P
 def test_what_each_family_is_read_as(references: Path) -> None:
     models = {name: find_checkpoint(references / name).model for name in FAMILIES}
     assert {name: model.family for name, model in models.items()} == {
-        "llama": "llama", "llama3": "llama", "llama3-tied": "llama", "llama-linear": "llama", "mistral": "llama",
-        "mistral-window": "mistral", "qwen2": "qwen2", "qwen2-tied": "qwen2", "qwen3": "qwen3", "qwen3-yarn": "qwen3",
-        "mixtral": "mixtral", "qwen3-moe": "qwen3_moe", "qwen3-moe-shares": "qwen3_moe",
+        "llama": "llama", "llama3": "llama", "llama3-tied": "llama", "llama-linear": "llama", "llama-yarn": "llama",
+        "mistral": "llama", "mistral-window": "mistral", "qwen2": "qwen2", "qwen2-tied": "qwen2",
+        "qwen2-yarn": "qwen2", "qwen3": "qwen3", "qwen3-yarn": "qwen3", "mixtral": "mixtral",
+        "qwen3-moe": "qwen3_moe", "qwen3-moe-shares": "qwen3_moe",
     }  # fmt: skip
+    # YaRN makes contexts longer than max_position_embeddings says.
+    assert models["qwen2-yarn"].max_context_tokens == 128
     # A context ends where the window would begin to matter.
     assert models["mistral-window"].max_context_tokens == 64
     assert models["mistral"].max_context_tokens == 2048
@@ -82,6 +85,7 @@ def changed(references: Path, name: str, target: Path, **changes: Any) -> Path:
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1.0}}, "RoPE scaling 'longrope'"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, "rope_scaling.factor"),
         ({"attention_bias": True}, "attention_bias"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantised by 'fp8' are not read"),
         (
             {"architectures": ["Qwen3MoeForCausalLM"], "decoder_sparse_step": 2},
             "dense layers among mixture-of-experts layers",

@@ -1,6 +1,8 @@
 """Writing every format that we write, reading it back by others and by us, bit by bit."""
 
+import io
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +89,23 @@ def test_what_megatron_itself_saved_of_a_mixture_is_read(tmp_path: Path) -> None
     # Then we know its shape and its tensors
     assert find_checkpoint(tmp_path / "dist").model == checkpoint.model
     assert_same_bits(whole_tensors(source), whole_tensors(tmp_path / "dist"))
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_sees_how_far_loading_and_writing_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = save_family("llama", tmp_path / "hf")
+    for what, to in (("writing", "torch_dist"), ("rank 1 of 2", "legacy"), ("file 1 of 1", "hf")):
+        monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+        convert(source, tmp_path / to, to, tp=1 if to == "hf" else 2)
+        assert f"\r{what}:" in terminal.getvalue()
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    checkpoint = find_checkpoint(tmp_path / "legacy")
+    load_weights(build_gpt(checkpoint.model, init_tensor_parallel(1)), checkpoint, checkpoint.model)
+    assert "\rloading:   0%" in terminal.getvalue()
 
 
 def test_transformer_engines_names_of_grouped_experts_are_read(tmp_path: Path) -> None:

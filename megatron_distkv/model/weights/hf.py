@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from megatron_distkv.config.model import ModelConfig
 from megatron_distkv.errors import CheckpointError
 from megatron_distkv.model.weights.parameters import Parameter, Range
+from megatron_distkv.model.weights.source import require_weights
 
 _NAMES = {
     "embedding.word_embeddings.weight": "model.embed_tokens.weight",
@@ -130,9 +131,13 @@ class _Files:
             found = tuple(handle.get_shape())
             if found != shape:
                 raise CheckpointError(f"{path}: the tensor {name} has shape {found}, the model needs {shape}")
-            return handle[wanted.start : wanted.end] if dim == 0 else handle[:, wanted.start : wanted.end]
+            tensor: torch.Tensor = (
+                handle[wanted.start : wanted.end] if dim == 0 else handle[:, wanted.start : wanted.end]
+            )
         except SafetensorError as error:
             raise CheckpointError(f"{path}: the tensor {name} cannot be read: {error}") from None
+        require_weights(tensor.dtype, path, name)
+        return tensor
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -146,4 +151,6 @@ def _open(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
+        others = sorted(x.name for pattern in ("*.bin", "*.gguf", "*.pth") for x in path.parent.glob(pattern))
+        hint = f"; {others[0]} is not read: only safetensors are" if others and not path.exists() else ""
+        raise CheckpointError(f"{path} cannot be read: {error}{hint}") from None

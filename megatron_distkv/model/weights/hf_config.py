@@ -46,7 +46,8 @@ def read_config(directory: Path) -> ModelConfig:
     heads = values["num_attention_heads"]
     eos = values.get("eos_token_id")
     window = _sliding_window(values, family)
-    longest = values.get("max_position_embeddings")
+    scaling = _rope_scaling(values, path)
+    longest = _longest(values, window, scaling)
     dtype = str(values.get("dtype") or values.get("torch_dtype") or "float32")
     return parse_config(
         ModelConfig,
@@ -60,14 +61,14 @@ def read_config(directory: Path) -> ModelConfig:
             "vocab_size": values["vocab_size"],
             "rotary_percent": rope.get("partial_rotary_factor", values.get("partial_rotary_factor") or 1.0),
             "rotary_base": rope.get("rope_theta", values.get("rope_theta") or 10000.0),
-            "rope_scaling": _rope_scaling(values, path),
+            "rope_scaling": scaling,
             "qkv_bias": family == "qwen2",
             "qk_layernorm": family in ("qwen3", "qwen3_moe"),
             "mixture": _mixture(values, family, path),
             "sliding_window": window,
             "norm_epsilon": values.get("rms_norm_eps", 1e-6),
             "tie_embeddings": bool(values.get("tie_word_embeddings")),
-            "max_context_tokens": longest if window is None else min(window, longest or window),
+            "max_context_tokens": longest,
             "dtype": "fp32" if dtype == "float32" else "bf16",
             "eos_token_ids": () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
         },
@@ -97,6 +98,9 @@ def _require_known(values: dict[str, Any], path: Path) -> Family:
             raise CheckpointError(f"{path}: {key} is not supported yet; only layers without it are")
     if values.get("hidden_act", "silu") != "silu":
         raise CheckpointError(f"{path}: hidden_act {values['hidden_act']!r} is not supported yet; only 'silu' is")
+    if values.get("quantization_config"):
+        method = (values["quantization_config"] or {}).get("quant_method", "?")
+        raise CheckpointError(f"{path}: weights quantised by {method!r} are not read; take the original ones")
     missing = [key for key in _REQUIRED if key not in values]
     if missing:
         raise CheckpointError(f"{path}: the key {missing[0]!r} is missing")
@@ -117,6 +121,14 @@ def _sliding_window(values: dict[str, Any], family: Family) -> int | None:
         window = None
     longest = values.get("max_position_embeddings")
     return None if window is None or (longest and longest < window) else int(window)
+
+
+def _longest(values: dict[str, Any], window: int | None, scaling: dict[str, Any] | None) -> int | None:
+    """YaRN is switched on beside a max_position_embeddings that stays that of pre-training (Qwen's model cards)."""
+    longest = values.get("max_position_embeddings")
+    if longest and scaling is not None and scaling["kind"] == "yarn" and scaling["factor"]:
+        longest = max(longest, int(scaling["factor"] * (scaling["original_context_tokens"] or longest)))
+    return longest if window is None else min(window, longest or window)
 
 
 def _mixture(values: dict[str, Any], family: Family, path: Path) -> dict[str, Any] | None:
