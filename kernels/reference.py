@@ -21,43 +21,45 @@ def micro_attention(
     positions_T: torch.Tensor,
     scale: float,
     causal: bool,
+    window: int | None = None,
+    soft_cap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     num_tokens, num_heads, head_dim = q_THD.shape
     out_THD = torch.zeros(num_tokens, num_heads, head_dim, dtype=torch.float32, device=q_THD.device)
     lse_TH = torch.full((num_tokens, num_heads), float("-inf"), dtype=torch.float32, device=q_THD.device)
-    blocks, queries = cu_blocks.tolist(), cu_queries.tolist()
+    blocks, queries, rblock_size = cu_blocks.tolist(), cu_queries.tolist(), pool_BLK2ND.shape[4]
+    blocks_at_once = max(1, KEY_TOKENS_AT_ONCE // rblock_size)
     for s in range(len(blocks) - 1):
         rows, listed = slice(queries[s], queries[s + 1]), slice(blocks[s], blocks[s + 1])
         if rows.start == rows.stop or listed.start == listed.stop:
             continue
-        positions = positions_T[rows] if causal else None
-        out_THD[rows], lse_TH[rows] = _one_sequence(
-            q_THD[rows], pool_BLK2ND, layer, block_ids_M[listed], block_starts_M[listed], positions, scale
-        )
+        pieces = (x[listed].split(blocks_at_once) for x in (block_ids_M, block_starts_M))
+        for ids, starts in zip(*pieces, strict=True):
+            hidden_TX = _hidden(positions_T[rows], starts, rblock_size, causal, window)
+            piece = _over_blocks(q_THD[rows], pool_BLK2ND[ids, layer].float(), hidden_TX, scale, soft_cap)
+            before = (out_THD[rows], lse_TH[rows])
+            out_THD[rows], lse_TH[rows] = merge(*(torch.stack(pair) for pair in zip(before, piece, strict=True)))
     return out_THD, lse_TH
 
 
-def _one_sequence(
-    q_THD: torch.Tensor,
-    pool_BLK2ND: torch.Tensor,
-    layer: int,
-    block_ids: torch.Tensor,
-    block_starts: torch.Tensor,
-    positions: torch.Tensor | None,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    blocks_at_once = max(1, KEY_TOKENS_AT_ONCE // pool_BLK2ND.shape[4])
-    outs, lses = [], []
-    for ids, starts in zip(block_ids.split(blocks_at_once), block_starts.split(blocks_at_once), strict=True):
-        kv_MK2ND = pool_BLK2ND[ids, layer].to(torch.float32)
-        out, lse = _over_blocks(q_THD, kv_MK2ND, starts, positions, scale)
-        outs.append(out)
-        lses.append(lse)
-    return (outs[0], lses[0]) if len(outs) == 1 else merge(torch.stack(outs), torch.stack(lses))
+def _hidden(
+    positions_T: torch.Tensor, starts_M: torch.Tensor, rblock_size: int, causal: bool, window: int | None
+) -> torch.Tensor | None:
+    """Which keys a query does not see, `[T, M * N]`; None where all see all."""
+    if not causal and window is None:
+        return None
+    keys_X = (starts_M[:, None] + torch.arange(rblock_size, device=starts_M.device)).flatten()
+    distance_TX = positions_T[:, None] - keys_X[None, :]
+    hidden_TX = distance_TX < 0 if causal else torch.zeros_like(distance_TX, dtype=torch.bool)
+    return hidden_TX if window is None else hidden_TX | (distance_TX >= window)
 
 
 def _over_blocks(
-    q_THD: torch.Tensor, kv_MK2ND: torch.Tensor, starts: torch.Tensor, positions: torch.Tensor | None, scale: float
+    q_THD: torch.Tensor,
+    kv_MK2ND: torch.Tensor,
+    hidden_TX: torch.Tensor | None,
+    scale: float,
+    soft_cap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     num_tokens, num_heads, head_dim = q_THD.shape
     num_blocks, kv_heads, _, rblock_size, _ = kv_MK2ND.shape
@@ -69,12 +71,12 @@ def _over_blocks(
         kv_MK2ND[:, :, part].transpose(0, 1).reshape(kv_heads, num_blocks * rblock_size, head_dim) for part in (0, 1)
     )
     scores_KRX = torch.bmm(q_KRD, k_KXD.transpose(1, 2)).mul_(scale)
-    if positions is not None:
-        key_positions_X = (starts[:, None] + torch.arange(rblock_size, device=starts.device)).flatten()
-        is_future_TX = key_positions_X[None, :] > positions[:, None]
-        scores_KRX.view(kv_heads, num_tokens, group, -1).masked_fill_(is_future_TX[None, :, None, :], float("-inf"))
-        # Slots that nobody sees yet may hold anything, and 0 * NaN is NaN.
-        v_KXD = v_KXD.masked_fill(is_future_TX.all(dim=0)[None, :, None], 0.0)
+    if soft_cap is not None:
+        scores_KRX = scores_KRX.div_(soft_cap).tanh_().mul_(soft_cap)
+    if hidden_TX is not None:
+        scores_KRX.view(kv_heads, num_tokens, group, -1).masked_fill_(hidden_TX[None, :, None, :], float("-inf"))
+        # Slots that nobody sees may hold anything, and 0 * NaN is NaN.
+        v_KXD = v_KXD.masked_fill(hidden_TX.all(dim=0)[None, :, None], 0.0)
     top_KR1 = scores_KRX.amax(dim=-1, keepdim=True)
     top_KR1 = top_KR1.masked_fill(top_KR1 == float("-inf"), 0.0)  # a row without any key stays empty, not NaN
     weights_KRX = scores_KRX.sub_(top_KR1).exp_()

@@ -52,6 +52,8 @@ def micro_attention(
     positions_T: torch.Tensor,
     scale: float,
     causal: bool,
+    window: int | None = None,
+    soft_cap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if q_THD.stride(2) != 1:
         q_THD = q_THD.contiguous()
@@ -75,6 +77,8 @@ def micro_attention(
         num_layers,
         causal,
         scale,
+        soft_cap or 0.0,
+        window or 0,
         num_tokens,
         cu_queries.shape[0] - 1,
         block_ids_M.shape[0],

@@ -27,6 +27,8 @@ struct DistkvAttention {
   int32_t layer, num_layers;
   int32_t causal;
   float scale;
+  float soft_cap;  // 0: none
+  int64_t window;  // 0: none
   int64_t num_tokens, num_sequences, num_listed, num_blocks;
   const void* q;
   int64_t q_token_stride, q_head_stride;

@@ -126,16 +126,16 @@ inline void few_all_values(const typename X::Weight* p, const typename X::Elemen
 // Scores of one row to weights 2^(score - top); keeps the row's running top and its sums (one per lane), gives what to
 // shrink acc by. Most chunks hold no new top: then nothing is reduced across lanes.
 template <class X>
-inline void few_weights(const float* s, int64_t num_seen, int64_t num_keys, float scale, float* top, float* sums,
+inline void few_weights(const float* s, Seen seen, int64_t num_keys, float scale, float* top, float* sums,
                         float* shrink, typename X::Weight* p) {
   constexpr int64_t MOST = CHUNK_TOKENS / W;
-  const vi lanes = lane_numbers();
+  const vi lanes = lane_numbers(), begin = vi{} + (int32_t)seen.begin, end = vi{} + (int32_t)seen.end;
   const int64_t vectors = (num_keys + W - 1) / W;
   vf scores[MOST], most = splat(*top);
 #pragma GCC unroll 4
   for (int64_t i = 0; i < vectors; ++i) {
-    const vi seen = lanes + (int32_t)(i * W) < vi{} + (int32_t)num_seen;
-    scores[i] = seen ? load(s + i * W) * splat(scale) : splat(NO_SCORE);
+    const vi keys = lanes + (int32_t)(i * W);
+    scores[i] = ((keys >= begin) & (keys < end)) ? load(s + i * W) * splat(scale) : splat(NO_SCORE);
     most = vmax(most, scores[i]);
   }
   const float old_top = *top;
@@ -149,8 +149,8 @@ inline void few_weights(const float* s, int64_t num_seen, int64_t num_keys, floa
   const vf base = splat(*top == NO_SCORE ? 0.f : *top);
 #pragma GCC unroll 4
   for (int64_t i = 0; i < vectors; ++i) {
-    const vi seen = lanes + (int32_t)(i * W) < vi{} + (int32_t)num_seen;
-    const vf weights = seen ? exp2_of(scores[i] - base) : vf{};
+    const vi keys = lanes + (int32_t)(i * W);
+    const vf weights = ((keys >= begin) & (keys < end)) ? exp2_of(scores[i] - base) : vf{};
     X::store_weights(p + i * W, weights);
     total = total + weights;
   }
@@ -202,14 +202,17 @@ struct FewRows {
   }
 
   void over_block(int64_t b) {
-    int64_t seen[FEW_ROWS], most = 0;
+    Seen seen[FEW_ROWS];
+    int64_t first = a.rblock_size, most = 0;
     for (int64_t r = 0; r < rows; ++r) {
-      seen[r] = num_visible(a, position_of(a, item, item.row_begin + r), a.block_starts[b]);
-      most = larger(most, seen[r]);
+      seen[r] = seen_of_rblock(a, position_of(a, item, item.row_begin + r), a.block_starts[b]);
+      if (seen[r].begin == seen[r].end) continue;
+      first = smaller(first, seen[r].begin);
+      most = larger(most, seen[r].end);
     }
     const Element* base = (const Element*)a.pool + slab_offset(a, a.block_ids[b], item.head_begin);
     for (int64_t h = 0; h < item.head_end - item.head_begin; ++h)
-      for (int64_t from = 0; from < most; from += CHUNK_TOKENS) {
+      for (int64_t from = first; from < most; from += CHUNK_TOKENS) {
         const int64_t n = smaller(CHUNK_TOKENS, most - from), place = h * 2 * slab + from * a.head_dim;
         over_chunk(h, base + place, n, from, seen, ahead_of(b, base, place), ahead_of(b, base, place + slab));
       }
@@ -229,7 +232,7 @@ struct FewRows {
     return (const char*)(other + target) - (const char*)(base + place);
   }
 
-  void over_chunk(int64_t h, const Element* k, int64_t n, int64_t from, const int64_t* seen, ptrdiff_t k_ahead,
+  void over_chunk(int64_t h, const Element* k, int64_t n, int64_t from, const Seen* seen, ptrdiff_t k_ahead,
                   ptrdiff_t v_ahead) {
     const int64_t state = h * held;
     for_tiles([&](auto tile, int64_t r) {
@@ -238,10 +241,10 @@ struct FewRows {
       float* s = scores + r * CHUNK_TOKENS;
       if (r == 0) few_scores<X, R, true>(q, padded, k, a.head_dim, n, k_ahead, s);
       else few_scores<X, R, false>(q, padded, k, a.head_dim, n, 0, s);
+      bend_scores(a, s, R * CHUNK_TOKENS);
       for (int64_t i = r; i < r + R; ++i)
-        few_weights<X>(scores + i * CHUNK_TOKENS, i < rows ? larger(0, smaller(n, seen[i] - from)) : 0, n,
-                       a.scale * 1.44269504089f, tops + state + i, sums + (state + i) * W, shrinks + i,
-                       weights + i * CHUNK_TOKENS);
+        few_weights<X>(scores + i * CHUNK_TOKENS, i < rows ? seen[i].within(from, n) : Seen{0, 0}, n, score_scale(a),
+                       tops + state + i, sums + (state + i) * W, shrinks + i, weights + i * CHUNK_TOKENS);
     });
     for_tiles([&](auto tile, int64_t r) {
       constexpr int R = decltype(tile)::ROWS;

@@ -91,10 +91,30 @@ inline int64_t slab_offset(const DistkvAttention& a, int64_t id, int64_t head) {
   return ((id * a.num_layers + a.layer) * a.kv_heads + head) * 2 * a.rblock_size * a.head_dim;
 }
 
-// How many of an rBlock's keys from position `start` on a query at `position` sees.
-inline int64_t num_visible(const DistkvAttention& a, int64_t position, int64_t start) {
-  if (!a.causal) return a.rblock_size;
-  return larger(0, smaller(a.rblock_size, position - start + 1));
+// Which of some neighbouring keys a query sees: [begin, end), with begin <= end.
+struct Seen {
+  int64_t begin, end;
+
+  // The same of the `n` keys from key `from` on, counted from there.
+  Seen within(int64_t from, int64_t n) const {
+    const int64_t last = larger(0, smaller(n, end - from));
+    return {smaller(last, larger(0, begin - from)), last};
+  }
+};
+
+// What a query at `position` sees of the rBlock that holds positions from `start` on.
+inline Seen seen_of_rblock(const DistkvAttention& a, int64_t position, int64_t start) {
+  const int64_t end = a.causal ? position - start + 1 : a.rblock_size;
+  return Seen{a.window ? position - start - a.window + 1 : 0, end}.within(0, a.rblock_size);
+}
+
+// Scores are bent, where there is a soft cap, and then scaled to be exponents of two.
+inline float score_scale(const DistkvAttention& a) { return (a.soft_cap > 0 ? a.soft_cap : a.scale) * 1.44269504089f; }
+
+inline void bend_scores(const DistkvAttention& a, float* s, int64_t count) {
+  if (!(a.soft_cap > 0)) return;
+  const vf inner = splat(a.scale / a.soft_cap);
+  for (int64_t i = 0; i < count; i += W) store(s + i, tanh_of(load(s + i) * inner));
 }
 
 // A row of an item: its position, and where its query of KV head `head` starts in q.

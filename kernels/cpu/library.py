@@ -22,7 +22,8 @@ class Attention(Structure):
     _fields_ = _fields(
         ("struct_size", c_uint32),
         ("num_threads q_dtype kv_dtype num_heads kv_heads head_dim rblock_size layer num_layers causal", c_int32),
-        ("scale", c_float),
+        ("scale soft_cap", c_float),
+        ("window", c_int64),
         ("num_tokens num_sequences num_listed num_blocks", c_int64),
         ("q", c_void_p),
         ("q_token_stride q_head_stride", c_int64),

@@ -63,18 +63,24 @@ class Batch:
         self.q = torch.randn(sum(queries), heads + 2, case.head_dim).to(case.dtype)[:, 1:-1]
         self.scale = case.head_dim**-0.5
 
-    def attend(self, causal: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    def attend(
+        self, causal: bool = True, window: int | None = None, soft_cap: float | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         indices = (self.ids, self.starts, self.cu_blocks, self.cu_queries, self.positions)
-        return micro_attention(self.q, self.pool, LAYER, *indices, self.scale, causal)
+        return micro_attention(self.q, self.pool, LAYER, *indices, self.scale, causal, window=window, soft_cap=soft_cap)
 
-    def check(self, out: torch.Tensor, lse: torch.Tensor) -> None:
+    def check(
+        self, out: torch.Tensor, lse: torch.Tensor, window: int | None = None, soft_cap: float | None = None
+    ) -> None:
         for s, (k, v) in enumerate(zip(self.k, self.v, strict=True)):
             rows = slice(int(self.cu_queries[s]), int(self.cu_queries[s + 1]))
             if rows.start == rows.stop:
                 continue
-            expected, expected_lse = dense_attention(self.q[rows], k, v, self.positions[rows], self.scale)
+            expected, expected_lse = dense_attention(
+                self.q[rows], k, v, self.positions[rows], self.scale, window, soft_cap
+            )
             assert relative_error(out[rows], expected) < OUT_LIMIT[self.case.dtype]
-            assert (lse[rows].double() - expected_lse).abs().max() < LSE_LIMIT[self.case.dtype]
+            torch.testing.assert_close(lse[rows].double(), expected_lse, rtol=0, atol=LSE_LIMIT[self.case.dtype])
 
 
 MIXED = [Sequence(70, 1), Sequence(41, 6), Sequence(33, 33), Sequence(1, 1), Sequence(9, 0), Sequence(150, 130)]
@@ -111,6 +117,46 @@ def test_full_rblocks_without_a_mask(dtype: torch.dtype) -> None:
     out, lse = batch.attend(causal=False)
     batch.positions = torch.cat([torch.full((n,), p) for n, p in zip(queries, positions, strict=True)])
     batch.check(out, lse)
+
+
+@pytest.mark.parametrize("dtype", OUT_LIMIT, ids=str)
+@pytest.mark.parametrize(("kv_heads", "group", "window"), [(2, 4, 1), (2, 4, 16), (1, 8, 33), (2, 3, 100), (1, 40, 17)])
+def test_a_window_counts_the_querys_own_token(dtype: torch.dtype, kv_heads: int, group: int, window: int) -> None:
+    # Given also a row whose whole window lies in the rBlocks before its last one, and NaN in slots that nobody sees
+    batch = Batch(Case(dtype, kv_heads, group, 64, 16, MIXED))
+    for s, sequence in enumerate(batch.case.sequences):
+        first_seen = sequence.num_keys - sequence.num_queries - window + 1
+        for block in batch.ids[int(batch.cu_blocks[s]) :][: max(0, first_seen) // 16]:
+            batch.pool[block] = float("nan")
+    batch.check(*batch.attend(window=window), window=window)
+
+
+@pytest.mark.parametrize("window", [1, 20, 64])
+def test_a_window_over_rblocks_of_the_past_needs_no_causality(window: int) -> None:
+    # Given full rBlocks all in the past, as a creditor has them, and queries ever further on
+    batch = Batch(Case(torch.float32, 2, 4, 32, 16, [Sequence(64, 3), Sequence(96, 40)]))
+    lasts = torch.tensor([63] * 3 + [95] * 40)
+    batch.positions = lasts + torch.cat([torch.arange(3) * 12, torch.arange(40)])
+
+    # When attended
+    out, lse = batch.attend(causal=False, window=window)
+
+    # Then those whose window has passed see nothing
+    batch.check(out, lse, window=window)
+    empty = batch.positions - window >= lasts
+    assert empty.any() == (window < 64)
+    assert (out[empty] == 0).all()
+    assert (lse[empty] == float("-inf")).all()
+
+
+@pytest.mark.parametrize("dtype", OUT_LIMIT, ids=str)
+@pytest.mark.parametrize("group", [1, 4, 8, 20])
+def test_soft_cap_bends_the_scores_before_the_softmax(dtype: torch.dtype, group: int) -> None:
+    # Given scores around the cap and far beyond it
+    batch = Batch(Case(dtype, 2, group, 64, 16, MIXED))
+    batch.scale = 1.0
+    batch.check(*batch.attend(soft_cap=5.0), soft_cap=5.0)
+    batch.check(*batch.attend(soft_cap=30.0, window=21), soft_cap=30.0, window=21)
 
 
 @pytest.mark.parametrize("threads", [2, 3])
