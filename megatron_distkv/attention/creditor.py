@@ -21,7 +21,7 @@ logger = get_logger(__name__)
 
 @dataclass
 class _PreparedQuery:
-    """A step's question, checked once and used by all its layers."""
+    """A step's question, checked once and used by all its layers of one window."""
 
     step: int
     shares: list[QueryShare]
@@ -45,7 +45,8 @@ class Creditor:
         self._num_query_heads = num_query_heads
         self._model_dtype = model_dtype
         self._scale = scale
-        self._prepared: dict[bytes, _PreparedQuery] = {}  # by the nonce of a channel's hello
+        # By the nonce of a channel's hello, and by window.
+        self._prepared: dict[bytes, dict[int | None, _PreparedQuery]] = {}
         self._lock = threading.Lock()
 
     def warm_up(self) -> float:
@@ -68,7 +69,7 @@ class Creditor:
             return _acknowledge(prepared)
         shape = (prepared.index.num_rows, self._num_query_heads, self._pool.shape[-1])
         (q_THD,) = read_tensors(request.payload, [TensorSpec(shape, self._model_dtype)])
-        out, lse = attend_shares(q_THD, self._pool, header.layer, prepared.index, self._scale)
+        out, lse = attend_shares(q_THD, self._pool, header.layer, prepared.index, self._scale, header.scoring)
         if self._loans.version != prepared.version and not self._may_query(hello, prepared.shares):
             return _acknowledge(Refusal.UNKNOWN_LOAN)  # a loan ended while we computed: the rBlocks may be another's
         return Answer(msgspec.msgpack.encode(Acknowledge()), [out.to(wire_dtype(self._model_dtype)), lse])
@@ -103,17 +104,19 @@ class Creditor:
             self._prepared.pop(hello.nonce, None)
 
     def _prepare(self, hello: Hello, header: QueryHeader) -> _PreparedQuery | Refusal:
+        window = header.scoring.window
         with self._lock:
-            prepared = self._prepared.get(hello.nonce)
+            of_step = {w: x for w, x in self._prepared.get(hello.nonce, {}).items() if x.step == header.step}
         if header.shares is None:
-            is_known = prepared is not None and prepared.step == header.step
-            return prepared if is_known and prepared is not None else Refusal.UNKNOWN_LOAN
+            return of_step.get(window, Refusal.UNKNOWN_LOAN)
+        if window not in of_step and len(of_step) >= self._pool.shape[1]:
+            raise DistkvError(f"{len(of_step) + 1} windows in {self._pool.shape[1]} layers")
         version = self._loans.version
         if not self._may_query(hello, header.shares):
             return Refusal.UNKNOWN_LOAN
-        prepared = _PreparedQuery(header.step, header.shares, version, index_shares(header.shares))
+        prepared = _PreparedQuery(header.step, header.shares, version, index_shares(header.shares, window))
         with self._lock:
-            self._prepared[hello.nonce] = prepared
+            self._prepared[hello.nonce] = {**of_step, window: prepared}
         return prepared
 
     def _may_query(self, hello: Hello, shares: list[QueryShare]) -> bool:

@@ -58,14 +58,18 @@ def test_what_each_family_is_read_as(references: Path) -> None:
     assert {name: model.family for name, model in models.items()} == {
         "llama": "llama", "llama3": "llama", "llama3-tied": "llama", "llama-linear": "llama", "llama-yarn": "llama",
         "mistral": "llama", "mistral-window": "mistral", "qwen2": "qwen2", "qwen2-tied": "qwen2",
-        "qwen2-yarn": "qwen2", "qwen3": "qwen3", "qwen3-yarn": "qwen3", "mixtral": "mixtral",
-        "qwen3-moe": "qwen3_moe", "qwen3-moe-shares": "qwen3_moe",
+        "qwen2-yarn": "qwen2", "qwen2-window": "qwen2", "qwen3": "qwen3", "qwen3-yarn": "qwen3",
+        "gemma2": "gemma2", "gemma3": "gemma3_text", "mixtral": "mixtral", "qwen3-moe": "qwen3_moe",
+        "qwen3-moe-shares": "qwen3_moe",
     }  # fmt: skip
     # YaRN makes contexts longer than max_position_embeddings says.
     assert models["qwen2-yarn"].max_context_tokens == 128
-    # A context ends where the window would begin to matter.
-    assert models["mistral-window"].max_context_tokens == 64
-    assert models["mistral"].max_context_tokens == 2048
+    # Windows are those of the config's layers.
+    assert [models["mistral-window"].window_of(layer) for layer in range(2)] == [11, 11]
+    assert [models["qwen2-window"].window_of(layer) for layer in range(2)] == [None, 9]
+    assert [models["gemma2"].window_of(layer) for layer in range(2)] == [10, None]
+    assert [models["gemma3"].window_of(layer) for layer in range(3)] == [10, None, 10]
+    assert models["mistral"].max_context_tokens == models["mistral-window"].max_context_tokens == 2048
 
 
 def changed(references: Path, name: str, target: Path, **changes: Any) -> Path:
@@ -78,7 +82,9 @@ def changed(references: Path, name: str, target: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"architectures": ["Gemma2ForCausalLM"]}, "Gemma2ForCausalLM is not supported yet: it needs soft-capped"),
+        ({"architectures": ["Gemma3ForConditionalGeneration"]}, "is not supported yet: it needs an image encoder"),
+        ({"architectures": ["Gemma2ForCausalLM"], "hidden_activation": "gelu"}, "hidden_activation 'gelu' is not"),
+        ({"architectures": ["Gemma3ForCausalLM"], "use_bidirectional_attention": True}, "tokens see the past alone"),
         ({"architectures": ["Qwen2MoeForCausalLM"]}, "it needs shared experts beside"),
         ({"architectures": None}, r"architecture \(none\) is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),

@@ -65,7 +65,7 @@ def test_bf16_and_many_files(tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(tmp_path / "back")
 
 
-@pytest.mark.parametrize(("name", "tp"), [("qwen3", 1), ("qwen3", 2), ("mixtral", 2)])
+@pytest.mark.parametrize(("name", "tp"), [("qwen3", 1), ("qwen3", 2), ("mixtral", 2), ("gemma3", 2)])
 def test_megatrons_own_loader_reads_what_we_write(name: str, tp: int, tmp_path: Path) -> None:
     # Given torch_dist pieces of one and of two ranks
     source = save_family(name, tmp_path / "hf")
@@ -79,9 +79,10 @@ def test_megatrons_own_loader_reads_what_we_write(name: str, tp: int, tmp_path: 
     assert_same_bits({name: x.detach() for name, x in gpt.named_parameters()}, reordered(whole_tensors(source), gpt))
 
 
-def test_what_megatron_itself_saved_of_a_mixture_is_read(tmp_path: Path) -> None:
-    # Given a mixture in a Megatron model, saved by Megatron's sharded state dict
-    source = save_family("qwen3-moe", tmp_path / "hf")
+@pytest.mark.parametrize("name", ["qwen3-moe", "gemma2"])
+def test_what_megatron_itself_saved_is_read(name: str, tmp_path: Path) -> None:
+    # Given a mixture, or norms where Megatron has none, saved by Megatron's sharded state dict
+    source = save_family(name, tmp_path / "hf")
     checkpoint = find_checkpoint(source)
     gpt = build_gpt(checkpoint.model, init_tensor_parallel(1))
     load_weights(gpt, checkpoint, checkpoint.model)
