@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_distkv.engine.llm import LLM
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
+from megatron_distkv.messages import TokenLogprobs
 from megatron_distkv.model.weights import CheckpointFormat, find_checkpoint, open_source, write_checkpoint
 from megatron_distkv.request import Request
 from megatron_distkv.sampling_params import SamplingParams
@@ -19,7 +20,7 @@ from tests.e2e.test_api import GREEDY as GREEDY_BODY
 from tests.e2e.test_api import as_text
 from tests.model.families import save_family
 
-GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
+GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True, logprobs=3)
 PROMPTS = [list(range(3, 50)), [7, 5, 3]]
 
 
@@ -39,6 +40,12 @@ class Log(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self.lines.append(record.getMessage())
+
+
+def transformers_logprobs(path: Path, ids: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        logits: torch.Tensor = AutoModelForCausalLM.from_pretrained(path).eval()(torch.tensor([ids])).logits[0]
+    return logits.log_softmax(-1)
 
 
 def transformers_tokens(path: Path, prompt: list[int]) -> list[int]:
@@ -87,11 +94,16 @@ def test_windows_and_soft_caps_reach_into_host_memory_and_borrowed_memory(
     ):
         # When a context comes that is longer than both
         request = Request("long", prompt, GREEDY)
+        logprobs: list[TokenLogprobs] = []
         a.instance.add(request)
         while not a.instance.scheduler.is_idle:
-            a.instance.step()
-    # Then its tokens are transformers', and nothing was lost and computed again
-    assert request.output_token_ids == transformers_tokens(source, prompt)
+            for output in a.instance.step():
+                logprobs.extend(output.logprobs or [])
+    # Then its tokens and their probabilities are transformers', and nothing was lost and computed again
+    best = transformers_logprobs(source, prompt + request.output_token_ids)[len(prompt) - 1 : -1].topk(3)
+    assert request.output_token_ids == best.indices[:, 0].tolist()
+    found = torch.tensor([[logprob for _, logprob in token.top] for token in logprobs])
+    assert torch.allclose(found, best.values, atol=1e-4)
     assert request.max_host_rblocks == 8
     assert request.max_borrowed_rblocks["b"] > 8  # type: ignore[index]
     assert request.num_recomputed_tokens == 0
