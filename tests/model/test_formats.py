@@ -23,6 +23,7 @@ from megatron_distkv.model.weights import (
 from megatron_distkv.model.weights.hf_writer import write_hf
 from tests.model.families import FAMILIES, save_family
 from tests.model.tensors import assert_same_bits, safetensors, whole_tensors
+from tests.model.zero3 import save_zero3
 
 
 def convert(source: Path, target: Path, to: str, tp: int = 1) -> Path:
@@ -39,13 +40,14 @@ def logits(path: Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", list(FAMILIES))
-def test_hf_to_torch_dist_of_two_to_legacy_of_four_to_hf_changes_no_bit(name: str, tmp_path: Path) -> None:
+def test_through_torch_dist_of_two_legacy_of_four_and_zero3_of_three_changes_no_bit(name: str, tmp_path: Path) -> None:
     # Given a model of four KV heads, so that four ranks can have one each
     source = save_family(name, tmp_path / "hf", num_key_value_heads=4)
-    # When it goes through both of Megatron's formats and back
+    # When it goes through both of Megatron's formats, and DeepSpeed's files, and back
     dist = convert(source, tmp_path / "dist", "torch_dist", tp=2)
     legacy = convert(dist, tmp_path / "legacy", "legacy", tp=4)
-    back = convert(legacy, tmp_path / "back", "hf")
+    zero3 = save_zero3(tmp_path / "zero3", legacy, num_ranks=3)
+    back = convert(zero3, tmp_path / "back", "hf")
     # Then each says what it is, and all tensors are what they were
     assert str(find_checkpoint(legacy)).endswith(f"({find_checkpoint(source).model.family}, TP 4, PP 1, step 3)")
     assert find_checkpoint(dist).step == 3

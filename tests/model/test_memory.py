@@ -7,11 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from megatron_distkv.model import find_checkpoint
 from tests.model.families import save_family
-from tests.model.tensors import whole_tensors
+from tests.model.zero3 import save_zero3
 
 SCRIPT = Path(__file__).with_name("run_memory.py")
 
@@ -23,22 +21,6 @@ def shares(*tasks: str) -> list[float]:
     assert done.returncode == 0, done.stderr[-3000:]
     found: list[float] = json.loads(done.stdout)
     return found
-
-
-def save_zero3(folder: Path, source: Path, num_ranks: int = 2) -> Path:
-    """DeepSpeed's ZeRO-3 files by hand: each parameter cut into equal pieces, a data rank's pieces end to end."""
-    checkpoint, tensors = find_checkpoint(source), whole_tensors(source)
-    (folder / "global_step1").mkdir(parents=True)
-    (folder / "latest").write_text("global_step1")
-    state = {"model": checkpoint.model.model_dump(), "mp_world_size": 1, "dp_world_size": num_ranks,
-             "param_shapes": [{name: x.shape for name, x in tensors.items()}]}  # fmt: skip
-    for rank in range(num_ranks):
-        name = f"zero_pp_rank_{rank}_mp_rank_00"
-        flat = torch.cat([x.flatten().tensor_split(num_ranks)[rank] for x in tensors.values()])
-        optimizer = {"optimizer_state_dict": {"fp32_flat_groups": [flat]}}
-        torch.save(optimizer, folder / "global_step1" / f"{name}_optim_states.pt")
-        torch.save(state, folder / "global_step1" / f"{name}_model_states.pt")
-    return folder
 
 
 @pytest.fixture(scope="module")
