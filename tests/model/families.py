@@ -81,12 +81,18 @@ FAMILIES: dict[str, PretrainedConfig] = {
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
         rope_parameters=_GEMMA3_ROPE,
     ),
-    "mixtral": _make(MixtralConfig, num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
+    "mixtral": _make(MixtralConfig, num_local_experts=4, num_experts_per_tok=2, sliding_window=13),
     "qwen3-moe": _make(
         Qwen3MoeConfig, moe_intermediate_size=32, num_experts=8, num_experts_per_tok=3, norm_topk_prob=True
     ),
     "qwen3-moe-shares": _make(
-        Qwen3MoeConfig, moe_intermediate_size=32, num_experts=8, num_experts_per_tok=3, norm_topk_prob=False
+        Qwen3MoeConfig,
+        moe_intermediate_size=32,
+        num_experts=8,
+        num_experts_per_tok=3,
+        norm_topk_prob=False,
+        use_sliding_window=True,
+        sliding_window=9,
     ),
 }
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from megatron_distkv.config.model import GemmaConfig
 from megatron_distkv.errors import CheckpointError, ConfigError
 from megatron_distkv.model import build_gpt, find_checkpoint, init_tensor_parallel, load_weights
 from tests.model.against_hf import Errors, compare
@@ -72,6 +73,21 @@ def test_what_each_family_is_read_as(references: Path) -> None:
     assert models["mistral"].max_context_tokens == models["mistral-window"].max_context_tokens == 2048
 
 
+def test_a_gemma_3_as_google_published_it_is_read(references: Path, tmp_path: Path) -> None:
+    """With keys that transformers 5 no longer writes, and without those whose defaults it means."""
+    config = json.loads((references / "gemma3" / "config.json").read_text())
+    for key in ("layer_types", "rope_parameters", "tie_word_embeddings", "query_pre_attn_scalar"):
+        config.pop(key, None)
+    old = {"num_hidden_layers": 7, "sliding_window": 512, "sliding_window_pattern": 6, "rope_theta": 1e6,
+           "rope_local_base_freq": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps({**config, **old}))
+    model = find_checkpoint(tmp_path).model
+    assert [model.window_of(layer) for layer in range(7)] == [512] * 5 + [None, 512]
+    assert (model.rotary_base, model.rope_scaling and model.rope_scaling.factor) == (1e6, 8.0)
+    assert model.gemma == GemmaConfig(score_scale_dims=256, window_rotary_base=1e4)
+    assert model.tie_embeddings
+
+
 def changed(references: Path, name: str, target: Path, **changes: Any) -> Path:
     target.mkdir()
     config = json.loads((references / name / "config.json").read_text())
@@ -91,6 +107,7 @@ def changed(references: Path, name: str, target: Path, **changes: Any) -> Path:
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1.0}}, "RoPE scaling 'longrope'"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, "rope_scaling.factor"),
         ({"attention_bias": True}, "attention_bias"),
+        ({"layer_types": ["full_attention", "chunked_attention"]}, "layer_types has 'chunked_attention'"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantised by 'fp8' are not read"),
         (
             {"architectures": ["Qwen3MoeForCausalLM"], "decoder_sparse_step": 2},

@@ -50,7 +50,7 @@ def read_config(directory: Path) -> ModelConfig:
     rope = values.get("rope_parameters") or {}
     heads = values["num_attention_heads"]
     eos = values.get("eos_token_id")
-    windows = hf_windows.read(values, family)
+    windows = hf_windows.read(values, family, path)
     scaling = _rope_scaling(values, path)
     longest = _longest(values, scaling)
     dtype = str(values.get("dtype") or values.get("torch_dtype") or "float32")

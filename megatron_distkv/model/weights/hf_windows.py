@@ -1,5 +1,6 @@
 """Sliding windows in Hugging Face's config.json: every family says differently which layers have one."""
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_distkv.config.model import Family, ModelConfig
@@ -15,8 +16,14 @@ class Windows(NamedTuple):
     layers: tuple[bool, ...] | None = None
 
 
-def read(values: dict[str, Any], family: Family) -> Windows:
-    """Windows where they could matter; absent keys mean what transformers takes them for."""
+def read(values: dict[str, Any], family: Family, path: Path) -> Windows:
+    """Windows where they could matter; absent keys mean what transformers takes them for.
+
+    Raises CheckpointError for layers of a kind that is neither.
+    """
+    strangers = sorted(set(values.get("layer_types") or ()) - {_SLIDING, _FULL})
+    if strangers:
+        raise CheckpointError(f"{path}: layer_types has {strangers[0]!r}; only {_SLIDING!r} and {_FULL!r} are known")
     size = _size(values, family)
     longest = values.get("max_position_embeddings")
     if size is None or (longest and longest < size and not family.startswith("gemma")):
