@@ -211,6 +211,18 @@ def test_a_window_without_positions_is_refused(lenders: dict[str, Lender], share
         channel.close()
 
 
+@pytest.mark.parametrize(
+    "scoring", [Scoring(window=0), Scoring(window=1 << 40), Scoring(soft_cap=-1.0), Scoring(scale=float("nan"))]
+)
+def test_scores_that_nobody_can_make_are_refused(lenders: dict[str, Lender], scoring: Scoring) -> None:
+    _, q, channels = prepared_question(lenders)
+    header = msgspec.msgpack.encode(QueryHeader(1, 0, [QueryShare(["loan-0"], [3], 1, [0], 8)], scoring))
+    with pytest.raises(DistkvError, match="a QueryHeader cannot be read"):
+        channels[0].call(MessageKind.QUERY, header, [q], deadline_s=5)
+    for channel in channels:
+        channel.close()
+
+
 def test_a_creditor_remembers_no_more_windows_than_there_are_layers(lenders: dict[str, Lender]) -> None:
     _, q, channels = prepared_question(lenders)
     share = QueryShare(["loan-0"], [3], 1, [0], 8)

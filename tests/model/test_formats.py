@@ -50,7 +50,7 @@ def test_through_torch_dist_of_two_legacy_of_four_and_zero3_of_three_changes_no_
     back = convert(zero3, tmp_path / "back", "hf")
     # Then each says what it is, and all tensors are what they were
     assert str(find_checkpoint(legacy)).endswith(f"({find_checkpoint(source).model.family}, TP 4, PP 1, step 3)")
-    assert find_checkpoint(dist).step == 3
+    assert str(find_checkpoint(dist)).endswith(f"({find_checkpoint(source).model.family}, TP 2, PP 1, step 3)")
     assert_same_bits(safetensors(source), safetensors(back))
     # And transformers computes the same from its own and from our directory
     assert torch.equal(logits(source), logits(back))
