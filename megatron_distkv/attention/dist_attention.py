@@ -42,10 +42,25 @@ class DistAttention(torch.nn.Module):
             raise ValueError(f"DistAttention is self-attention, not {attention_type!r}")
         self.layer = layer_number - 1
         self.rotary = rotary
-        self.shard: ContextShard | None = None
+        self._shard: ContextShard | None = None
         self.head_dim: int = config.kv_channels
         self.scale = softmax_scale if softmax_scale is not None else self.head_dim**-0.5
         self.scoring = Scoring(softmax_scale, window, soft_cap)
+
+    @property
+    def shard(self) -> ContextShard | None:
+        """This rank's share of the sequences of training; None: all of them."""
+        return self._shard
+
+    @shard.setter
+    def shard(self, shard: ContextShard | None) -> None:
+        """Raises ConfigError, before anything is computed, for a layer that context parallelism does not know."""
+        if shard is not None and (self.scoring.window is not None or self.scoring.soft_cap is not None):
+            raise ConfigError(
+                f"context parallelism knows no sliding window ({self.scoring.window}) and no soft-cap"
+                f" ({self.scoring.soft_cap}) yet: train this model with context_parallel 1"
+            )
+        self._shard = shard
 
     def forward(
         self,
@@ -100,13 +115,8 @@ class DistAttention(torch.nn.Module):
             q_SBHD, k_SBKD = _rotate(q_SBHD, table), _rotate(k_SBKD, table)
         if self.shard is None:
             out_SBHD = dense_attention(q_SBHD, k_SBKD, v_SBKD, self.scale, self.scoring)
-        elif self.scoring.window is None and self.scoring.soft_cap is None:
-            out_SBHD = context_attention(q_SBHD, k_SBKD, v_SBKD, self.shard, self.scale)
         else:
-            raise ConfigError(
-                f"context parallelism knows no sliding window ({self.scoring.window}) and no soft-cap"
-                f" ({self.scoring.soft_cap}) yet: train this model with context_parallel 1"
-            )
+            out_SBHD = context_attention(q_SBHD, k_SBKD, v_SBKD, self.shard, self.scale)
         return out_SBHD.reshape(num_tokens, batch, -1)
 
     def _table(self, num_tokens: int, device: torch.device) -> RotaryTable:
