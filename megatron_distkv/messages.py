@@ -209,8 +209,8 @@ class QueryShare(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class QueryHeader(msgspec.Struct, frozen=True):
-    """MicroAttention of one layer. `shares` come with the step's first layer of this window (no window is one, too) and
-    hold for its other layers of the same: with a window only what some query sees is asked for.
+    """MicroAttention of one layer. `shares` come with the step's first layer that makes scores in this way, and hold
+    for its other layers that do: with a window only what some query sees is asked for.
 
     Payload: q `[T, query_heads, head_dim]` in the model's dtype, T = sum of num_queries. Reply payload: the normalised
     output `[T, query_heads, head_dim]` in the wire dtype, then LSE `[T, query_heads]` fp32 (natural log; empty = -inf).

@@ -12,7 +12,16 @@ from megatron_distkv.attention.loan_table import Access, LoanTable
 from megatron_distkv.attention.shares import ShareIndex, attend_shares, index_shares, measure_query_us
 from megatron_distkv.errors import DistkvError
 from megatron_distkv.log import get_logger
-from megatron_distkv.messages import Acknowledge, FetchHeader, QueryHeader, QueryShare, Refusal, StoreHeader, decode
+from megatron_distkv.messages import (
+    Acknowledge,
+    FetchHeader,
+    QueryHeader,
+    QueryShare,
+    Refusal,
+    Scoring,
+    StoreHeader,
+    decode,
+)
 from megatron_distkv.ops import gather_rblocks, scatter_rblocks
 from megatron_distkv.transport import Answer, Hello, Request, TensorSpec, read_tensors
 
@@ -21,7 +30,7 @@ logger = get_logger(__name__)
 
 @dataclass
 class _PreparedQuery:
-    """A step's question, checked once and used by all its layers of one window."""
+    """A step's question, checked once and used by all its layers that score alike."""
 
     step: int
     shares: list[QueryShare]
@@ -45,8 +54,8 @@ class Creditor:
         self._num_query_heads = num_query_heads
         self._model_dtype = model_dtype
         self._scale = scale
-        # By the nonce of a channel's hello, and by window.
-        self._prepared: dict[bytes, dict[int | None, _PreparedQuery]] = {}
+        # By the nonce of a channel's hello, and by how scores are made.
+        self._prepared: dict[bytes, dict[Scoring, _PreparedQuery]] = {}
         self._lock = threading.Lock()
 
     def warm_up(self) -> float:
@@ -69,7 +78,7 @@ class Creditor:
             return _acknowledge(prepared)
         shape = (prepared.index.num_rows, self._num_query_heads, self._pool.shape[-1])
         (q_THD,) = read_tensors(request.payload, [TensorSpec(shape, self._model_dtype)])
-        out, lse = attend_shares(q_THD, self._pool, header.layer, prepared.index, self._scale, header.scoring)
+        out, lse = attend_shares(q_THD, self._pool, header.layer, prepared.index, self._scale)
         if self._loans.version != prepared.version and not self._may_query(hello, prepared.shares):
             return _acknowledge(Refusal.UNKNOWN_LOAN)  # a loan ended while we computed: the rBlocks may be another's
         return Answer(msgspec.msgpack.encode(Acknowledge()), [out.to(wire_dtype(self._model_dtype)), lse])
@@ -104,19 +113,19 @@ class Creditor:
             self._prepared.pop(hello.nonce, None)
 
     def _prepare(self, hello: Hello, header: QueryHeader) -> _PreparedQuery | Refusal:
-        window = header.scoring.window
+        scoring = header.scoring
         with self._lock:
-            of_step = {w: x for w, x in self._prepared.get(hello.nonce, {}).items() if x.step == header.step}
+            of_step = {way: x for way, x in self._prepared.get(hello.nonce, {}).items() if x.step == header.step}
         if header.shares is None:
-            return of_step.get(window, Refusal.UNKNOWN_LOAN)
-        if window not in of_step and len(of_step) >= self._pool.shape[1]:
-            raise DistkvError(f"{len(of_step) + 1} windows in {self._pool.shape[1]} layers")
+            return of_step.get(scoring, Refusal.UNKNOWN_LOAN)
+        if scoring not in of_step and len(of_step) >= self._pool.shape[1]:
+            raise DistkvError(f"{len(of_step) + 1} ways of scoring in {self._pool.shape[1]} layers")
         version = self._loans.version
         if not self._may_query(hello, header.shares):
             return Refusal.UNKNOWN_LOAN
-        prepared = _PreparedQuery(header.step, header.shares, version, index_shares(header.shares, window))
+        prepared = _PreparedQuery(header.step, header.shares, version, index_shares(header.shares, scoring))
         with self._lock:
-            self._prepared[hello.nonce] = {**of_step, window: prepared}
+            self._prepared[hello.nonce] = {**of_step, scoring: prepared}
         return prepared
 
     def _may_query(self, hello: Hello, shares: list[QueryShare]) -> bool:

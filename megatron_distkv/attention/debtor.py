@@ -51,7 +51,7 @@ class Debtor:
         self._step = 0
         self._remote: dict[str, RemoteShare] = {}
         self._seen: dict[int | None, dict[str, RemoteShare]] = {}  # by window: what its layers see of `_remote`
-        self._told: dict[int | None, int] = {}  # by window: the layer that tells the shares
+        self._told: dict[Scoring, int] = {}  # the layer that tells the shares to those that score alike
         self._posted: list[str] = []
         self._spec: tuple[TensorSpec, ...] = ()
         self.lost: dict[str, str] = {}
@@ -72,7 +72,7 @@ class Debtor:
         self._asked = (layer, q_THD, scoring)
         self._heads = q_THD.shape[1:]
         self._dtype = wire_dtype(q_THD.dtype)
-        tells = self._told.setdefault(scoring.window, layer) == layer
+        tells = self._told.setdefault(scoring, layer) == layer
         for creditor, remote in self._within(scoring.window).items():
             if creditor in self.lost:
                 continue

@@ -18,7 +18,7 @@ class HostMemory:
         self._pool = pool_BLK2ND
         self._scale = scale
         self._share: RemoteShare | None = None
-        self._seen: dict[int | None, tuple[torch.Tensor, ShareIndex] | None] = {}  # by window: query rows, and rBlocks
+        self._seen: dict[Scoring, tuple[torch.Tensor, ShareIndex] | None] = {}  # query rows, and the rBlocks they see
 
     def store(self, data_MLK2ND: torch.Tensor, block_ids: Sequence[int]) -> None:
         scatter_rblocks(data_MLK2ND.to(self._pool.device), self._pool, torch.tensor(block_ids, dtype=torch.int64))
@@ -34,16 +34,16 @@ class HostMemory:
 
     def partials(self, layer: int, q_THD: torch.Tensor, scoring: Scoring = ORDINARY) -> list[Partial]:
         """The partial of the rows that see rBlocks here, if there are any."""
-        if scoring.window not in self._seen:
-            self._seen[scoring.window] = self._seen_within(scoring.window)
-        seen = self._seen[scoring.window]
+        if scoring not in self._seen:
+            self._seen[scoring] = self._seen_by(scoring)
+        seen = self._seen[scoring]
         if seen is None:
             return []
         rows_R, index = seen
         q_RHD = q_THD[rows_R].to(self._pool.device)
-        out, lse = attend_shares(q_RHD, self._pool, layer, index, self._scale, scoring)
+        out, lse = attend_shares(q_RHD, self._pool, layer, index, self._scale)
         return [Partial(rows_R, out.to(q_THD.device), lse.to(q_THD.device))]
 
-    def _seen_within(self, window: int | None) -> tuple[torch.Tensor, ShareIndex] | None:
-        share = None if self._share is None else self._share.within(window)
-        return None if share is None else (share.rows_R, index_shares(share.shares, window))
+    def _seen_by(self, scoring: Scoring) -> tuple[torch.Tensor, ShareIndex] | None:
+        share = None if self._share is None else self._share.within(scoring.window)
+        return None if share is None else (share.rows_R, index_shares(share.shares, scoring))

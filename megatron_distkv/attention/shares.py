@@ -17,21 +17,23 @@ MEASUREMENTS, MEASURED_RBLOCKS = 5, 32
 
 
 class ShareIndex(NamedTuple):
-    """Made once per step and window, used by all its layers (int64; contract: ops.micro_attention)."""
+    """Made once per step and way of scoring, used by all its layers (int64; contract: ops.micro_attention)."""
 
     block_ids_M: torch.Tensor
     cu_blocks: torch.Tensor
     cu_queries: torch.Tensor
     block_starts_M: torch.Tensor
     positions_T: torch.Tensor
+    scoring: Scoring
 
     @property
     def num_rows(self) -> int:
         return int(self.cu_queries[-1])
 
 
-def index_shares(shares: Sequence[QueryShare], window: int | None = None) -> ShareIndex:
+def index_shares(shares: Sequence[QueryShare], scoring: Scoring = ORDINARY) -> ShareIndex:
     """Raises DistkvError when a window needs positions that are not there."""
+    window = scoring.window
     cu_blocks, cu_queries, block_ids = [0], [0], []
     starts: list[int] = []
     positions: list[int] = []
@@ -46,9 +48,8 @@ def index_shares(shares: Sequence[QueryShare], window: int | None = None) -> Sha
             positions.extend(range(share.first_position, share.first_position + share.num_queries))
     if window is None:  # they are not looked at
         starts, positions = [0] * len(block_ids), [0] * cu_queries[-1]
-    return ShareIndex(
-        *(torch.tensor(x, dtype=torch.int64) for x in (block_ids, cu_blocks, cu_queries, starts, positions))
-    )
+    tensors = [torch.tensor(x, dtype=torch.int64) for x in (block_ids, cu_blocks, cu_queries, starts, positions)]
+    return ShareIndex(*tensors, scoring=scoring)
 
 
 def attend_shares(
@@ -57,9 +58,9 @@ def attend_shares(
     layer: int,
     index: ShareIndex,
     scale: float,
-    scoring: Scoring = ORDINARY,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Out `[T, H, D]` and lse `[T, H]`, fp32, where the pool lies. `scale` is the ordinary one."""
+    scoring = index.scoring
     return micro_attention(
         q_THD, pool_BLK2ND, layer, index.block_ids_M, index.block_starts_M, index.cu_blocks, index.cu_queries,
         index.positions_T, scoring.scale or scale, causal=False, window=scoring.window, soft_cap=scoring.soft_cap,

@@ -136,8 +136,7 @@ class Verification:
         start_of = dict(zip(share.block_ids, share.block_starts, strict=False))  # none without a window
         starts = [start_of.get(block_id, 0) for block_id in block_ids]
         copied = QueryShare([], list(range(len(copy))), len(q_THD), starts, share.first_position)
-        index = index_shares([copied], question.scoring.window)
-        return attend_shares(q_THD, copy, question.layer, index, self._scale, question.scoring)
+        return attend_shares(q_THD, copy, question.layer, index_shares([copied], question.scoring), self._scale)
 
     def _alarm(self, creditor: str, what: Wrong, sentence: str) -> PeerWrong:
         self.wrong.add(creditor)

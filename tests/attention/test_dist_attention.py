@@ -223,7 +223,7 @@ def test_scores_that_nobody_can_make_are_refused(lenders: dict[str, Lender], sco
         channel.close()
 
 
-def test_a_creditor_remembers_no_more_windows_than_there_are_layers(lenders: dict[str, Lender]) -> None:
+def test_a_creditor_remembers_no_more_ways_of_scoring_than_there_are_layers(lenders: dict[str, Lender]) -> None:
     _, q, channels = prepared_question(lenders)
     share = QueryShare(["loan-0"], [3], 1, [0], 8)
     for window in range(8, 8 + L + 1):
@@ -231,7 +231,7 @@ def test_a_creditor_remembers_no_more_windows_than_there_are_layers(lenders: dic
         if window < 8 + L:
             channels[0].call(MessageKind.QUERY, header, [q], deadline_s=5)
         else:
-            with pytest.raises(DistkvError, match=f"{L + 1} windows in {L} layers"):
+            with pytest.raises(DistkvError, match=f"{L + 1} ways of scoring in {L} layers"):
                 channels[0].call(MessageKind.QUERY, header, [q], deadline_s=5)
     for channel in channels:
         channel.close()
