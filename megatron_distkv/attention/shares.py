@@ -48,8 +48,11 @@ def index_shares(shares: Sequence[QueryShare], scoring: Scoring = ORDINARY) -> S
             positions.extend(range(share.first_position, share.first_position + share.num_queries))
     if window is None:  # they are not looked at
         starts, positions = [0] * len(block_ids), [0] * cu_queries[-1]
-    tensors = [torch.tensor(x, dtype=torch.int64) for x in (block_ids, cu_blocks, cu_queries, starts, positions)]
-    return ShareIndex(*tensors, scoring=scoring)
+
+    def int64(values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64)
+
+    return ShareIndex(int64(block_ids), int64(cu_blocks), int64(cu_queries), int64(starts), int64(positions), scoring)
 
 
 def attend_shares(
