@@ -1,6 +1,7 @@
 """What has become of one sequence so far: whom it was given to, and which of its tokens are out."""
 
 import random
+import time
 import uuid
 from typing import NamedTuple
 
@@ -11,6 +12,9 @@ from megatron_distkv.messages import NewRequest, TokenOutput
 from megatron_distkv.sampling_params import SamplingParams
 from megatron_distkv.server.errors import ApiError
 from megatron_distkv.server.pool_view import eos_token_ids_of
+
+# A request whose instance was lost waits this long for another that can take it.
+PATIENCE_S = 30.0
 
 
 class Life(NamedTuple):
@@ -25,8 +29,12 @@ def life_of(record: InstanceRecord) -> Life:
 
 
 class Attempt:
-    def __init__(self, prompt_token_ids: list[int], sampling: SamplingParams, pinned: str | None) -> None:
+    def __init__(
+        self, prompt_token_ids: list[int], sampling: SamplingParams, pinned: str | None, patience_s: float = PATIENCE_S
+    ) -> None:
         self.pinned = pinned
+        self._patience_s = patience_s
+        self._patient_until_s = float("-inf")
         self._prompt_token_ids = prompt_token_ids
         # Every instance that computes a part of it must draw alike.
         seed = sampling.seed if sampling.seed is not None else random.getrandbits(63)
@@ -45,8 +53,9 @@ class Attempt:
         return len(self._prompt_token_ids) + self._sampling.max_tokens
 
     @property
-    def has_lost(self) -> bool:
-        return bool(self._lost)
+    def is_patient(self) -> bool:
+        """It has lost an instance, and others that refuse it now will be asked again."""
+        return time.monotonic() < self._patient_until_s
 
     def request(self, record: InstanceRecord) -> NewRequest:
         """What this instance is asked: to go on from the tokens that are out."""
@@ -62,10 +71,11 @@ class Attempt:
 
     def note_lost(self, record: InstanceRecord) -> None:
         self._lost.add(life_of(record))
+        self._patient_until_s = time.monotonic() + self._patience_s
 
     def note_refused(self, record: InstanceRecord, error: ApiError) -> None:
         """Raises `error` unless another instance, or a later time, may answer differently."""
-        may_fit_later = self.has_lost and error.code == "context_length_exceeded"
+        may_fit_later = bool(self._lost) and error.code == "context_length_exceeded"
         if error.status not in (429, 503) and not may_fit_later:
             raise error
         self._refused.add(life_of(record))

@@ -2,7 +2,6 @@
 
 import asyncio
 import itertools
-import time
 from collections.abc import AsyncGenerator
 from typing import NamedTuple
 
@@ -12,15 +11,13 @@ from megatron_distkv.log import get_logger
 from megatron_distkv.messages import NewRequest, TokenOutput
 from megatron_distkv.rblock import num_rblocks_for
 from megatron_distkv.sampling_params import SamplingParams
-from megatron_distkv.server.attempt import Attempt, Life, life_of
+from megatron_distkv.server.attempt import PATIENCE_S, Attempt, Life, life_of
 from megatron_distkv.server.engine_client import EngineClient
 from megatron_distkv.server.errors import ApiError, InstanceLost
 from megatron_distkv.server.pool_view import PoolView, request_socket_of
 
 logger = get_logger(__name__)
-# A request whose instance was lost waits this long for another that can take it ...
-PATIENCE_S = 30.0
-# ... and asks all of them again after this.
+# A request whose instance was lost asks those that refused it again after this.
 ASK_AGAIN_AFTER_S = 0.25
 
 
@@ -32,8 +29,9 @@ class Routed(NamedTuple):
 
 
 class Router:
-    def __init__(self, view: PoolView) -> None:
+    def __init__(self, view: PoolView, patience_s: float = PATIENCE_S) -> None:
         self._view = view
+        self._patience_s = patience_s
         view.when_seen = self._give_up_the_dead
         self._clients: dict[Life, EngineClient] = {}
         self._num_sent: dict[str, int] = {}  # requests in flight by instance: fresher than any heartbeat
@@ -47,7 +45,7 @@ class Router:
         When an instance is lost, another goes on from the tokens that are out already: a draw depends on the request's
         seed and the position only, so the client sees a pause. `pinned` names the instance that must take it.
         """
-        attempt = Attempt(prompt_token_ids, sampling, pinned)
+        attempt = Attempt(prompt_token_ids, sampling, pinned, self._patience_s)
         while (record := await self._next(attempt)) is not None:
             try:
                 async for output in self._ask(record, attempt.request(record)):
@@ -68,12 +66,11 @@ class Router:
 
     async def _next(self, attempt: Attempt) -> InstanceRecord | None:
         """The next instance to ask, None when there is none left."""
-        until_s = time.monotonic() + PATIENCE_S
         while True:
             for record in self._by_preference(attempt.num_tokens_at_most, attempt.pinned):
                 if attempt.may_ask(record):
                     return record
-            if not attempt.has_lost or time.monotonic() > until_s:
+            if not attempt.is_patient:
                 return None
             await asyncio.sleep(ASK_AGAIN_AFTER_S)
             attempt.forget_refusals()

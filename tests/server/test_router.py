@@ -1,0 +1,96 @@
+"""A request whose instance is lost: another goes on; where nobody can, the client hears it and does not wait for ever."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from megatron_distkv import framing
+from megatron_distkv.ledger import InstanceRecord, InstanceState, MemoryLedger
+from megatron_distkv.messages import NewRequest, RequestRefused, ToInstance, TokenOutput
+from megatron_distkv.rblock import InstanceId
+from megatron_distkv.sampling_params import SamplingParams
+from megatron_distkv.server.errors import ApiError
+from megatron_distkv.server.pool_view import PoolView
+from megatron_distkv.server.router import Router
+
+Answer = Callable[[NewRequest, asyncio.StreamWriter], Awaitable[None]]
+
+
+async def speak_and_die(request: NewRequest, writer: asyncio.StreamWriter) -> None:
+    writer.write(framing.pack(TokenOutput(request.request_id, [65])))
+    await writer.drain()
+    writer.close()
+
+
+async def refuse(request: NewRequest, writer: asyncio.StreamWriter) -> None:
+    writer.write(framing.pack(RequestRefused(request.request_id, "too_long", "not now")))
+
+
+async def go_on(request: NewRequest, writer: asyncio.StreamWriter) -> None:
+    tokens = [66] if request.output_token_ids == [65] else [0]
+    writer.write(framing.pack(TokenOutput(request.request_id, tokens, finish_reason="length")))
+
+
+class FixedView(PoolView):
+    """The same two instances for ever."""
+
+    def __init__(self, records: list[InstanceRecord]) -> None:
+        super().__init__(MemoryLedger())
+        self._records = records
+
+    @property
+    def instances(self) -> list[InstanceRecord]:
+        return self._records
+
+
+def record(name: str, socket: Path, free: int) -> InstanceRecord:
+    info = {"requests": str(socket), "rblock_size": "8", "eos_token_ids": "[]"}
+    return InstanceRecord(InstanceId(name), 1, "", free, 0, 0, 0, 0, InstanceState.UP, 0, 0, 0, 1000, info)
+
+
+async def ask(directory: Path, second: Answer, patience_s: float = 30.0) -> list[int]:
+    """One request to an instance that dies after a token; `second` is how the other answers."""
+
+    def served(answer: Answer) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]:
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            while not reader.at_eof():
+                try:
+                    message = await framing.read(reader, msgspec.msgpack.Decoder(ToInstance))
+                except (asyncio.IncompleteReadError, ConnectionError):
+                    break
+                if isinstance(message, NewRequest):
+                    await answer(message, writer)
+            writer.close()
+
+        return serve
+
+    sockets = [directory / name for name in ("a", "b")]
+    servers = [
+        await asyncio.start_unix_server(served(answer), path)
+        for answer, path in zip((speak_and_die, second), sockets, strict=True)
+    ]
+    # Neither holds it alone, so the one with more free memory comes first
+    router = Router(FixedView([record("a", sockets[0], 4), record("b", sockets[1], 2)]), patience_s)
+    try:
+        return [
+            token
+            async for routed in router.generate([1] * 64, SamplingParams(max_tokens=8))
+            for token in routed.output.token_ids
+        ]
+    finally:
+        await router.close()
+        for server in servers:
+            server.close()
+
+
+def test_another_goes_on_from_the_tokens_that_are_out(tmp_path: Path) -> None:
+    assert asyncio.run(asyncio.wait_for(ask(tmp_path, go_on), 20)) == [65, 66]
+
+
+def test_where_nobody_can_go_on_the_patience_ends(tmp_path: Path) -> None:
+    with pytest.raises(ApiError, match=r"lost after 1 tokens .* no other can go on: not now") as caught:
+        asyncio.run(asyncio.wait_for(ask(tmp_path, refuse, patience_s=0.6), 20))
+    assert (caught.value.status, caught.value.code) == (502, "instance_lost")
