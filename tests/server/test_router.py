@@ -1,4 +1,4 @@
-"""A request whose instance is lost: another goes on; where nobody can, the client hears it and does not wait for ever."""
+"""A request whose instance is lost: another goes on; where nobody can, the client hears it and does not wait long."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
