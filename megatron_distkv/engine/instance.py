@@ -228,6 +228,7 @@ class Instance:
             "tensor_parallel": str(config.tensor_parallel),
             "model": str(config.model.resolve()),
             "vocab_size": str(self.model.vocab_size),
+            "max_context_tokens": str(self.model.max_context_tokens or ""),
             "eos_token_ids": json.dumps(self.model.eos_token_ids),
         }
         address = rank_address(config.run_dir, config.instance_id)

@@ -15,6 +15,8 @@ from megatron_distkv.server.pool_view import eos_token_ids_of
 
 # A request whose instance was lost waits this long for another that can take it.
 PATIENCE_S = 30.0
+# Pictures of the pool that are older than this are not taken for it.
+DOUBT_S = 2.0
 
 
 class Life(NamedTuple):
@@ -43,6 +45,9 @@ class Attempt:
         self._lost: set[Life] = set()
         self._refused: set[Life] = set()
         self._refusal: ApiError | None = None
+        self.arrival_s = time.monotonic()
+        self.request_id = ""  # of its present life
+        self._doubted_since_s = float("inf")
 
     @property
     def num_sent(self) -> int:
@@ -50,7 +55,24 @@ class Attempt:
 
     @property
     def num_tokens_at_most(self) -> int:
-        return len(self._prompt_token_ids) + self._sampling.max_tokens
+        """Whose KV it can ever need (the last sampled token's KV is never computed)."""
+        return len(self._prompt_token_ids) + self._sampling.max_tokens - 1
+
+    @property
+    def lengths(self) -> str:
+        return (
+            f"prompt ({len(self._prompt_token_ids)} tokens) and max_tokens ({self._sampling.max_tokens}) need a "
+            f"context of {self.num_tokens_at_most} tokens"
+        )
+
+    @property
+    def num_tokens_now(self) -> int:
+        """Those that there are, and the next, if that needs KV."""
+        return min(len(self._prompt_token_ids) + self.num_sent + 1, self.num_tokens_at_most)
+
+    @property
+    def has_lost(self) -> bool:
+        return bool(self._lost)
 
     @property
     def is_patient(self) -> bool:
@@ -59,8 +81,9 @@ class Attempt:
 
     def request(self, record: InstanceRecord) -> NewRequest:
         """What this instance is asked: to go on from the tokens that are out."""
+        self.request_id = uuid.uuid4().hex[:16]
         return NewRequest(
-            uuid.uuid4().hex[:16], self._prompt_token_ids, self._sampling, eos_token_ids_of(record), list(self._sent)
+            self.request_id, self._prompt_token_ids, self._sampling, eos_token_ids_of(record), list(self._sent)
         )
 
     def note(self, output: TokenOutput) -> None:
@@ -69,15 +92,28 @@ class Attempt:
     def may_ask(self, record: InstanceRecord) -> bool:
         return life_of(record) not in self._lost | self._refused
 
+    @property
+    def refusal(self) -> ApiError | None:
+        """The last one."""
+        return self._refusal
+
     def note_lost(self, record: InstanceRecord) -> None:
         self._lost.add(life_of(record))
         self._patient_until_s = time.monotonic() + self._patience_s
 
     def note_refused(self, record: InstanceRecord, error: ApiError) -> None:
-        """Raises `error` unless another instance, or a later time, may answer differently."""
-        may_fit_later = bool(self._lost) and error.code == "context_length_exceeded"
-        if error.status not in (429, 503) and not may_fit_later:
+        """Raises `error` unless another instance, or a later time, may answer differently.
+
+        Too long is too long for the pool as that instance sees it, which may be another than the gateway saw a moment
+        ago. Without any loss it is believed when it is said again after `DOUBT_S`.
+        """
+        is_too_long = error.code == "context_length_exceeded"
+        if error.status not in (429, 503) and not is_too_long:
             raise error
+        if is_too_long and not self._lost:
+            self._doubted_since_s = min(self._doubted_since_s, time.monotonic())
+            if time.monotonic() - self._doubted_since_s > DOUBT_S:
+                raise error
         self._refused.add(life_of(record))
         self._refusal = error
 

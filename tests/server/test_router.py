@@ -8,13 +8,12 @@ import msgspec
 import pytest
 
 from megatron_distkv import framing
-from megatron_distkv.ledger import InstanceRecord, InstanceState, MemoryLedger
+from megatron_distkv.config.admission import AdmissionConfig
 from megatron_distkv.messages import NewRequest, RequestRefused, ToInstance, TokenOutput
-from megatron_distkv.rblock import InstanceId
 from megatron_distkv.sampling_params import SamplingParams
 from megatron_distkv.server.errors import ApiError
-from megatron_distkv.server.pool_view import PoolView
 from megatron_distkv.server.router import Router
+from tests.server.still_view import StillView, member
 
 Answer = Callable[[NewRequest, asyncio.StreamWriter], Awaitable[None]]
 
@@ -32,23 +31,6 @@ async def refuse(request: NewRequest, writer: asyncio.StreamWriter) -> None:
 async def go_on(request: NewRequest, writer: asyncio.StreamWriter) -> None:
     tokens = [66] if request.output_token_ids == [65] else [0]
     writer.write(framing.pack(TokenOutput(request.request_id, tokens, finish_reason="length")))
-
-
-class FixedView(PoolView):
-    """The same two instances for ever."""
-
-    def __init__(self, records: list[InstanceRecord]) -> None:
-        super().__init__(MemoryLedger())
-        self._records = records
-
-    @property
-    def instances(self) -> list[InstanceRecord]:
-        return self._records
-
-
-def record(name: str, socket: Path, free: int) -> InstanceRecord:
-    info = {"requests": str(socket), "rblock_size": "8", "eos_token_ids": "[]"}
-    return InstanceRecord(InstanceId(name), 1, "", free, 0, 0, 0, 0, InstanceState.UP, 0, 0, 0, 1000, info)
 
 
 async def ask(directory: Path, second: Answer, patience_s: float = 30.0) -> list[int]:
@@ -73,7 +55,9 @@ async def ask(directory: Path, second: Answer, patience_s: float = 30.0) -> list
         for answer, path in zip((speak_and_die, second), sockets, strict=True)
     ]
     # Neither holds it alone, so the one with more free memory comes first
-    router = Router(FixedView([record("a", sockets[0], 4), record("b", sockets[1], 2)]), patience_s)
+    view = StillView()
+    router = Router(view, AdmissionConfig(), patience_s)
+    view.show(member("a", 6, requests=sockets[0]), member("b", 5, requests=sockets[1]))
     try:
         return [
             token
