@@ -13,6 +13,9 @@ from megatron_distkv.ledger import open_ledger
 from megatron_distkv.log import setup_logging
 from megatron_distkv.server.app import Gateway
 
+# Connections that wait to be accepted.
+BACKLOG = 2048
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_pool_arguments(parser)
@@ -47,6 +50,7 @@ def _bind(host: str, port: int) -> socket.socket:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
+        listening.listen(BACKLOG)  # before it says that it is ready: who connects at once waits, and is not refused
     except OSError as error:
         listening.close()
         raise UserError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from None
