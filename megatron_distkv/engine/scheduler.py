@@ -175,6 +175,12 @@ class Scheduler:
         request.finish(reason)
         return _output(request, [], [])
 
+    def give_up_all(self) -> list[TokenOutput]:
+        """This instance ends before its requests: others go on, and this is its part of each, without tokens."""
+        for request in self.running:
+            self._meter.settle(request)
+        return [TokenOutput(x.request_id, [], kv=_receipt(x)) for x in (*self.running, *self.waiting)]
+
     def _leave(self, request: Request) -> None:
         self.running.remove(request)
         self._waits.pop(request.request_id, None)

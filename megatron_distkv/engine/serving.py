@@ -32,6 +32,8 @@ class Serving:
                     self._was_busy = True
                     for output in self._instance.step():
                         self._send(output.request_id, output, is_last=output.finish_reason is not None)
+            for part in self._instance.scheduler.give_up_all():
+                self._send(part.request_id, part, is_last=True)
         finally:
             self._io.close()
 

@@ -8,10 +8,11 @@ from typing import NamedTuple
 import msgspec
 
 from megatron_distkv.ledger import InstanceRecord
-from megatron_distkv.messages import NewRequest, TokenOutput
+from megatron_distkv.messages import NewRequest, RequestKV, TokenOutput
 from megatron_distkv.sampling_params import SamplingParams
 from megatron_distkv.server.errors import ApiError
 from megatron_distkv.server.pool_view import eos_token_ids_of
+from megatron_distkv.server.receipt import Receipt
 
 # A request whose instance was lost waits this long for another that can take it.
 PATIENCE_S = 30.0
@@ -46,6 +47,8 @@ class Attempt:
         self._refused: set[Life] = set()
         self._refusal: ApiError | None = None
         self.arrival_s = time.monotonic()
+        self.receipt = Receipt()
+        self._told: RequestKV | None = None
         self.request_id = ""  # of its present life
         self._doubted_since_s = float("inf")
 
@@ -87,7 +90,15 @@ class Attempt:
         )
 
     def note(self, output: TokenOutput) -> None:
+        """Tokens, and what its instance tells of its part: with the last tokens, or when it gives the request up."""
         self._sent += output.token_ids
+        if output.kv is not None:
+            self._told = output.kv
+
+    def note_part(self, record: InstanceRecord) -> None:
+        """This instance's part is over: the request has ended, or the instance is lost."""
+        self.receipt = self.receipt.add(record.instance, self._told)
+        self._told = None
 
     def may_ask(self, record: InstanceRecord) -> bool:
         return life_of(record) not in self._lost | self._refused
@@ -99,6 +110,7 @@ class Attempt:
 
     def note_lost(self, record: InstanceRecord) -> None:
         self._lost.add(life_of(record))
+        self.note_part(record)
         self._patient_until_s = time.monotonic() + self._patience_s
 
     def note_refused(self, record: InstanceRecord, error: ApiError) -> None:

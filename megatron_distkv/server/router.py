@@ -15,15 +15,16 @@ from megatron_distkv.server.attempt import PATIENCE_S, Attempt, Life, life_of
 from megatron_distkv.server.engine_client import EngineClient
 from megatron_distkv.server.errors import ApiError, InstanceLost
 from megatron_distkv.server.pool_view import PoolView, request_socket_of
+from megatron_distkv.server.receipt import Receipt
 
 logger = get_logger(__name__)
 
 
 class Routed(NamedTuple):
-    """An output, and the instance that it came from."""
+    """An output, and what all its instances have told of their parts: with the last one."""
 
-    instance_id: str
     output: TokenOutput
+    receipt: Receipt | None
 
 
 class Router:
@@ -49,8 +50,9 @@ class Router:
                 try:
                     async with contextlib.aclosing(self._ask(record, attempt.request(record))) as outputs:
                         async for output in outputs:
-                            attempt.note(output)
-                            yield Routed(record.instance, output)
+                            routed = self._note(attempt, record, output)
+                            if output.token_ids or output.finish_reason is not None:
+                                yield routed
                     return
                 except InstanceLost as lost:
                     logger.warning(
@@ -60,6 +62,13 @@ class Router:
                     attempt.note_lost(record)
                 except ApiError as error:
                     attempt.note_refused(record, error)
+
+    def _note(self, attempt: Attempt, record: InstanceRecord, output: TokenOutput) -> Routed:
+        attempt.note(output)
+        if output.finish_reason is None:
+            return Routed(output, None)
+        attempt.note_part(record)
+        return Routed(output, attempt.receipt)
 
     async def close(self) -> None:
         for client in self._clients.values():

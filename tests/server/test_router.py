@@ -9,10 +9,10 @@ import pytest
 
 from megatron_distkv import framing
 from megatron_distkv.config.admission import AdmissionConfig
-from megatron_distkv.messages import NewRequest, RequestRefused, ToInstance, TokenOutput
+from megatron_distkv.messages import NewRequest, RequestKV, RequestRefused, ToInstance, TokenOutput
 from megatron_distkv.sampling_params import SamplingParams
 from megatron_distkv.server.errors import ApiError
-from megatron_distkv.server.router import Router
+from megatron_distkv.server.router import Routed, Router
 from tests.server.still_view import StillView, member
 
 Answer = Callable[[NewRequest, asyncio.StreamWriter], Awaitable[None]]
@@ -28,13 +28,22 @@ async def refuse(request: NewRequest, writer: asyncio.StreamWriter) -> None:
     writer.write(framing.pack(RequestRefused(request.request_id, "too_long", "not now")))
 
 
+async def leave_in_order(request: NewRequest, writer: asyncio.StreamWriter) -> None:
+    writer.write(framing.pack(TokenOutput(request.request_id, [65])))
+    writer.write(framing.pack(TokenOutput(request.request_id, [], kv=RequestKV(local_rblock_s=1.0))))
+    await writer.drain()
+    writer.close()
+
+
 async def go_on(request: NewRequest, writer: asyncio.StreamWriter) -> None:
     tokens = [66] if request.output_token_ids == [65] else [0]
-    writer.write(framing.pack(TokenOutput(request.request_id, tokens, finish_reason="length")))
+    writer.write(
+        framing.pack(TokenOutput(request.request_id, tokens, finish_reason="length", kv=RequestKV(local_rblock_s=2.0)))
+    )
 
 
-async def ask(directory: Path, second: Answer, patience_s: float = 30.0) -> list[int]:
-    """One request to an instance that dies after a token; `second` is how the other answers."""
+async def ask(directory: Path, first: Answer, second: Answer, patience_s: float = 30.0) -> list[Routed]:
+    """One request to two instances that answer like this."""
 
     def served(answer: Answer) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]:
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -52,18 +61,14 @@ async def ask(directory: Path, second: Answer, patience_s: float = 30.0) -> list
     sockets = [directory / name for name in ("a", "b")]
     servers = [
         await asyncio.start_unix_server(served(answer), path)
-        for answer, path in zip((speak_and_die, second), sockets, strict=True)
+        for answer, path in zip((first, second), sockets, strict=True)
     ]
     # Neither holds it alone, so the one with more free memory comes first
     view = StillView()
     router = Router(view, AdmissionConfig(), patience_s)
     view.show(member("a", 6, requests=sockets[0]), member("b", 5, requests=sockets[1]))
     try:
-        return [
-            token
-            async for routed in router.generate([1] * 64, SamplingParams(max_tokens=8))
-            for token in routed.output.token_ids
-        ]
+        return [routed async for routed in router.generate([1] * 64, SamplingParams(max_tokens=8))]
     finally:
         await router.close()
         for server in servers:
@@ -71,10 +76,21 @@ async def ask(directory: Path, second: Answer, patience_s: float = 30.0) -> list
 
 
 def test_another_goes_on_from_the_tokens_that_are_out(tmp_path: Path) -> None:
-    assert asyncio.run(asyncio.wait_for(ask(tmp_path, go_on), 20)) == [65, 66]
+    routed = asyncio.run(asyncio.wait_for(ask(tmp_path, speak_and_die, go_on), 20))
+    assert [token for x in routed for token in x.output.token_ids] == [65, 66]
+
+
+@pytest.mark.parametrize(("first", "local_rblock_s", "num_untold"), [(speak_and_die, 2.0, 1), (leave_in_order, 3.0, 0)])
+def test_the_receipt_is_of_all_who_could_still_tell(
+    first: Answer, local_rblock_s: float, num_untold: int, tmp_path: Path
+) -> None:
+    receipt = asyncio.run(asyncio.wait_for(ask(tmp_path, first, go_on), 20))[-1].receipt
+    assert receipt is not None
+    assert (receipt.instances, receipt.num_untold) == (("a", "b"), num_untold)
+    assert receipt.kv.local_rblock_s == local_rblock_s
 
 
 def test_where_nobody_can_go_on_the_patience_ends(tmp_path: Path) -> None:
     with pytest.raises(ApiError, match=r"lost after 1 tokens .* no other can go on: not now") as caught:
-        asyncio.run(asyncio.wait_for(ask(tmp_path, refuse, patience_s=0.6), 20))
+        asyncio.run(asyncio.wait_for(ask(tmp_path, speak_and_die, refuse, patience_s=0.6), 20))
     assert (caught.value.status, caught.value.code) == (502, "instance_lost")
