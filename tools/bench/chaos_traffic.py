@@ -143,7 +143,7 @@ class Traffic:
         code = str(error.code or type(error).__name__)
         with self._lock:
             self.tally.requests += 1
-            is_refusal = code in ("queue_full", "context_length_exceeded", "no_instance")
+            is_refusal = code in ("queue_full", "queue_timeout", "context_length_exceeded", "no_instance")
             (self.tally.refused if is_refusal else self.tally.lost)[code if is_refusal else f"{code}: {error}"] += 1
 
 
