@@ -20,9 +20,8 @@ def as_markdown(reports: list[dict[str, Any]]) -> str:
     total = ", ".join(f"{count} x {kind}" for kind, count in faults.most_common())
     pools = {_pool(report): None for report in reports}
     machines = {report["machine"]: None for report in reports}
-    return "\n".join(
-        [*lines, "", f"Faults: {total}.", f"Pool: {'; '.join(pools)}.", f"Machine: {'; '.join(machines)}."]
-    )
+    facts = {"Faults": total, "Pool": "; ".join(pools), "Machine": "; ".join(machines)}
+    return "\n".join([*lines, "", *(f"{name}: {fact}." for name, fact in facts.items())])
 
 
 def _row(report: dict[str, Any]) -> list[str]:
@@ -39,11 +38,9 @@ def _row(report: dict[str, Any]) -> list[str]:
 def _pool(report: dict[str, Any]) -> str:
     cluster = report["cluster"]
     cache = cluster["kv_cache"]
-    lenders = f", {cluster['lenders']} lenders of {cluster['lender_rblocks']}" if cluster["lenders"] else ""
-    return (
-        f"{cluster['instances']} instances of {cache['num_rblocks']} rBlocks of {cache['rblock_size']} tokens{lenders}, "
-        f"{report['clients']} clients"
-    )
+    instances = f"{cluster['instances']} instances of {cache['num_rblocks']} rBlocks of {cache['rblock_size']} tokens"
+    lenders = f", lenders: {cluster['lenders']} of {cluster['lender_rblocks']} rBlocks" if cluster["lenders"] else ""
+    return f"{instances}{lenders}, {report['clients']} clients"
 
 
 if __name__ == "__main__":
