@@ -21,10 +21,10 @@ logger = get_logger(__name__)
 
 
 class Routed(NamedTuple):
-    """An output, and what all its instances have told of their parts: with the last one."""
+    """An output, and what all instances of the request have told of their parts so far."""
 
     output: TokenOutput
-    receipt: Receipt | None
+    receipt: Receipt
 
 
 class Router:
@@ -66,7 +66,7 @@ class Router:
     def _note(self, attempt: Attempt, record: InstanceRecord, output: TokenOutput) -> Routed:
         attempt.note(output)
         if output.finish_reason is None:
-            return Routed(output, None)
+            return Routed(output, attempt.receipt.add(record.instance, None))
         attempt.note_part(record)
         return Routed(output, attempt.receipt)
 

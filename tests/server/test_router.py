@@ -84,8 +84,9 @@ def test_another_goes_on_from_the_tokens_that_are_out(tmp_path: Path) -> None:
 def test_the_receipt_is_of_all_who_could_still_tell(
     first: Answer, local_rblock_s: float, num_untold: int, tmp_path: Path
 ) -> None:
-    receipt = asyncio.run(asyncio.wait_for(ask(tmp_path, first, go_on), 20))[-1].receipt
-    assert receipt is not None
+    begun, *_, ended = asyncio.run(asyncio.wait_for(ask(tmp_path, first, go_on), 20))
+    assert begun.receipt == (RequestKV(), ("a",), 1)
+    receipt = ended.receipt
     assert (receipt.instances, receipt.num_untold) == (("a", "b"), num_untold)
     assert receipt.kv.local_rblock_s == local_rblock_s
 

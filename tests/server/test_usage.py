@@ -45,6 +45,7 @@ def test_each_choice_has_a_receipt() -> None:
     assert borrower["borrowed_rblock_s"] == 2.0
     assert borrower["local_rblock_s"] == 8.25
     assert borrower["remote_attention_s"] == 0.125
+    assert (other["instance"], other["num_untold_parts"]) == ("", 0)
     assert (other["lenders"], other["borrowed_rblock_s"], other["remote_attention_s"]) == ([], 0.0, 0.0)
 
 

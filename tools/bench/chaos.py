@@ -79,6 +79,7 @@ def run(args: argparse.Namespace, seed: int, scratch: Path) -> dict[str, Any]:
         "tokens": traffic.tally.tokens,
         "left_by_client": traffic.tally.left,
         "refused": dict(traffic.tally.refused),
+        "refused_why": traffic.tally.refusals,
         "lost_why": dict(traffic.tally.lost),
         "seed": seed,
         "minutes": args.minutes,
