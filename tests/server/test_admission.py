@@ -111,11 +111,13 @@ def test_it_waits_for_room_in_the_whole_pool() -> None:
         pool.view.show(member("a", 8, 8), member("b", 8, 7), held={first.at: {first.attempt.request_id: 5}})
         await settle()
         assert second.at is None
-        # And it starts when there is room
+        # And it starts when there is room, which is not promised twice
+        third = pool.ask(5)
         await first.leave()
         pool.view.show(member("a", 8, 5), member("b", 8, 5))
         await settle()
         assert second.at is not None
+        assert third.at is None
 
     play(story)
 
