@@ -126,7 +126,9 @@ class Admission:
         self._queue.remove(waiting)
         self._in_flight.add(waiting.attempt, record)
         self._departures.note()
-        if memory is not None:
+        if memory is None:
+            waiting.attempt.doubt_afresh()
+        else:
             memory.promise(record, waiting.attempt.num_tokens_now)
         waiting.record.set_result(record)
 

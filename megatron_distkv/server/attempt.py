@@ -16,8 +16,8 @@ from megatron_distkv.server.receipt import Receipt
 
 # A request whose instance was lost waits this long for another that can take it.
 PATIENCE_S = 30.0
-# Pictures of the pool that are older than this are not taken for it.
-DOUBT_S = 2.0
+# Pictures of the pool that differ for longer than this differ not only in age.
+DOUBT_S = 5.0
 
 
 class Life(NamedTuple):
@@ -128,6 +128,10 @@ class Attempt:
                 raise error
         self._refused.add(life_of(record))
         self._refusal = error
+
+    def doubt_afresh(self) -> None:
+        """Nobody knows the pool now: who calls it too small may just have started."""
+        self._doubted_since_s = float("inf")
 
     def forget_refusals(self) -> None:
         self._refused.clear()
