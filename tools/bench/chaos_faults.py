@@ -16,7 +16,7 @@ from megatron_distkv.launch.local_cluster import LocalCluster
 
 from megatron_distkv.cli.pool_arguments import LEDGER_VARIABLE
 
-# At least this many instances stay: a request must have somewhere to go.
+# At least this many instances serve: a request must have somewhere to go.
 NUM_SPARED = 2
 LEDGER, GMANAGER = "ledger", "gmanager"
 # A part told to leave has ended by then, or is taken for one that stays.
@@ -140,12 +140,16 @@ class Faults:
     # ------------------------------------------------------------------ inside
 
     def _pick_instance(self) -> str | None:
-        whole = [name for name in self.cluster.instance_ids if name not in self._broken]
-        return self._pick(whole) if len(whole) > NUM_SPARED else None
+        whole = self._whole(self.cluster.instance_ids)
+        return self.rng.choice(whole) if len(whole) > NUM_SPARED else None
 
     def _pick(self, names: list[str]) -> str | None:
-        whole = [name for name in names if name not in self._broken]
+        whole = self._whole(names)
         return self.rng.choice(whole) if whole else None
+
+    def _whole(self, names: list[str]) -> list[str]:
+        """Those that serve: one that is started again may take a while on a busy machine."""
+        return [x for x in names if x not in self._broken and self.cluster.child(x).ready_line() is not None]
 
     def _kill(self, what: str, name: str | None) -> None:
         if name is not None:
