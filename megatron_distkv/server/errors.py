@@ -34,7 +34,7 @@ def from_refusal(code: str, message: str) -> ApiError:
     if code == "too_long":
         return ApiError(400, message, param="prompt", code="context_length_exceeded")
     if code == "queue_full":
-        return ApiError(429, message, kind="rate_limit_error", code="queue_full")
+        return ApiError(429, message, kind="rate_limit_error", code="queue_full", retry_after_s=1)
     if code == "bad_request":
         return bad_request(message, "prompt")
     return ApiError(503, message, kind="server_error", code=code)
