@@ -30,10 +30,6 @@ class BlockTable:
     def num_local(self) -> int:
         return sum(len(span.block_ids) for span in self.local_spans())
 
-    @property
-    def num_remote(self) -> int:
-        return self.num_rblocks - self.num_local
-
     def local_spans(self) -> Iterator[LocalSpan]:
         return (span for span in self._spans if isinstance(span, LocalSpan))
 

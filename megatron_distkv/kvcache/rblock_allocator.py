@@ -63,9 +63,6 @@ class RBlockAllocator:
                     del self._refs[block_id]
                     self._free.append(block_id)
 
-    def num_references(self, block_id: int) -> int:
-        return self._refs.get(block_id, 0)
-
     def can_lend(self, count: int) -> bool:
         return self.can_allocate(count) and self._num_lent + count <= self.max_lent
 

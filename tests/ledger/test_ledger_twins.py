@@ -220,7 +220,7 @@ class LedgerTwins(RuleBasedStateMachine):
         self.memory.expire(64)
         self.redis.expire(64)
         pending = {x.loan_id for x in self.memory.snapshot().loans if x.state is LoanState.PENDING}
-        assert all(self.memory._pending_until_ms[loan] > self.now_ms for loan in pending)
+        assert all(self.memory._state.pending_until_ms[loan] > self.now_ms for loan in pending)
 
     def teardown(self) -> None:
         self._wipe_redis()
