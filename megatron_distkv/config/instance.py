@@ -45,6 +45,10 @@ class LendingConfig(FrozenConfig):
     """One in so many partial results of creditors is computed again here, from a copy of the borrowed rBlocks, and
     compared; what comes back is compared with what was sent. A mismatch is an alarm. 0: only NaN and infinity are."""
 
+    def max_lent(self, num_rblocks: int) -> int:
+        """rBlocks of a pool of so many that may be lent at one time."""
+        return int(num_rblocks * self.lendable_fraction) if self.enabled else 0
+
 
 class LedgerConfig(FrozenConfig):
     url: str = "memory://"

@@ -14,7 +14,6 @@ from megatron_distkv.engine.kv_meter import KVMeter
 from megatron_distkv.engine.sampler import SampledToken
 from megatron_distkv.log import get_logger
 from megatron_distkv.messages import RequestKV, TokenLogprobs, TokenOutput
-from megatron_distkv.rblock import HOST
 from megatron_distkv.request import FinishReason, Request, RequestStatus
 from megatron_distkv.rmanager.rmanager import RManager
 
@@ -92,7 +91,7 @@ class Scheduler:
         for request in self._rmanager.bring_home():
             logger.info("no room for what a creditor wants back: %d tokens again", request.num_lost_tokens)
             chosen.pop(request.request_id, None)
-        self._note_memory(chosen)
+        self._note_memory()
         return list(chosen.values())
 
     def _by_urgency(self, budget: int) -> list[tuple[Request, int]]:
@@ -145,16 +144,9 @@ class Scheduler:
         self.running.append(request)
         self.running.sort(key=lambda other: other.arrival_s)
 
-    def _note_memory(self, chosen: dict[str, Scheduled]) -> None:
+    def _note_memory(self) -> None:
         for request in self.running:
             self._meter.note(request, self._rmanager.table(request))
-        for item in chosen.values():
-            request, table = item.request, self._rmanager.table(item.request)
-            request.max_local_rblocks = max(request.max_local_rblocks, table.num_local)
-            borrowed = table.remote_by_creditor()
-            request.max_host_rblocks = max(request.max_host_rblocks, borrowed.pop(HOST, 0))
-            for creditor, count in borrowed.items():
-                request.max_borrowed_rblocks[creditor] = max(request.max_borrowed_rblocks.get(creditor, 0), count)
 
     # ------------------------------------------------------------------ endings
 

@@ -28,7 +28,7 @@ class Serving:
         try:
             while not stop.is_set() and not self._instance.is_drained:
                 self._take_messages()
-                if not self._instance.scheduler.is_idle:
+                if self._instance.has_work:
                     self._was_busy = True
                     for output in self._instance.step():
                         self._send(output.request_id, output, is_last=output.finish_reason is not None)
