@@ -11,6 +11,7 @@ from megatron_distkv.sampling_params import SamplingParams
 class RequestStatus(StrEnum):
     WAITING = "waiting"
     RUNNING = "running"
+    LEAVING = "leaving"  # stands still: the last of it goes to another instance
     FINISHED = "finished"
 
 

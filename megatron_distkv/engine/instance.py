@@ -8,10 +8,12 @@ import torch.distributed as dist
 from megatron_distkv.config.instance import InstanceConfig
 from megatron_distkv.engine.addresses import rank_address, request_socket
 from megatron_distkv.engine.admission import Admission
+from megatron_distkv.engine.adopting import Adopting
 from megatron_distkv.engine.batch import Slice, StepPlan
 from megatron_distkv.engine.closing import close_in_order
 from megatron_distkv.engine.departure import Departure
 from megatron_distkv.engine.followers import FollowerRanks
+from megatron_distkv.engine.handover import Handover
 from megatron_distkv.engine.instance_secret import share_instance_secret
 from megatron_distkv.engine.lender_desk import LenderDesk
 from megatron_distkv.engine.membership import Membership
@@ -23,9 +25,19 @@ from megatron_distkv.engine.scheduler import Scheduled, Scheduler
 from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
 from megatron_distkv.ledger import HOST_RBLOCKS, DebtLedger, Move
 from megatron_distkv.log import get_logger
-from megatron_distkv.messages import InstanceStatus, RequestRefused, TokenOutput
+from megatron_distkv.messages import HandedOver, InstanceStatus, RequestRefused, TokenOutput
 from megatron_distkv.request import FinishReason, Request
-from megatron_distkv.rmanager import Borrowing, Heartbeat, LateReleases, Lending, NoFollowers, PoolOutlook, RManager
+from megatron_distkv.rmanager import (
+    Adoptions,
+    Borrowing,
+    Heartbeat,
+    LateReleases,
+    Lending,
+    NoFollowers,
+    PoolOutlook,
+    RManager,
+    SuccessorDesk,
+)
 from megatron_distkv.transport import Listener
 
 logger = get_logger(__name__)
@@ -57,6 +69,8 @@ class Instance:
         self.scheduler = Scheduler(config.scheduler, self.rmanager)
         self._admission = Admission(self.model, self.scheduler, self.rmanager)
         self._reporting = self._make_reporting()
+        self._adoptions = self._make_adoptions()
+        self._adopting = self._make_adopting()
         self._departure = self._make_departure()
         self._listener = self._listen()
         self._heartbeat = self._make_heartbeat(late_releases)
@@ -71,6 +85,14 @@ class Instance:
 
     def add(self, request: Request) -> None:
         self.scheduler.add(request)
+
+    def adopt(self, request: Request, adoption_id: str) -> bool:
+        """Go on with a request that another instance has handed over; False: it has not, to this one."""
+        return self._adopting.adopt(request, adoption_id)
+
+    def take_farewells(self) -> list[HandedOver]:
+        """Requests that go on elsewhere since the last time."""
+        return self._departure.take_farewells()
 
     def drain(self, within_s: float) -> None:
         """Take nothing new and give back what is lent; `is_drained` says when it may end."""
@@ -96,7 +118,7 @@ class Instance:
         """Compute the next tokens of the running requests; returns what came out."""
         self._raise_if_superseded()
         self._follow_orders()
-        self._departure.go_on()
+        self._departure.begin_step()
         scheduled = self.scheduler.schedule()
         plan = self._plan(scheduled)
         result = self._run(plan)
@@ -105,6 +127,8 @@ class Instance:
         spoiled = self._lose_creditors(result)
         self.rmanager.end_step()
         outputs = self.scheduler.update([item for item in scheduled if item.request not in spoiled], sampled)
+        self._departure.end_step(result.lost)
+        self._adoptions.expire()
         self._reporting.update()
         return outputs
 
@@ -119,10 +143,12 @@ class Instance:
             token_ids.extend(request.token_ids(start, end))
             slices.append(Slice(start, end, self.rmanager.spans_before(request, end), item.needs_logits))
             creditors.update({x.creditor: x.address for x in self._borrowing.loans_of(request.request_id)})
-        return StepPlan(self._reporting.num_steps, token_ids, slices, *self.rmanager.take_moves(), creditors)
+        return StepPlan(
+            self._reporting.num_steps, token_ids, slices, *self.rmanager.take_moves(), self._departure.plan(), creditors
+        )
 
     def _run(self, plan: StepPlan) -> StepResult:
-        if not plan.token_ids and not plan.moves and not plan.pulls:
+        if not (plan.token_ids or plan.moves or plan.pulls or plan.pushes):
             time.sleep(0 if self.scheduler.is_idle else NO_ROOM_PAUSE_S)
             return StepResult(None, {})
         self._reporting.num_steps += 1
@@ -201,8 +227,41 @@ class Instance:
         return Reporting(me, self._allocator, self._host, self._borrowing, self.rmanager, self.scheduler)
 
     def _make_departure(self) -> Departure:
+        desk = SuccessorDesk(self._rank.peers, self._rank.identity, self.config.lending.deadline_s)
+        handover = Handover(
+            self._ledger,
+            self._rank.identity,
+            desk,
+            self._borrowing,
+            self.rmanager,
+            self.scheduler,
+            self.config.lending.max_moved_rblocks_per_step,
+        )
         return Departure(
-            self._admission, self._reporting, self._lending, self.rmanager, self._allocator, self.scheduler
+            self._admission,
+            self._reporting,
+            self._lending,
+            self.rmanager,
+            self._allocator,
+            self.scheduler,
+            self._borrowing,
+            self._adoptions,
+            handover,
+        )
+
+    def _make_adoptions(self) -> Adoptions:
+        followers, rblock_size = self._followers or NoFollowers(), self.config.kv_cache.rblock_size
+        return Adoptions(self._allocator, self._rank.loan_table, followers, rblock_size)
+
+    def _make_adopting(self) -> Adopting:
+        return Adopting(
+            self._adoptions,
+            self._rank.identity,
+            self._allocator,
+            self._lending,
+            self._borrowing,
+            self.rmanager,
+            self.scheduler,
         )
 
     def _listen(self) -> Listener:
@@ -210,7 +269,7 @@ class Instance:
         return Listener(
             rank_address(config.run_dir, config.instance_id, 0),
             config.ledger.pool,
-            LenderDesk(self._lending, rank.creditor).answer,
+            LenderDesk(self._lending, rank.creditor, self._adoptions).answer,
             secret=rank.secret,
             on_disconnect=rank.creditor.forget,
         )
@@ -234,10 +293,12 @@ class Instance:
         return self._reporting.status(query_id)
 
     def check_integrity(self) -> None:
-        self.rmanager.check_integrity()
+        with self._adoptions.held() as kept_for_others:
+            self.rmanager.check_integrity(kept_for_others)
 
     def note_idle(self) -> None:
-        """Let the next heartbeat say that nothing runs."""
+        """Let the next heartbeat say that nothing runs, and what is kept for requests of others."""
+        self._adoptions.expire()
         self._reporting.update()
 
     def close(self) -> None:

@@ -47,7 +47,7 @@ class ModelRunner:
         return result._replace(wrong=frozenset(self._verification.wrong & result.lost.keys()))
 
     def _run(self, plan: StepPlan) -> StepResult:
-        lost = self._migration.carry_out([*plan.moves, *plan.pulls])
+        lost = self._migration.carry_out([*plan.moves, *plan.pulls, *plan.pushes])
         lost.update(self._open_channels(plan, lost))
         if not plan.token_ids:
             return StepResult(None, lost)

@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 from megatron_distkv.config.instance import SchedulerConfig
 from megatron_distkv.engine.kv_meter import KVMeter
+from megatron_distkv.engine.receipt import receipt
 from megatron_distkv.engine.sampler import SampledToken
 from megatron_distkv.log import get_logger
-from megatron_distkv.messages import RequestKV, TokenLogprobs, TokenOutput
+from megatron_distkv.messages import TokenLogprobs, TokenOutput
 from megatron_distkv.request import FinishReason, Request, RequestStatus
 from megatron_distkv.rmanager.rmanager import RManager
 
@@ -140,6 +141,10 @@ class Scheduler:
 
     def _start(self, request: Request) -> None:
         self.waiting.remove(request)
+        self.adopt(request)
+
+    def adopt(self, request: Request) -> None:
+        """It runs from now on; the rManager knows it."""
         request.status = RequestStatus.RUNNING
         self.running.append(request)
         self.running.sort(key=lambda other: other.arrival_s)
@@ -160,12 +165,20 @@ class Scheduler:
 
     def finish(self, request: Request, reason: FinishReason) -> TokenOutput:
         """End a request at once; returns its last message."""
+        self.let_go(request)
+        request.finish(reason)
+        return _output(request, [], [])
+
+    def let_go(self, request: Request) -> None:
+        """It goes on elsewhere, or nowhere."""
         if request in self.waiting:
             self.waiting.remove(request)
         else:
             self._leave(request)
-        request.finish(reason)
-        return _output(request, [], [])
+
+    def settle(self, request: Request) -> None:
+        """Let its receipt say what it has held until now."""
+        self._meter.settle(request)
 
     def _leave(self, request: Request) -> None:
         self.running.remove(request)
@@ -200,20 +213,5 @@ def _output(request: Request, token_ids: list[int], logprobs: list[TokenLogprobs
         token_ids=token_ids,
         logprobs=logprobs or None,
         finish_reason=request.finish_reason.value if request.finish_reason is not None else None,
-        kv=_receipt(request) if is_last else None,
-    )
-
-
-def _receipt(request: Request) -> RequestKV:
-    return RequestKV(
-        max_local_rblocks=request.max_local_rblocks,
-        max_host_rblocks=request.max_host_rblocks,
-        max_borrowed_rblocks=request.max_borrowed_rblocks,
-        num_preemptions=request.num_preemptions,
-        num_recomputed_tokens=request.num_recomputed_tokens,
-        num_tokens_at_losses=request.num_tokens_at_losses,
-        local_rblock_s=request.local_rblock_s,
-        host_rblock_s=request.host_rblock_s,
-        borrowed_rblock_s=request.borrowed_rblock_s,
-        remote_attention_s=request.remote_attention_s,
+        kv=receipt(request) if is_last else None,
     )

@@ -86,6 +86,20 @@ class RBlockAllocator:
             self._num_lent -= len(block_ids)
             return len(block_ids)
 
+    def rename_loan(self, loan_id: LoanId, new_loan_id: LoanId) -> tuple[int, ...]:
+        """The same rBlocks, lent to another; returns them."""
+        with self._lock:
+            self._lent[new_loan_id] = self._lent.pop(loan_id)
+            return self._lent[new_loan_id]
+
+    def keep_lent(self, loan_id: LoanId) -> tuple[int, ...]:
+        """A loan's rBlocks are used by an own request from now on; returns them (none: no such loan)."""
+        with self._lock:
+            block_ids = self._lent.pop(loan_id, ())
+            self._num_lent -= len(block_ids)
+            self._refs.update(dict.fromkeys(block_ids, 1))
+            return block_ids
+
     def loans(self) -> dict[LoanId, int]:
         """rBlocks per loan now."""
         with self._lock:

@@ -210,6 +210,36 @@ class MemoryLedger:
                 self._state.add(loan)
             return refusal
 
+    def transfer(
+        self,
+        loan_id: LoanId,
+        new_loan_id: LoanId,
+        heir: InstanceId,
+        heir_epoch: int,
+        creditor: InstanceId,
+        creditor_epoch: int,
+    ) -> Refusal | None:
+        with self._lock:
+            state = self._state
+            mine = (creditor, creditor_epoch)
+            known = state.loans.get(new_loan_id)
+            if known is not None:
+                is_same = (known.debtor, known.debtor_epoch, known.creditor, known.creditor_epoch) == (
+                    heir, heir_epoch, *mine,
+                )  # fmt: skip
+                return None if is_same else Refusal.CONFLICT
+            old = state.loans.get(loan_id)
+            if old is None:
+                return Refusal.UNKNOWN_LOAN
+            if (old.creditor, old.creditor_epoch) != mine:
+                return Refusal.STALE_CREDITOR
+            new = replace(old, loan_id=new_loan_id, debtor=heir, debtor_epoch=heir_epoch, state=LoanState.ACTIVE)
+            refusal = state.why_not_transfer(new)
+            if refusal is None:
+                state.drop(loan_id, "transfer")
+                state.add(new)
+            return refusal
+
     def loans_of(self, creditor: InstanceId, epoch: int) -> list[Loan]:
         with self._lock:
             if not self._state.is_live(creditor, epoch):

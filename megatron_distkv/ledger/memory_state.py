@@ -64,6 +64,14 @@ class MemoryState:
             return Refusal.STALE_DEBTOR
         return None if self.is_live(loan.creditor, loan.creditor_epoch) else Refusal.STALE_CREDITOR
 
+    def why_not_transfer(self, loan: Loan) -> Refusal | None:
+        """Why this cannot take the place of a loan with another debtor."""
+        refusal = self.why_not_fenced(loan)
+        if refusal is not None:
+            return refusal
+        creditor, heir = self.entries[loan.creditor].record, self.entries[loan.debtor].record
+        return Refusal.IN_DEBT if creditor.borrowed > 0 and heir.lent > 0 else None
+
     def add(self, loan: Loan) -> None:
         self.loans[loan.loan_id] = loan
         self._change(loan.creditor, lent=loan.num_rblocks)

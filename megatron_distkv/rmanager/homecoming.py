@@ -4,7 +4,8 @@ import time
 from collections.abc import Mapping, Sequence
 
 from megatron_distkv.kvcache.block_table import BlockTable
-from megatron_distkv.rmanager.borrowing import Borrowing, HeldLoan
+from megatron_distkv.rmanager.borrowing import Borrowing
+from megatron_distkv.rmanager.held_loan import HeldLoan
 from megatron_distkv.rmanager.move import Pull
 from megatron_distkv.rmanager.pool_outlook import PoolOutlook
 

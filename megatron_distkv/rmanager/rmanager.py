@@ -6,7 +6,7 @@ move to own host memory, then to creditors, a bounded number per step, so that a
 
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from megatron_distkv.config.instance import LendingConfig
 from megatron_distkv.errors import IntegrityError
@@ -15,7 +15,8 @@ from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
 from megatron_distkv.log import get_logger
 from megatron_distkv.rblock import HOST, HOST_LOAN, InstanceId, LoanId, Span, num_rblocks_for
 from megatron_distkv.request import Request
-from megatron_distkv.rmanager.borrowing import Borrowing, HeldLoan
+from megatron_distkv.rmanager.borrowing import Borrowing
+from megatron_distkv.rmanager.held_loan import HeldLoan
 from megatron_distkv.rmanager.homecoming import Homecoming
 from megatron_distkv.rmanager.move import Move, Pull
 from megatron_distkv.rmanager.pool_outlook import PoolOutlook
@@ -131,11 +132,10 @@ class RManager:
         self._vacated = []
         self._homecoming.end_step(self._tables)
 
-    def move_to(self, request_id: str, count: int, creditor: str) -> None:
-        """Carry out a move that the gManager has planned, as far as it is still possible."""
+    def move_to(self, request_id: str, count: int, creditor: str) -> int:
+        """Carry out a move that was planned, as far as it is possible now; returns how many rBlocks go."""
         request = self._requests.get(request_id)
-        if request is not None:
-            self._move_oldest(request, min(count, self._moves_left), only_to=creditor)
+        return 0 if request is None else self._move_oldest(request, min(count, self._moves_left), only_to=creditor)
 
     # ------------------------------------------------------------------ endings
 
@@ -148,6 +148,17 @@ class RManager:
             self._allocator.free(table.local_block_ids())
             self._host.free(table.block_ids_under(HOST_LOAN))
         self._borrowing.release_all(request.request_id)
+
+    def adopt(self, request: Request, table: BlockTable) -> None:
+        """A request comes from another instance, with its KV: the table's local rBlocks are allocated for it."""
+        self._requests[request.request_id] = request
+        self._tables[request.request_id] = table
+
+    def forget(self, request: Request, table: BlockTable, loan_ids: Collection[LoanId]) -> None:
+        """What lay under these loans is gone, and will be computed again."""
+        size = self.rblock_size
+        spans = table.remove_loans(loan_ids)
+        request.lose(*(range(x.first * size, (x.first + len(x.block_ids)) * size) for x in spans))
 
     def lose_creditor(self, creditor: str) -> list[Request]:
         """Nothing that lay at this creditor is there any more; returns the requests whose KV must be computed again."""
@@ -166,14 +177,14 @@ class RManager:
         """This instance is about to leave: ask for everything back."""
         self._outlook.reclaim(self._allocator.num_lent)
 
-    def check_integrity(self) -> None:
-        """Between steps: tables in order, and every used rBlock in exactly one of them."""
+    def check_integrity(self, kept_for_others: Sequence[int] = ()) -> None:
+        """Between steps: tables in order, and every used rBlock in exactly one of them, or kept for an adoption."""
         if self._vacated or self._moves:
             raise IntegrityError(f"{len(self._vacated)} vacated rBlocks, {len(self._moves)} moves outlived their step")
         tables = self._tables.values()
         for table in tables:
             table.check_integrity()
-        self._allocator.check_integrity([b for table in tables for b in table.local_block_ids()])
+        self._allocator.check_integrity([*kept_for_others, *(b for table in tables for b in table.local_block_ids())])
         self._host.check_integrity([b for table in tables for b in table.block_ids_under(HOST_LOAN)])
 
     # ------------------------------------------------------------------ inside
@@ -193,7 +204,7 @@ class RManager:
     def _rblocks_around(self, positions: range) -> range:
         return range(positions.start // self.rblock_size, num_rblocks_for(positions.stop, self.rblock_size))
 
-    def _full_rblocks(self, request: Request) -> list[range]:
+    def full_rblocks(self, request: Request) -> list[range]:
         """rBlocks all of whose positions have their KV: only they may leave."""
         size = self.rblock_size
         return [range(num_rblocks_for(have.start, size), have.stop // size) for have in request.computed_ranges()]
@@ -225,7 +236,7 @@ class RManager:
 
     def _move_oldest(self, request: Request, count: int, only_to: str | None = None) -> int:
         table = self._tables[request.request_id]
-        full = self._full_rblocks(request)
+        full = self.full_rblocks(request)
         movable = sum(len(span.block_ids) for span in table.oldest_local(count, full))
         room = [] if only_to else [self._host_room(request, movable)]
         missing = movable - sum(len(x.unused) for x in room) - self._borrowing.num_unused(request.request_id)
