@@ -93,6 +93,7 @@ class Handover:
             return
         if passage.successor.instance in lost or not _goes_on(passage):
             self._give_up()
+            self._retry_at_s = float("-inf")  # with another
             return
         passage.there.update(passage.planned)
         passage.planned = {}
