@@ -64,6 +64,11 @@ class Request:
             self.num_recomputed_tokens = self.num_tokens_at_losses = self.num_tokens - 1
 
     @property
+    def importance(self) -> tuple[int, float]:
+        """Sorts the most important, earliest request first."""
+        return self.sampling.priority, self.arrival_s
+
+    @property
     def num_tokens(self) -> int:
         return len(self.prompt_token_ids) + len(self.output_token_ids)
 
