@@ -268,9 +268,13 @@ class QueryHeader(msgspec.Struct, frozen=True):
 
 
 class Acknowledge(msgspec.Struct, frozen=True):
-    """Answer to STORE, FETCH, QUERY, RELEASE, ADOPT, GRANT and REVOKE: refusal None means done."""
+    """Answer to STORE, FETCH, QUERY, RELEASE, ADOPT, GRANT and REVOKE: refusal None means done.
+
+    `held_back_s`: for so long the query waited because the creditor has work of its own.
+    """
 
     refusal: Refusal | None = None
+    held_back_s: float = 0.0
 
 
 class GrantHeader(msgspec.Struct, frozen=True):

@@ -121,9 +121,11 @@ class Instance:
         self._departure.begin_step()
         scheduled = self.scheduler.schedule()
         plan = self._plan(scheduled)
+        began_s = time.monotonic()
         result = self._run(plan)
         sampled = self._sample(scheduled, result)  # before anything counts as lost: the plan's logit rows count on it
         self.scheduler.charge_wait(scheduled, result.waited_s)
+        self.rmanager.note_held_back(result.held_back_s, time.monotonic() - began_s)
         spoiled = self._lose_creditors(result)
         self.rmanager.end_step()
         outputs = self.scheduler.update([item for item in scheduled if item.request not in spoiled], sampled)

@@ -10,7 +10,8 @@ from megatron_distkv.rblock import InstanceId, LoanId
 class HeldLoan:
     """A loan of `num_rblocks` rBlocks; those not used yet wait in `unused`.
 
-    A loan that its creditor wants back has a time at which it is overdue, and takes nothing in any more.
+    A loan that its creditor wants back has a time at which it is overdue, and takes nothing in any more. One that is to
+    come home without being asked for is never overdue (infinity).
     """
 
     loan_id: LoanId
@@ -24,6 +25,10 @@ class HeldLoan:
     @property
     def is_recalled(self) -> bool:
         return self.overdue_at_s is not None
+
+    @property
+    def is_asked_for(self) -> bool:
+        return self.overdue_at_s is not None and self.overdue_at_s != float("inf")
 
     def take(self, count: int) -> list[int]:
         """Up to `count` physical ids in the creditor's pool, to be filled now."""

@@ -6,7 +6,7 @@ move to own host memory, then to creditors, a bounded number per step, so that a
 
 import time
 from collections import deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from megatron_distkv.config.instance import LendingConfig
 from megatron_distkv.errors import IntegrityError
@@ -15,6 +15,7 @@ from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
 from megatron_distkv.log import get_logger
 from megatron_distkv.rblock import HOST, HOST_LOAN, InstanceId, LoanId, Span, num_rblocks_for
 from megatron_distkv.request import Request
+from megatron_distkv.rmanager.backpressure import Backpressure
 from megatron_distkv.rmanager.borrowing import Borrowing
 from megatron_distkv.rmanager.held_loan import HeldLoan
 from megatron_distkv.rmanager.homecoming import Homecoming
@@ -55,6 +56,7 @@ class RManager:
         self._vacated: list[int] = []
         self._moves: list[Move] = []
         self._moves_left = config.max_moved_rblocks_per_step
+        self._backpressure = Backpressure()
         self._homecoming = Homecoming(borrowing, outlook, config.recall_patience_s)
 
     def table(self, request: Request) -> BlockTable:
@@ -102,7 +104,7 @@ class RManager:
     def borrow_ahead(self) -> None:
         """Below the watermark, and where running requests will still grow, move rBlocks out before there is need."""
         growth = sum(self._growth(request, request.max_total_tokens) for request in self._requests.values())
-        target = min(int(self._config.low_watermark * self._allocator.num_rblocks), growth)
+        target = min(self._watermark, growth)
         if self.num_local_free < target:
             self._make_room(target - self.num_local_free)
 
@@ -115,7 +117,9 @@ class RManager:
         if loan is None:
             return []
         count = min(self._tables[loan.request_id].num_under(loan.loan_id), self._moves_left)
-        if count > self.num_local_free:
+        if not loan.is_asked_for:
+            count = min(count, max(0, self.num_local_free - self._watermark))
+        elif count > self.num_local_free:
             self._make_room(count - self.num_local_free)
         self._homecoming.pull(loan, self._tables[loan.request_id], self._take_local(min(count, self._moves_left)))
         is_overdue = loan.overdue_at_s is not None and time.monotonic() > loan.overdue_at_s
@@ -169,6 +173,20 @@ class RManager:
         """The creditor wants this loan back: its rBlocks come home in the next steps."""
         self._homecoming.recall(loan_id)
 
+    def note_held_back(self, held_back_s: Mapping[str, float], step_s: float) -> None:
+        """A step of `step_s` seconds waited for creditors with work of their own.
+
+        One that it has been too much for lends nothing more, and what lies there comes home as far as there is room.
+        """
+        for creditor in self._backpressure.note(held_back_s, step_s):
+            self._outlook.leave_alone(creditor)
+            room = self.num_local_free - self._watermark
+            for loan in [x for x in self._borrowing.loans() if x.creditor == creditor and not x.is_recalled]:
+                room -= self._tables[loan.request_id].num_under(loan.loan_id)
+                if room >= 0:
+                    logger.info("%s is busy: bringing %d rBlocks home", creditor, loan.num_rblocks)
+                    self._homecoming.bring_when_there_is_room(loan)
+
     def reclaim_for(self, request: Request) -> None:
         """Ask debtors for as much memory back as this request, one of this instance's own, lacks."""
         self._outlook.reclaim(min(self._allocator.num_lent, self._num_missing(request)))
@@ -188,6 +206,11 @@ class RManager:
         self._host.check_integrity([b for table in tables for b in table.block_ids_under(HOST_LOAN)])
 
     # ------------------------------------------------------------------ inside
+
+    @property
+    def _watermark(self) -> int:
+        """rBlocks that should be free."""
+        return int(self._config.low_watermark * self._allocator.num_rblocks)
 
     def _lose(self, loans: Sequence[HeldLoan], arrived: Sequence[tuple[str, range]] = ()) -> list[Request]:
         """What lay under these loans is gone, and what should have arrived from there holds nothing."""
