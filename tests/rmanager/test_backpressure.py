@@ -33,7 +33,7 @@ def test_a_busy_creditors_debtor_brings_kv_home_where_there_is_room(
     prompt = torch.randint(3, 131, (60,), generator=torch.Generator().manual_seed(3)).tolist()
     with LLM(make_config("enough", num_rblocks=64)) as enough:
         (expected,) = enough.generate([prompt], GREEDY)
-    rooms = {"url": server.url, "lending": {"max_step_share": 0.01}}
+    rooms = {"url": server.url, "lending": {"max_step_share": 0.003}}
     with LLM(make_config("a", num_rblocks=64 if has_room else 10, **rooms)) as a, LLM(make_config("b", **rooms)) as b:
         request = Request("r", prompt, GREEDY)
         a.instance.add(request)
