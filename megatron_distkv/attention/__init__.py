@@ -11,6 +11,7 @@ from megatron_distkv.attention.metadata import AttentionMetadata, RemoteShare, S
 from megatron_distkv.attention.partial import Partial, merge_partials
 from megatron_distkv.attention.rotary import RotaryConfig
 from megatron_distkv.attention.shard_order import ShardOrder
+from megatron_distkv.attention.step_share import StepShare
 from megatron_distkv.attention.verification import Verification
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "RotaryConfig",
     "SequenceSlice",
     "ShardOrder",
+    "StepShare",
     "Verification",
     "build_metadata",
     "context_attention",

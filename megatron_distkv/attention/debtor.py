@@ -53,6 +53,7 @@ class Debtor:
         self._spec: tuple[TensorSpec, ...] = ()
         self.lost: dict[str, str] = {}
         self.waited_s = 0.0  # for answers, in this step
+        self.held_back_s: dict[str, float] = {}  # by creditor: of that, because it has work of its own
 
     def begin_step(self, step: int, remote: dict[str, RemoteShare]) -> None:
         self._step = step
@@ -61,6 +62,7 @@ class Debtor:
             self._host.begin_step(remote.get(HOST))
         self.lost = {}
         self.waited_s = 0.0
+        self.held_back_s = {}
 
     def ask(self, layer: int, q_THD: torch.Tensor) -> None:
         """Send each creditor its query rows."""
@@ -93,9 +95,10 @@ class Debtor:
 
     def _answer(self, creditor: str) -> Partial:
         reply = self._wait(creditor)
-        refusal = decode(reply.header, Acknowledge).refusal
-        if refusal is not None:
-            raise PeerLost(creditor, f"refused a query: {refusal.value}")
+        done = decode(reply.header, Acknowledge)
+        if done.refusal is not None:
+            raise PeerLost(creditor, f"refused a query: {done.refusal.value}")
+        self.held_back_s[creditor] = self.held_back_s.get(creditor, 0.0) + done.held_back_s
         rows_R = self._remote[creditor].rows_R
         num_heads, head_dim = self._heads
         out, lse = read_tensors(

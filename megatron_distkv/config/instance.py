@@ -41,9 +41,17 @@ class LendingConfig(FrozenConfig):
     deadline_s: float = Field(10.0, gt=0)
     """A creditor that does not answer within this time is lost; its requests are recomputed."""
 
+    max_step_share: float = Field(0.5, gt=0.0, le=1.0)
+    """While this instance computes its own requests, queries of debtors may take this share of its time; those beyond
+    it wait, and their debtors are told. 1: no bound."""
+
     verify_one_in: int = Field(0, ge=0)
     """One in so many partial results of creditors is computed again here, from a copy of the borrowed rBlocks, and
     compared; what comes back is compared with what was sent. A mismatch is an alarm. 0: only NaN and infinity are."""
+
+    def max_lent(self, num_rblocks: int) -> int:
+        """rBlocks of a pool of so many that may be lent at one time."""
+        return int(num_rblocks * self.lendable_fraction) if self.enabled else 0
 
 
 class LedgerConfig(FrozenConfig):

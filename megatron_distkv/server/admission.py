@@ -1,8 +1,9 @@
 """Requests wait here, before any work, until the pool has room for their prompts.
 
-Oldest first. Younger ones that fit may overtake for a while; then nobody overtakes the oldest that the pool could hold,
-so that memory gathers for it: no request starves behind shorter ones. Other gateways have queues of their own, and
-instances have the last word: whom they refuse waits here again, at its old place.
+The most important first, of those the oldest. Younger ones that fit may overtake for a while; then nobody overtakes the
+first that the pool could hold, so that memory gathers for it: no request starves behind shorter ones that are no more
+important. Other gateways have queues of their own, and instances have the last word: whom they refuse waits here
+again, at its old place.
 """
 
 import asyncio
@@ -42,7 +43,7 @@ class Admission:
         self._in_flight = InFlight()
         self._preference = Preference(view, self._in_flight)
         self._longest = LongestContexts(config.max_queue_wait_s)
-        self._queue: list[Waiting] = []  # oldest first
+        self._queue: list[Waiting] = []  # most important, then oldest first
         self._departures = Departures()
         view.when_looked.append(self._look)
         metrics.QUEUED_REQUESTS.set_function(lambda: len(self._queue))
@@ -82,7 +83,7 @@ class Admission:
 
     async def _queued(self, attempt: Attempt) -> InstanceRecord:
         waiting = Waiting(attempt)
-        bisect.insort(self._queue, waiting, key=lambda other: other.attempt.arrival_s)
+        bisect.insort(self._queue, waiting, key=lambda other: other.attempt.rank)
         try:
             self._serve()
             if not waiting.record.done() and attempt.refusal is None:

@@ -10,7 +10,7 @@ import msgspec
 from megatron_distkv.ledger import InstanceRecord
 from megatron_distkv.messages import NewRequest, RequestKV, TokenOutput
 from megatron_distkv.sampling_params import SamplingParams
-from megatron_distkv.server.errors import ApiError
+from megatron_distkv.server.errors import ApiError, HandedElsewhere
 from megatron_distkv.server.pool_view import eos_token_ids_of
 from megatron_distkv.server.receipt import Receipt
 
@@ -18,6 +18,9 @@ from megatron_distkv.server.receipt import Receipt
 PATIENCE_S = 30.0
 # Pictures of the pool that differ for longer than this differ not only in age.
 DOUBT_S = 5.0
+
+# The heir of an instance that leaves is looked for so long; then anybody is as good.
+HEIR_PATIENCE_S = 2.0
 
 
 class Life(NamedTuple):
@@ -35,9 +38,12 @@ class Attempt:
     def __init__(
         self, prompt_token_ids: list[int], sampling: SamplingParams, pinned: str | None, patience_s: float = PATIENCE_S
     ) -> None:
-        self.pinned = pinned
+        self._pinned = pinned
         self._patience_s = patience_s
         self._patient_until_s = float("-inf")
+        self._heir = ""  # has this request's KV
+        self._heir_until_s = float("-inf")
+        self._adoption_id = ""
         self._prompt_token_ids = prompt_token_ids
         # Every instance that computes a part of it must draw alike.
         seed = sampling.seed if sampling.seed is not None else random.getrandbits(63)
@@ -53,6 +59,11 @@ class Attempt:
         self._doubted_since_s = float("inf")
 
     @property
+    def pinned(self) -> str | None:
+        """The one instance that may take it: the heir, for a moment, or whom the client named."""
+        return self._heir if time.monotonic() < self._heir_until_s else self._pinned
+
+    @property
     def num_sent(self) -> int:
         return len(self._sent)
 
@@ -60,6 +71,11 @@ class Attempt:
     def num_tokens_at_most(self) -> int:
         """Whose KV it can ever need (the last sampled token's KV is never computed)."""
         return len(self._prompt_token_ids) + self._sampling.max_tokens - 1
+
+    @property
+    def rank(self) -> tuple[int, float]:
+        """In a queue: important ones first (a lower priority, as in vLLM), then the oldest."""
+        return self._sampling.priority, self.arrival_s
 
     @property
     def lengths(self) -> str:
@@ -84,9 +100,16 @@ class Attempt:
 
     def request(self, record: InstanceRecord) -> NewRequest:
         """What this instance is asked: to go on from the tokens that are out."""
+        adoption_id = self._adoption_id if record.instance == self._heir else ""
+        self._heir_until_s = float("-inf")
         self.request_id = uuid.uuid4().hex[:16]
         return NewRequest(
-            self.request_id, self._prompt_token_ids, self._sampling, eos_token_ids_of(record), list(self._sent)
+            self.request_id,
+            self._prompt_token_ids,
+            self._sampling,
+            eos_token_ids_of(record),
+            list(self._sent),
+            adoption_id,
         )
 
     def note(self, output: TokenOutput) -> None:
@@ -112,6 +135,17 @@ class Attempt:
         self._lost.add(life_of(record))
         self.note_part(record)
         self._patient_until_s = time.monotonic() + self._patience_s
+
+    def note_handed_over(self, record: InstanceRecord, left: HandedElsewhere) -> None:
+        """The heir is asked first, and tells this instance's part with its own; without one, anybody.
+
+        Who was pinned is gone.
+        """
+        self._told = self._told or RequestKV()
+        self.note_lost(record)
+        self._pinned = None
+        self._heir, self._adoption_id = left.successor, left.adoption_id
+        self._heir_until_s = time.monotonic() + (HEIR_PATIENCE_S if left.successor else 0.0)
 
     def note_refused(self, record: InstanceRecord, error: ApiError) -> None:
         """Raises `error` unless another instance, or a later time, may answer differently.

@@ -39,6 +39,7 @@ class PoolMemory:
 
 def longest_context_tokens(snapshot: PoolSnapshot, record: InstanceRecord) -> int:
     """The longest context that a request of this instance can have, when nobody else uses any memory."""
-    longest = snapshot.longest_context_rblocks(record.instance) * int(record.info["rblock_size"])
+    num_rblocks = record.total + record.host_rblocks + snapshot.lendable_to(record.instance)
+    longest = num_rblocks * int(record.info["rblock_size"])
     limit = record.info.get(MAX_CONTEXT_TOKENS, "")
     return min(longest, int(limit)) if limit.isdecimal() else longest

@@ -13,7 +13,7 @@ from megatron_distkv.sampling_params import SamplingParams
 from megatron_distkv.server.admission import Admission
 from megatron_distkv.server.attempt import PATIENCE_S, Attempt, Life, life_of
 from megatron_distkv.server.engine_client import EngineClient
-from megatron_distkv.server.errors import ApiError, InstanceLost
+from megatron_distkv.server.errors import ApiError, HandedElsewhere, InstanceLost
 from megatron_distkv.server.pool_view import PoolView, request_socket_of
 from megatron_distkv.server.receipt import Receipt
 
@@ -54,6 +54,8 @@ class Router:
                             if output.token_ids or output.finish_reason is not None:
                                 yield routed
                     return
+                except HandedElsewhere as left:
+                    attempt.note_handed_over(record, left)
                 except InstanceLost as lost:
                     logger.warning(
                         "%s: %d tokens of a request are out; trying another instance", lost, attempt.num_sent

@@ -23,16 +23,17 @@ class Pool:
         self.view = StillView()
         self.admission = Admission(AdmissionConfig(**{"overtake_within_s": 1000, **config}), self.view)
 
-    def ask(self, num_rblocks: int, pinned: str | None = None) -> "Visitor":
-        return Visitor(self, num_rblocks, pinned)
+    def ask(self, num_rblocks: int, pinned: str | None = None, priority: int = 0) -> "Visitor":
+        return Visitor(self, num_rblocks, pinned, priority)
 
 
 class Visitor:
     """A request whose prompt and first token fill `num_rblocks`; it stays at its instance until it leaves."""
 
-    def __init__(self, pool: Pool, num_rblocks: int, pinned: str | None = None) -> None:
+    def __init__(self, pool: Pool, num_rblocks: int, pinned: str | None, priority: int) -> None:
         self._pool = pool
-        self.attempt = Attempt([1] * (num_rblocks * RBLOCK_SIZE - 1), SamplingParams(max_tokens=2), pinned)
+        sampling = SamplingParams(max_tokens=2, priority=priority)
+        self.attempt = Attempt([1] * (num_rblocks * RBLOCK_SIZE - 1), sampling, pinned)
         self.at: str | None = None
         self._may_leave = asyncio.Event()
         self.task = asyncio.create_task(self._visit())
@@ -154,6 +155,19 @@ def test_short_ones_overtake_a_long_one_for_a_while_only(overtake_within_s: floa
         pool.view.show(member("a", 8, 0), member("b", 8, 5))
         await settle()
         assert long.at == "a"
+
+    play(story)
+
+
+def test_important_ones_come_first() -> None:
+    async def story() -> None:
+        pool = Pool()
+        pool.view.show(member("a", 8, 8))
+        older, important = pool.ask(4), pool.ask(4, priority=-1)
+        await settle()
+        pool.view.show(member("a", 8, 4))
+        await settle()
+        assert (older.at, important.at) == (None, "a")
 
     play(story)
 
