@@ -132,18 +132,16 @@ class Attempt:
         return self._refusal
 
     def note_lost(self, record: InstanceRecord) -> None:
+        """Whom the client named is gone: anybody may go on."""
+        self._pinned = None
         self._lost.add(life_of(record))
         self.note_part(record)
         self._patient_until_s = time.monotonic() + self._patience_s
 
     def note_handed_over(self, record: InstanceRecord, left: HandedElsewhere) -> None:
-        """The heir is asked first, and tells this instance's part with its own; without one, anybody.
-
-        Who was pinned is gone.
-        """
+        """The heir is asked first, and tells this instance's part with its own; without one, anybody."""
         self._told = self._told or RequestKV()
         self.note_lost(record)
-        self._pinned = None
         self._heir, self._adoption_id = left.successor, left.adoption_id
         self._heir_until_s = time.monotonic() + (HEIR_PATIENCE_S if left.successor else 0.0)
 

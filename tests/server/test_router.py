@@ -42,7 +42,9 @@ async def go_on(request: NewRequest, writer: asyncio.StreamWriter) -> None:
     )
 
 
-async def ask(directory: Path, first: Answer, second: Answer, patience_s: float = 30.0) -> list[Routed]:
+async def ask(
+    directory: Path, first: Answer, second: Answer, patience_s: float = 30.0, pinned: str | None = None
+) -> list[Routed]:
     """One request to two instances that answer like this."""
 
     def served(answer: Answer) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]:
@@ -68,15 +70,16 @@ async def ask(directory: Path, first: Answer, second: Answer, patience_s: float 
     router = Router(view, AdmissionConfig(), patience_s)
     view.show(member("a", 6, requests=sockets[0]), member("b", 5, requests=sockets[1]))
     try:
-        return [routed async for routed in router.generate([1] * 64, SamplingParams(max_tokens=8))]
+        return [routed async for routed in router.generate([1] * 64, SamplingParams(max_tokens=8), pinned)]
     finally:
         await router.close()
         for server in servers:
             server.close()
 
 
-def test_another_goes_on_from_the_tokens_that_are_out(tmp_path: Path) -> None:
-    routed = asyncio.run(asyncio.wait_for(ask(tmp_path, speak_and_die, go_on), 20))
+@pytest.mark.parametrize("pinned", [None, "a"])
+def test_another_goes_on_from_the_tokens_that_are_out(pinned: str | None, tmp_path: Path) -> None:
+    routed = asyncio.run(asyncio.wait_for(ask(tmp_path, speak_and_die, go_on, pinned=pinned), 20))
     assert [token for x in routed for token in x.output.token_ids] == [65, 66]
 
 
