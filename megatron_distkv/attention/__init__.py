@@ -2,6 +2,7 @@
 
 from megatron_distkv.attention.context_parallel import ContextShard, context_attention
 from megatron_distkv.attention.creditor import Creditor
+from megatron_distkv.attention.deadlines import Deadlines
 from megatron_distkv.attention.debtor import Debtor
 from megatron_distkv.attention.dist_attention import DistAttention
 from megatron_distkv.attention.forward_context import ForwardContext, forward_context
@@ -18,6 +19,7 @@ __all__ = [
     "AttentionMetadata",
     "ContextShard",
     "Creditor",
+    "Deadlines",
     "Debtor",
     "DistAttention",
     "ForwardContext",
