@@ -74,6 +74,7 @@ template <class X, int R, int C, bool PREFETCH>
 inline void few_values(const typename X::Weight* p, const typename X::Element* v, int64_t head_dim, int64_t num_keys,
                        int64_t d, int64_t rest, ptrdiff_t ahead, const float* shrink, float* acc, int64_t padded) {
   constexpr int N = C * X::PARTS;
+  const char* fetched = (const char*)(v + d * num_keys) + ahead;
   vf sums[R * N];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
@@ -88,11 +89,12 @@ inline void few_values(const typename X::Weight* p, const typename X::Element* v
         X::load_first_values(value, next, rest, values);
       else
         X::load_values(value + c * X::CHUNK, next ? next + c * X::CHUNK : nullptr, values + c * X::PARTS);
-      if (PREFETCH) {
-        prefetch((const char*)(value + c * X::CHUNK) + ahead);
-        if (X::STEP == 2) prefetch((const char*)(value + head_dim + c * X::CHUNK) + ahead);
-      }
     }
+    // In the order of memory, whatever the order of the walk over tokens and dims.
+    constexpr int64_t SHARE = X::STEP * C * X::CHUNK * sizeof(typename X::Element);
+    if (PREFETCH)
+#pragma GCC unroll 8
+      for (int64_t i = 0; i < SHARE; i += 64) prefetch(fetched + t / X::STEP * SHARE + i);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const typename X::Operand weight = X::weight(p + r * CHUNK_TOKENS + t);
