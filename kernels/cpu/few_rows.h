@@ -76,7 +76,7 @@ inline void few_values(const typename X::Weight* p, const typename X::Element* v
   constexpr int N = C * X::PARTS;
   const char* fetched = (const char*)(v + d * num_keys) + ahead;
   vf sums[R * N];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
     for (int i = 0; i < N; ++i) sums[r * N + i] = load(acc + r * padded + d + i * W) * splat(shrink[r]);
@@ -95,7 +95,7 @@ inline void few_values(const typename X::Weight* p, const typename X::Element* v
     if (PREFETCH)
 #pragma GCC unroll 8
       for (int64_t i = 0; i < SHARE; i += 64) prefetch(fetched + t / X::STEP * SHARE + i);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const typename X::Operand weight = X::weight(p + r * CHUNK_TOKENS + t);
 #pragma GCC unroll 16
@@ -106,7 +106,7 @@ inline void few_values(const typename X::Weight* p, const typename X::Element* v
   for (const typename X::Element* value = v + d; t + X::STEP <= num_keys; t += X::STEP, value += X::STEP * head_dim)
     add(t, value, value + head_dim);
   if (t < num_keys) add(t, v + t * head_dim + d, nullptr);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
     for (int i = 0; i < N; ++i) store(acc + r * padded + d + i * W, sums[r * N + i]);
@@ -293,7 +293,7 @@ struct FewRows {
 #if defined(__AVX512VNNI__)
     if constexpr (X::IS_DOTS) return add_int8_values(state, v, n, ahead);
 #endif
-    for_tiles([&](auto tile, int64_t r) {
+    for_value_tiles([&](auto tile, int64_t r) {
       constexpr int R = decltype(tile)::ROWS;
       const typename X::Weight* p = weights + r * CHUNK_TOKENS;
       float* out = acc + (state + r) * padded;
@@ -339,10 +339,18 @@ struct FewRows {
     static constexpr int ROWS = R;
   };
 
+  // Pairs of V are made by shuffling: eight rows at a time share them.
+  template <class F>
+  void for_value_tiles(F work) const {
+    int64_t r = 0;
+    if constexpr (X::IS_PAIRS)
+      for (; is_quads && rows - r >= 7; r += 8) work(Tile<8>{}, r);
+    for_tiles(work, r);
+  }
+
   // Tiles of four rows, then two or one; three are a tile of four with an empty row.
   template <class F>
-  void for_tiles(F work) const {
-    int64_t r = 0;
+  void for_tiles(F work, int64_t r = 0) const {
     for (; rows - r >= 3; r += 4) work(Tile<4>{}, r);
     if (rows - r == 2) work(Tile<2>{}, r);
     if (rows - r == 1) work(Tile<1>{}, r);
