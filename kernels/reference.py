@@ -122,3 +122,30 @@ def gather_rblocks(pool_BLK2ND: torch.Tensor, block_ids: torch.Tensor) -> torch.
 
 def scatter_rblocks(data_MLK2ND: torch.Tensor, pool_BLK2ND: torch.Tensor, block_ids: torch.Tensor) -> None:
     pool_BLK2ND.index_copy_(0, block_ids, data_MLK2ND)
+
+
+def tile_backward(
+    d_out_SBHD: torch.Tensor,
+    q_SBHD: torch.Tensor,
+    k_XBKD: torch.Tensor,
+    v_XBKD: torch.Tensor,
+    out_SBHD: torch.Tensor,
+    lse_SBH: torch.Tensor,
+    scale: float,
+    is_causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """With the scores of the whole tile in memory."""
+    kv_heads = k_XBKD.shape[2]
+    q, d_out, out = (x.to(lse_SBH.dtype).unflatten(2, (kv_heads, -1)) for x in (q_SBHD, d_out_SBHD, out_SBHD))
+    k, v = (x.to(lse_SBH.dtype) for x in (k_XBKD, v_XBKD))
+    scores = torch.einsum("sbkgd,xbkd->bkgsx", q, k) * scale
+    if is_causal:
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(future, float("-inf"))
+    lse_BKGS = lse_SBH.unflatten(2, (kv_heads, -1)).permute(1, 2, 3, 0)
+    weights = (scores - lse_BKGS[..., None]).exp()
+    delta_BKGS = (d_out * out).sum(-1).permute(1, 2, 3, 0)
+    d_scores = weights * (torch.einsum("sbkgd,xbkd->bkgsx", d_out, v) - delta_BKGS[..., None]) * scale
+    d_q = torch.einsum("bkgsx,xbkd->sbkgd", d_scores, k).flatten(2, 3)
+    d_k = torch.einsum("bkgsx,sbkgd->xbkd", d_scores, q)
+    return d_q, d_k, torch.einsum("bkgsx,sbkgd->xbkd", weights, d_out)

@@ -9,6 +9,7 @@ from megatron_distkv.ops.int8_kv import micro_attention_int8, quantize_rblocks
 from megatron_distkv.ops.micro_attention import merge, micro_attention, micro_attention_out
 from megatron_distkv.ops.move_rblocks import gather_rblocks, scatter_rblocks
 from megatron_distkv.ops.store_kv import apply_rope, store_kv
+from megatron_distkv.ops.tile_backward import tile_backward
 
 __all__ = [
     "apply_rope",
@@ -23,5 +24,6 @@ __all__ = [
     "quantize_rblocks",
     "scatter_rblocks",
     "store_kv",
+    "tile_backward",
     "use_backend",
 ]

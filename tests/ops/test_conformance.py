@@ -128,7 +128,9 @@ def test_merge_of_many_partials_with_empty_ones() -> None:
 
 @pytest.mark.parametrize("source", OUT_LIMIT, ids=str)
 @pytest.mark.parametrize("target", OUT_LIMIT, ids=str)
-def test_stored_values_are_rounded_as_torch_rounds(source: torch.dtype, target: torch.dtype) -> None:
+def test_stored_values_are_rounded_as_torch_rounds(backend: str, source: torch.dtype, target: torch.dtype) -> None:
+    if "interpreted" in backend and torch.bfloat16 in (source, target):
+        pytest.skip("Triton's interpreter cuts bits off where its compiler rounds")
     # Given values over the whole range, ties, subnormals, infinities and NaN, in strided views
     torch.manual_seed(0)
     bits = torch.randint(-(2**31), 2**31 - 1, (2, 64, 3, 24), dtype=torch.int32)
@@ -149,7 +151,9 @@ def test_stored_values_are_rounded_as_torch_rounds(source: torch.dtype, target: 
         torch.testing.assert_close(stored[:, :, part], expected.to(target), rtol=0, atol=0, equal_nan=True)
 
 
-def test_an_index_outside_the_pool_is_refused() -> None:
+def test_an_index_outside_the_pool_is_refused(backend: str) -> None:
+    if backend.startswith("triton"):
+        pytest.skip("to look at indices is to wait for the GPU")
     batch = Batch(Case(torch.float32, 1, 1, 16, 8, [Sequence(20, 1)]))
     batch.ids[1] = len(batch.pool)
     with pytest.raises(IndexError):
