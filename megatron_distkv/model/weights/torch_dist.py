@@ -60,8 +60,18 @@ def _is_iteration(path: Path) -> bool:
 
 def read_config(directory: Path) -> ModelConfig:
     """The model's shape from the args in common.pt; raises CheckpointError when it is none that we can build."""
+    return read_args(_args(directory), str(directory / "common.pt"))
+
+
+def parallelism(directory: Path) -> str:
+    """Of the ranks that wrote it, in words."""
+    sizes = (_args(directory).get(f"{kind}_model_parallel_size") or 1 for kind in ("tensor", "pipeline"))
+    return "TP {}, PP {}".format(*sizes)
+
+
+def _args(directory: Path) -> dict[str, Any]:
     path = directory / "common.pt"
-    return read_args(args_of(safe_load(path), path), str(path))
+    return args_of(safe_load(path), path)
 
 
 def save(gpt: GPTModel, config: ModelConfig, path: Path, iteration: int, more: Mapping[str, Any] | None = None) -> Path:
@@ -74,7 +84,9 @@ def save(gpt: GPTModel, config: ModelConfig, path: Path, iteration: int, more: M
         directory.mkdir(parents=True, exist_ok=True)
     dist.barrier()
     state = dict(gpt.sharded_state_dict(metadata=_metadata()))
-    state.update(more or {}, args=write_args(config), iteration=iteration, checkpoint_version=3.0)
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    args = write_args(config, tensor_parallel=size)
+    state.update(more or {}, args=args, iteration=iteration, checkpoint_version=3.0)
     dist_checkpointing.save(state, str(directory), sharded_strategy=_PlainTorchSave())
     dist.barrier()
     if dist.get_rank() == 0:
