@@ -10,6 +10,7 @@ from megatron_distkv import metrics
 from megatron_distkv.attention.debtor import wire_dtype
 from megatron_distkv.attention.loan_table import Access, LoanTable
 from megatron_distkv.attention.shares import ShareIndex, attend_shares, index_shares, measure_query_us
+from megatron_distkv.attention.step_share import StepShare
 from megatron_distkv.errors import DistkvError
 from megatron_distkv.log import get_logger
 from megatron_distkv.messages import (
@@ -48,7 +49,9 @@ class Creditor:
         num_query_heads: int,
         model_dtype: torch.dtype,
         scale: float,
+        share: StepShare | None = None,
     ) -> None:
+        self._share = share or StepShare()
         self._pool = pool_BLK2ND
         self._loans = loan_table
         self._num_query_heads = num_query_heads
@@ -78,10 +81,13 @@ class Creditor:
             return _acknowledge(prepared)
         shape = (prepared.index.num_rows, self._num_query_heads, self._pool.shape[-1])
         (q_THD,) = read_tensors(request.payload, [TensorSpec(shape, self._model_dtype)])
-        out, lse = attend_shares(q_THD, self._pool, header.layer, prepared.index, self._scale)
+        with self._share.turn() as held_back_s:
+            out, lse = attend_shares(q_THD, self._pool, header.layer, prepared.index, self._scale)
         if self._loans.version != prepared.version and not self._may_query(hello, prepared.shares):
             return _acknowledge(Refusal.UNKNOWN_LOAN)  # a loan ended while we computed: the rBlocks may be another's
-        return Answer(msgspec.msgpack.encode(Acknowledge()), [out.to(wire_dtype(self._model_dtype)), lse])
+        return Answer(
+            msgspec.msgpack.encode(Acknowledge(None, held_back_s)), [out.to(wire_dtype(self._model_dtype)), lse]
+        )
 
     def store(self, hello: Hello, request: Request) -> Answer:
         """Take in migrated rBlocks (contract: messages.StoreHeader)."""

@@ -7,6 +7,7 @@ from typing import Protocol
 import msgspec
 import torch
 
+from megatron_distkv.attention.deadlines import Deadlines
 from megatron_distkv.attention.host_memory import HostMemory
 from megatron_distkv.attention.metadata import RemoteShare
 from megatron_distkv.attention.partial import Partial
@@ -23,6 +24,8 @@ class Exchange(Protocol):
 
     def post(self, kind: int, header: bytes, payload: Sequence[torch.Tensor] = ()) -> None: ...
     def wait(self, deadline_s: float) -> Reply: ...
+    def is_answered(self, within_s: float) -> bool: ...
+    def give_up(self, reason: str) -> PeerLost: ...
 
 
 def wire_dtype(model_dtype: torch.dtype) -> torch.dtype:
@@ -42,8 +45,13 @@ class Debtor:
         deadline_s: float,
         host: HostMemory | None = None,
         verification: Verification | None = None,
+        deadlines: Deadlines | None = None,
     ) -> None:
-        """`host`: the instance's own host memory, for rBlocks whose creditor is `HOST`."""
+        """`host`: the instance's own host memory, for rBlocks whose creditor is `HOST`.
+
+        Without `deadlines` a creditor is lost after `deadline_s`, and not before, unless its channel ends.
+        """
+        self._deadlines = deadlines
         self._channels = channels
         self._host = host
         self._deadline_s = deadline_s
@@ -56,6 +64,7 @@ class Debtor:
         self._spec: tuple[TensorSpec, ...] = ()
         self.lost: dict[str, str] = {}
         self.waited_s = 0.0  # for answers, in this step
+        self.held_back_s: dict[str, float] = {}  # by creditor: of that, because it has work of its own
 
     def begin_step(self, step: int, remote: dict[str, RemoteShare]) -> None:
         self._step = step
@@ -65,6 +74,7 @@ class Debtor:
         self._seen, self._told = {}, {}
         self.lost = {}
         self.waited_s = 0.0
+        self.held_back_s = {}
 
     def ask(self, layer: int, q_THD: torch.Tensor, scoring: Scoring = ORDINARY) -> None:
         """Send each creditor its query rows; none to whom the layer's window has left behind."""
@@ -104,9 +114,10 @@ class Debtor:
 
     def _answer(self, creditor: str) -> Partial:
         reply = self._wait(creditor)
-        refusal = decode(reply.header, Acknowledge).refusal
-        if refusal is not None:
-            raise PeerLost(creditor, f"refused a query: {refusal.value}")
+        done = decode(reply.header, Acknowledge)
+        if done.refusal is not None:
+            raise PeerLost(creditor, f"refused a query: {done.refusal.value}")
+        self.held_back_s[creditor] = self.held_back_s.get(creditor, 0.0) + done.held_back_s
         layer, q_THD, scoring = self._asked
         rows_R, shares = self._within(scoring.window)[creditor].rows_R, self._within(scoring.window)[creditor].shares
         num_heads, head_dim = self._heads
@@ -126,9 +137,23 @@ class Debtor:
     def _wait(self, creditor: str) -> Reply:
         began_s = time.monotonic()
         try:
-            return self._channels[creditor].wait(self._deadline_s)
+            self._raise_if_dead(creditor)
+            reply = self._channels[creditor].wait(self._deadline_s - (time.monotonic() - began_s))
         finally:
             self.waited_s += time.monotonic() - began_s
+        if self._deadlines is not None:
+            self._deadlines.note(creditor, time.monotonic() - began_s)
+        return reply
+
+    def _raise_if_dead(self, creditor: str) -> None:
+        """Returns when it has answered, or when it has not and says that it lives."""
+        deadlines, channel = self._deadlines, self._channels[creditor]
+        if deadlines is None or (after_s := deadlines.doubtful_after_s(creditor)) >= self._deadline_s:
+            return
+        if not channel.is_answered(after_s) and not deadlines.is_alive(creditor) and not channel.is_answered(0.0):
+            raise channel.give_up(f"no answer within {after_s:.1f} s, and no sign of life")
 
     def _note_lost(self, creditor: str, error: DistkvError) -> None:
+        if self._deadlines is not None:
+            self._deadlines.forget(creditor)
         self.lost[creditor] = error.reason if isinstance(error, PeerLost) else str(error)

@@ -1,5 +1,6 @@
 """Who holds this instance's rBlocks: borrowing, lending, migration, and the one API over local and borrowed memory."""
 
+from megatron_distkv.rmanager.adoptions import Adoption, Adoptions, adopted_table
 from megatron_distkv.rmanager.borrowing import Borrowing
 from megatron_distkv.rmanager.heartbeat import Heartbeat
 from megatron_distkv.rmanager.identity import Identity
@@ -10,8 +11,11 @@ from megatron_distkv.rmanager.move import Move
 from megatron_distkv.rmanager.peers import MailboxSizes, Peers
 from megatron_distkv.rmanager.pool_outlook import PoolOutlook
 from megatron_distkv.rmanager.rmanager import RManager
+from megatron_distkv.rmanager.successor_desk import SuccessorDesk, new_adoption_id
 
 __all__ = [
+    "Adoption",
+    "Adoptions",
     "Borrowing",
     "Followers",
     "Heartbeat",
@@ -25,4 +29,7 @@ __all__ = [
     "Peers",
     "PoolOutlook",
     "RManager",
+    "SuccessorDesk",
+    "adopted_table",
+    "new_adoption_id",
 ]

@@ -21,6 +21,10 @@ class MailboxSizes:
     reply_bytes: int
 
 
+# Of a channel that only says hello.
+_NO_ROOM = MailboxSizes(4096, 4096)
+
+
 class Peers(Mapping[str, Channel]):
     """Open channels by peer. Only the engine's thread uses them. A peer's address holds the placeholder `{rank}`."""
 
@@ -40,6 +44,7 @@ class Peers(Mapping[str, Channel]):
         self._sizes = sizes
         self._deadline_s = deadline_s
         self._channels: dict[str, Channel] = {}
+        self._addresses: dict[str, str] = {}
         self._shunned_until_s: dict[str, float] = {}
 
     def reach(self, peer: str, address: str) -> Channel:
@@ -49,25 +54,37 @@ class Peers(Mapping[str, Channel]):
         channel = self._channels.get(peer)
         if channel is not None and channel.is_open:
             return channel
+        channel = self._connect(peer, address, self._sizes, self._deadline_s)
+        logger.info("connected to %s", peer)
+        self._channels[peer] = channel
+        self._addresses[peer] = address
+        return channel
+
+    def is_alive(self, peer: str, within_s: float) -> bool:
+        """Whether it greets us, each word of the greeting within this time: on a connection of its own."""
+        try:
+            self._connect(peer, self._addresses[peer], _NO_ROOM, within_s).close()
+        except (PeerLost, KeyError):
+            return False
+        return True
+
+    def _connect(self, peer: str, address: str, sizes: MailboxSizes, timeout_s: float) -> Channel:
         hello = Hello(
             protocol_version=PROTOCOL_VERSION,
             pool=self._pool,
             instance_id=self._identity.instance,
             epoch=self._identity.epoch,
             rank=self._rank,
-            request_bytes=self._sizes.request_bytes,
-            reply_bytes=self._sizes.reply_bytes,
+            request_bytes=sizes.request_bytes,
+            reply_bytes=sizes.reply_bytes,
         )
         try:
             mine = address.replace("{rank}", str(self._rank))  # not format(): the ledger's word is not our code
-            channel = connect(mine, hello, peer=peer, timeout_s=self._deadline_s, secret=self._secret)
+            return connect(mine, hello, peer=peer, timeout_s=timeout_s, secret=self._secret)
         except PeerLost:
             raise
         except (OSError, DistkvError) as error:
             raise PeerLost(peer, f"cannot connect: {error}") from error
-        logger.info("connected to %s", peer)
-        self._channels[peer] = channel
-        return channel
 
     def shun(self, peer: str, for_s: float) -> None:
         """Leave a lost peer alone for a while: one that hangs must not cost a deadline at every attempt."""

@@ -8,13 +8,14 @@ class ApiError(DistkvError):
 
     def __init__(
         self, status: int, message: str, *, kind: str = "invalid_request_error", param: str | None = None,
-        code: str | None = None,
+        code: str | None = None, retry_after_s: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__(message)
         self.status = status
         self.kind = kind
         self.param = param
         self.code = code
+        self.retry_after_s = retry_after_s
 
     def body(self) -> dict[str, object]:
         return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
@@ -22,6 +23,15 @@ class ApiError(DistkvError):
 
 class InstanceLost(DistkvError):
     """The instance that computed a request is gone."""
+
+
+class HandedElsewhere(InstanceLost):
+    """The instance leaves; its successor, if it names one, has the request's KV under `adoption_id`."""
+
+    def __init__(self, instance_id: str, successor: str, adoption_id: str) -> None:
+        super().__init__(f"instance {instance_id} leaves, and hands over to {successor or 'anybody'}")
+        self.successor = successor
+        self.adoption_id = adoption_id
 
 
 def bad_request(message: str, param: str | None = None) -> ApiError:
@@ -33,7 +43,7 @@ def from_refusal(code: str, message: str) -> ApiError:
     if code == "too_long":
         return ApiError(400, message, param="prompt", code="context_length_exceeded")
     if code == "queue_full":
-        return ApiError(429, message, kind="rate_limit_error", code="queue_full")
+        return ApiError(429, message, kind="rate_limit_error", code="queue_full", retry_after_s=1)
     if code == "bad_request":
         return bad_request(message, "prompt")
     return ApiError(503, message, kind="server_error", code=code)

@@ -2,6 +2,7 @@
 
 import contextlib
 import mmap
+import select
 import socket
 import time
 from collections.abc import Sequence
@@ -85,6 +86,16 @@ class Channel:
         if frame.kind == ERROR_KIND:
             raise RequestFailed(f"{self.peer}: {header.decode(errors='replace')}")
         return Reply(header, self._inbox.payload(frame.payload_start, frame.payload_bytes))
+
+    def is_answered(self, within_s: float) -> bool:
+        """Whether `wait` would return, or raise, at once; nothing is lost by asking."""
+        self._require_open()
+        readable, _, _ = select.select([self._connection], [], [], within_s)
+        return bool(readable)
+
+    def give_up(self, reason: str) -> PeerLost:
+        """The peer is lost, as somebody else has found out."""
+        return self._lose(reason)
 
     def call(self, kind: int, header: bytes, payload: Sequence[torch.Tensor] = (), *, deadline_s: float) -> Reply:
         self.post(kind, header, payload)
