@@ -5,6 +5,7 @@ C ranks cut the sequence into 2C chunks as equal as they can be; rank r holds ch
     C = 2    | rank 0 | rank 1 | rank 1 | rank 0 |
 """
 
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -42,9 +43,10 @@ class ShardOrder:
     def segments(self, rank: int) -> tuple[Segment, ...]:
         segments, row = [], 0
         for first, last in self._pieces(rank):
-            inner = [start for start in self.document_starts if first < start < last]
+            starts = self.document_starts
+            inner = starts[bisect_right(starts, first) : bisect_left(starts, last)]
             for start, stop in zip([first, *inner], [*inner, last], strict=True):
-                document = sum(other <= start for other in self.document_starts) - 1
+                document = bisect_right(self.document_starts, start) - 1
                 segments.append(Segment(start, stop, document, row))
                 row += stop - start
         return tuple(segments)

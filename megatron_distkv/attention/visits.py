@@ -85,11 +85,14 @@ class Visit(NamedTuple):
 @lru_cache(maxsize=1024)
 def plan_visit(order: ShardOrder, query_rank: int, key_rank: int, heads: Heads) -> Visit | None:
     """None: no query of the one sees a key of the other."""
+    of_document: dict[int, list[Segment]] = {}
+    for theirs in order.segments(key_rank):
+        of_document.setdefault(theirs.document, []).append(theirs)
     seen = [
         (mine, theirs)
         for mine in order.segments(query_rank)
-        for theirs in order.segments(key_rank)
-        if mine.document == theirs.document and theirs.start <= mine.start
+        for theirs in of_document.get(mine.document, [])
+        if theirs.start <= mine.start
     ]
     if not seen:
         return None

@@ -25,7 +25,7 @@ def _computed_again(forward: Callable[..., Any]) -> Callable[..., Any]:
         def layer(hidden: torch.Tensor) -> Any:
             return forward(hidden, **rest)
 
-        # The reentrant kind: ZeRO-3 changes what a parameter holds, which the other takes for an error.
+        # The reentrant kind: the other compares what is saved twice, and ZeRO-3 changes what parameters hold between.
         return checkpoint(layer, hidden_states, use_reentrant=True, preserve_rng_state=False)
 
     return run
