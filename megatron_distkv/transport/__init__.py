@@ -1,24 +1,33 @@
-"""Tensors between two processes: one doorbell and one mailbox per pair. Every wait has a deadline."""
+"""Tensors between two processes, over shared memory on one host, over TCP or TLS else. Every wait has a deadline."""
 
+from megatron_distkv.transport.address import Address, Endpoint, parse_address, parse_endpoint, this_host
 from megatron_distkv.transport.channel import Channel, Reply, connect
 from megatron_distkv.transport.hello import PROTOCOL_VERSION, Hello
 from megatron_distkv.transport.listener import Answer, Handler, Listener, Request
 from megatron_distkv.transport.pool_secret import OPEN_POOL, read_secret, write_new_secret
 from megatron_distkv.transport.tensors import TensorSpec, read_tensors
+from megatron_distkv.transport.tls import Tls, load_tls
 
 __all__ = [
     "OPEN_POOL",
     "PROTOCOL_VERSION",
+    "Address",
     "Answer",
     "Channel",
+    "Endpoint",
     "Handler",
     "Hello",
     "Listener",
     "Reply",
     "Request",
     "TensorSpec",
+    "Tls",
     "connect",
+    "load_tls",
+    "parse_address",
+    "parse_endpoint",
     "read_secret",
     "read_tensors",
+    "this_host",
     "write_new_secret",
 ]
