@@ -5,10 +5,11 @@ import time
 
 import torch.distributed as dist
 
-from megatron_distkv.config.instance import InstanceConfig
+from megatron_distkv.config.instance import LONELY_LEDGER, InstanceConfig
 from megatron_distkv.engine.addresses import rank_address, request_socket
 from megatron_distkv.engine.batch import Slice, StepPlan
 from megatron_distkv.engine.closing import close_in_order
+from megatron_distkv.engine.doors import Doors, advertised_address, warn_of_open_doors
 from megatron_distkv.engine.followers import FollowerRanks
 from megatron_distkv.engine.instance_secret import share_instance_secret
 from megatron_distkv.engine.lender_desk import LenderDesk
@@ -23,7 +24,6 @@ from megatron_distkv.log import get_logger
 from megatron_distkv.messages import InstanceStatus, RequestRefused, TokenOutput
 from megatron_distkv.request import FinishReason, Request
 from megatron_distkv.rmanager import Borrowing, Heartbeat, LateReleases, Lending, NoFollowers, PoolOutlook, RManager
-from megatron_distkv.transport import Listener
 
 logger = get_logger(__name__)
 # A step without any room gives creditors and debtors this long before the next try.
@@ -45,6 +45,8 @@ class Instance:
         max_lent = int(cache.num_rblocks * lending.lendable_fraction) if lending.enabled else 0
         self._allocator = RBlockAllocator(cache.num_rblocks, max_lent)
         self._membership = self._make_membership(ledger)
+        if config.ledger.url != LONELY_LEDGER:
+            warn_of_open_doors(config.network, rank.secret, config.ledger.pool)
         self._followers = self._connect_followers()
         outlook = PoolOutlook(ledger, rank.identity, rank.peers, enabled=lending.enabled)
         late_releases = LateReleases(ledger, rank.identity)
@@ -61,8 +63,10 @@ class Instance:
         self.rmanager = RManager(self._allocator, self._host, self._borrowing, outlook, lending, cache.rblock_size)
         self.scheduler = Scheduler(config.scheduler, self.rmanager)
         self._desk = LenderDesk(self._lending, rank.creditor)
-        self._listener = Listener(
+        self._doors = Doors(
+            config.network,
             rank_address(config.run_dir, config.instance_id, 0),
+            0,
             config.ledger.pool,
             self._desk.answer,
             secret=rank.secret,
@@ -230,7 +234,7 @@ class Instance:
             "vocab_size": str(self.model.vocab_size),
             "eos_token_ids": json.dumps(self.model.eos_token_ids),
         }
-        address = rank_address(config.run_dir, config.instance_id)
+        address = advertised_address(config.network, config.run_dir, config.instance_id, rank.parallel.size)
         return Membership(ledger, rank.identity, config.ledger, address, self._allocator, rank.shape, info)
 
     def _raise_if_superseded(self) -> None:
@@ -283,7 +287,7 @@ class Instance:
                 self._heartbeat.stop,
                 self._finish_all,
                 self._membership.leave,
-                self._listener.close,
+                self._doors.close,
                 *([self._followers.stop] if self._followers is not None else []),
                 self._rank.peers.close,
                 self._ledger.close,

@@ -67,9 +67,10 @@ class Membership:
     def _compare_with_the_pool(self) -> None:
         for record in self._ledger.snapshot().live:
             theirs = published_shape(record)
-            if record.instance != self._identity.instance and theirs not in (None, self._shape):
-                assert theirs is not None
+            if record.instance == self._identity.instance or theirs is None:
+                continue
+            if differences := self._shape.differences(theirs):
                 raise UserError(
                     f"{self._identity.instance} cannot join pool {self._config.pool!r}: its rBlocks have"
-                    f" {'; '.join(self._shape.differences(theirs))} as those of {record.instance}"
+                    f" {'; '.join(differences)} as those of {record.instance}"
                 )

@@ -1,9 +1,10 @@
 """Tensors between two processes, over shared memory on one host, over TCP or TLS else. Every wait has a deadline."""
 
-from megatron_distkv.transport.address import Address, Endpoint, parse_address, parse_endpoint, this_host
+from megatron_distkv.transport.address import Address, parse_address, this_host
 from megatron_distkv.transport.channel import Channel, Reply, connect
 from megatron_distkv.transport.hello import PROTOCOL_VERSION, Hello
 from megatron_distkv.transport.listener import Answer, Handler, Listener, Request
+from megatron_distkv.transport.mailbox import pack_tensors
 from megatron_distkv.transport.pool_secret import OPEN_POOL, read_secret, write_new_secret
 from megatron_distkv.transport.tensors import TensorSpec, read_tensors
 from megatron_distkv.transport.tls import Tls, load_tls
@@ -14,7 +15,6 @@ __all__ = [
     "Address",
     "Answer",
     "Channel",
-    "Endpoint",
     "Handler",
     "Hello",
     "Listener",
@@ -24,8 +24,8 @@ __all__ = [
     "Tls",
     "connect",
     "load_tls",
+    "pack_tensors",
     "parse_address",
-    "parse_endpoint",
     "read_secret",
     "read_tensors",
     "this_host",

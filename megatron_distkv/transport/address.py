@@ -10,24 +10,13 @@ ranks:N          tensor-parallel ranks of the instance; without it: 1
 import socket
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, unquote
+
+from megatron_distkv.config.endpoint import Endpoint, parse_endpoint
 
 RANK = "{rank}"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _MAX_RANKS = 4096
-
-
-class Endpoint(NamedTuple):
-    host: str
-    port: int
-    is_tls: bool = False
-
-    def of_rank(self, rank: int) -> "Endpoint":
-        return self._replace(port=self.port + rank)
-
-    def __str__(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{'tls' if self.is_tls else 'tcp'}://{host}:{self.port}"
 
 
 class Address(NamedTuple):
@@ -78,18 +67,6 @@ def parse_address(text: str) -> Address:
     if not address.unix_path and address.endpoint is None:
         raise ValueError(f"the address {text!r} names neither a socket nor a host")
     return address
-
-
-def parse_endpoint(text: str) -> Endpoint:
-    """`tcp://HOST:PORT` or `tls://HOST:PORT`; raises ValueError, one sentence."""
-    try:
-        parts = urlsplit(text)
-        host, port = parts.hostname, parts.port
-    except ValueError:
-        host, port = None, None
-    if not host or not port or parts.scheme not in ("tcp", "tls") or parts.path or parts.query or parts.username:
-        raise ValueError(f"{text!r} is not tcp://HOST:PORT")
-    return Endpoint(host, port, parts.scheme == "tls")
 
 
 def this_host() -> str:

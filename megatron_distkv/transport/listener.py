@@ -9,9 +9,10 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 
+from megatron_distkv.config.endpoint import Endpoint
 from megatron_distkv.errors import DistkvError, UserError
 from megatron_distkv.log import get_logger
-from megatron_distkv.transport.address import Address, Endpoint, parse_address
+from megatron_distkv.transport.address import Address, parse_address
 from megatron_distkv.transport.frame import ALIGNMENT, ERROR_KIND, Frame
 from megatron_distkv.transport.handshake import Greeting, HelloRefused
 from megatron_distkv.transport.hello import Hello

@@ -44,7 +44,7 @@ def payload_size(header: bytes, payload: Sequence[torch.Tensor], max_bytes: int)
 class Half:
     """One direction of a mailbox: bytes `[start, start + size)` of the mapped memory."""
 
-    def __init__(self, memory: mmap.mmap, start: int, size: int) -> None:
+    def __init__(self, memory: mmap.mmap | bytearray, start: int, size: int) -> None:
         self._view = memoryview(memory)[start : start + size]
         self._bytes = torch.frombuffer(self._view, dtype=torch.uint8)
         self.size = size
@@ -65,3 +65,11 @@ class Half:
 
     def payload(self, start: int, size: int) -> memoryview:
         return self._view[start : start + size]
+
+
+def pack_tensors(tensors: Sequence[torch.Tensor]) -> memoryview:
+    """A payload of these, as a message carries it."""
+    size = payload_size(b"", tensors, 1 << 62)
+    half = Half(bytearray(max(1, size)), 0, size)
+    half.write(b"", tensors)
+    return half.payload(0, size)
