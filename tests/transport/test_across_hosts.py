@@ -13,6 +13,7 @@ from megatron_distkv.request import Request
 from megatron_distkv.sampling_params import SamplingParams
 from tests.conftest import MakeConfig
 from tests.rmanager.test_borrowing import random_prompt
+from tests.transport.slow_line import SlowLine
 from tests.transport.ways import free_port, make_certificates
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
@@ -113,3 +114,59 @@ def test_closed_doors_are_not(start: Any, caplog: pytest.LogCaptureFixture, monk
     with caplog.at_level(logging.WARNING):
         start("a", network=network(is_tls=True))
     assert "WARNING" not in " ".join(record.getMessage() for record in caplog.records)
+
+
+@pytest.fixture
+def line() -> Iterator[Any]:
+    """`line(**how)`: a slow line, and the network configuration of the member at its far end."""
+    lines: list[SlowLine] = []
+
+    def lay(**how: Any) -> tuple[SlowLine, dict[str, Any]]:
+        port = free_port()
+        lines.append(SlowLine("127.0.0.2", port, "127.0.0.1", **how))
+        return lines[-1], network(listen=f"tcp://127.0.0.1:{port}", advertised_host="127.0.0.2")
+
+    yield lay
+    for each in lines:
+        each.close()
+
+
+def test_a_slow_line_that_stalls_changes_no_token(start: Any, line: Any, make_config: MakeConfig) -> None:
+    prompt = random_prompt(160)
+    with LLM(make_config("enough", num_rblocks=64)) as enough:
+        expected = tokens_of(enough, prompt)
+    a = start("a", network=network())
+    slow, far = line(delay_s=0.001, stall_one_in=20)
+    start("b", network=far)
+
+    assert tokens_of(a, prompt) == expected
+    assert slow.num_pieces > 20
+
+
+def test_a_partition_is_recovered_like_a_lost_creditor(start: Any, line: Any, make_config: MakeConfig) -> None:
+    # Given a request with rBlocks at the far end of a line, and another creditor with room for them
+    prompt = random_prompt(150)
+    many = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
+    with LLM(make_config("enough", num_rblocks=64)) as enough:
+        (expected,) = enough.generate([prompt], many)
+    a = start("a", network=network(), lending={"deadline_s": 0.5})
+    cable, far = line()
+    b = start("b", network=far)
+    request = Request("long", prompt, many)
+    a.instance.add(request)
+    while len(request.output_token_ids) < 4:
+        a.instance.step()
+    held = a.instance.rmanager.table(request).remote_by_creditor()
+    assert list(held) == ["b"]
+    start("c", network=network())
+
+    # When everything that is sent there is dropped from now on
+    cable.cut()
+    while not a.instance.scheduler.is_idle:
+        a.instance.step()
+
+    # Then what lay there is computed again, and no more; and b, cut off, still has an account in order
+    assert request.output_token_ids == expected.token_ids
+    assert 0 < request.num_recomputed_tokens <= held["b"] * 8 + 48
+    assert request.num_preemptions == 0
+    b.instance.check_integrity()
