@@ -19,11 +19,29 @@ from megatron_distkv.engine.rank import Rank
 from megatron_distkv.engine.sampler import SampledToken, sample
 from megatron_distkv.engine.scheduler import Scheduled, Scheduler
 from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
-from megatron_distkv.ledger import HOST_RBLOCKS, DebtLedger, InstanceReport, InstanceState, Move, RequestPlacementEntry
+from megatron_distkv.ledger import (
+    HOST_RBLOCKS,
+    WAYS,
+    DebtLedger,
+    InstanceReport,
+    InstanceState,
+    Move,
+    RequestPlacementEntry,
+    write_ways,
+)
 from megatron_distkv.log import get_logger
 from megatron_distkv.messages import InstanceStatus, RequestRefused, TokenOutput
 from megatron_distkv.request import FinishReason, Request
-from megatron_distkv.rmanager import Borrowing, Heartbeat, LateReleases, Lending, NoFollowers, PoolOutlook, RManager
+from megatron_distkv.rmanager import (
+    Borrowing,
+    Heartbeat,
+    LateReleases,
+    Lending,
+    NoFollowers,
+    PoolOutlook,
+    RManager,
+    Ways,
+)
 
 logger = get_logger(__name__)
 # A step without any room gives creditors and debtors this long before the next try.
@@ -48,7 +66,15 @@ class Instance:
         if config.ledger.url != LONELY_LEDGER:
             warn_of_open_doors(config.network, rank.secret, config.ledger.pool)
         self._followers = self._connect_followers()
-        outlook = PoolOutlook(ledger, rank.identity, rank.peers, enabled=lending.enabled)
+        self._ways = Ways(
+            ledger,
+            rank.identity,
+            rank.shape,
+            rank.peers.dial,
+            lambda ways: self._membership.describe(**{WAYS: write_ways(ways)}),
+            lending.deadline_s,
+        )
+        outlook = PoolOutlook(ledger, rank.identity, rank.peers, enabled=lending.enabled, ways=self._ways)
         late_releases = LateReleases(ledger, rank.identity)
         self._borrowing = Borrowing(ledger, rank.identity, rank.peers, outlook, late_releases, lending.deadline_s)
         self._lending = Lending(
@@ -87,6 +113,8 @@ class Instance:
         self._report = InstanceReport(0)
         self._membership.join()
         self._heartbeat.start()
+        if lending.enabled and config.ledger.url != LONELY_LEDGER:
+            self._ways.start()
 
     # ------------------------------------------------------------------ requests
 
@@ -284,6 +312,7 @@ class Instance:
         """Give back what is borrowed, leave the ledger, stop the followers, remove the sockets."""
         close_in_order(
             [
+                self._ways.stop,
                 self._heartbeat.stop,
                 self._finish_all,
                 self._membership.leave,

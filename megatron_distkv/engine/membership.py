@@ -61,6 +61,11 @@ class Membership:
         )
         identity.epoch, identity.generation = registration.epoch, registration.generation
 
+    def describe(self, **facts: str) -> None:
+        """Say more of this member than at its registration; raises LedgerUnavailable. Any thread may call it."""
+        self._info = {**self._info, **facts}
+        self._ledger.describe(self._identity.instance, self._identity.epoch, self._info)
+
     def leave(self) -> None:
         self._ledger.deregister(self._identity.instance, self._identity.epoch)
 

@@ -40,6 +40,12 @@ class RBlockShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         numbers = 2 * self.num_layers * self.num_kv_heads * self.rblock_size * self.head_dim
         return numbers * self.torch_dtype.itemsize
 
+    @property
+    def query_bytes_per_rank(self) -> int:
+        """Of one decode's question to a creditor and its answer, in one layer, for one rank's heads."""
+        answer = 4 if self.torch_dtype == torch.float32 else 2  # attention.debtor.wire_dtype
+        return self.query_heads_per_rank * (self.head_dim * (self.torch_dtype.itemsize + answer) + 4)
+
     def rank_pool(self, num_rblocks: int) -> RBlockPool:
         """One rank's part of `num_rblocks` rBlocks."""
         kv_heads = self.num_kv_heads // self.tensor_parallel

@@ -10,6 +10,7 @@ from megatron_distkv.rmanager.move import Move
 from megatron_distkv.rmanager.peers import MailboxSizes, Peers
 from megatron_distkv.rmanager.pool_outlook import PoolOutlook
 from megatron_distkv.rmanager.rmanager import RManager
+from megatron_distkv.rmanager.ways import Ways
 
 __all__ = [
     "Borrowing",
@@ -25,4 +26,5 @@ __all__ = [
     "Peers",
     "PoolOutlook",
     "RManager",
+    "Ways",
 ]

@@ -43,6 +43,12 @@ class Homecoming:
         if block_ids:
             loan.overdue_at_s = time.monotonic() + self._patience_s
 
+    def pull_early(self, loan: HeldLoan, table: BlockTable, block_ids: Sequence[int]) -> None:
+        """`pull`, of a loan that nobody has recalled: what does not come now may as well stay."""
+        self.pull(loan, table, block_ids)
+        if table.num_under(loan.loan_id):
+            loan.overdue_at_s = None
+
     def take_pulls(self) -> list[Pull]:
         pulls, self._pulls = self._pulls, []
         return pulls

@@ -64,11 +64,15 @@ class Peers(Mapping[str, Line]):
         self._channels[peer] = channel
         return channel
 
+    def dial(self, peer: str, address: str, sizes: MailboxSizes) -> Channel:
+        """A new channel to the leader of `peer`, nobody's but the caller's; any thread may call it. Raises PeerLost."""
+        return self._connect(peer, address, 0, sizes)
+
     def _open(self, peer: str, address: str) -> Line:
         parts: list[Part] = []
         try:
             for rank, kv_heads in self._ranks_of(address):
-                parts.append(Part(self._connect(peer, address, rank), kv_heads))
+                parts.append(Part(self._connect(peer, address, rank, self._sizes), kv_heads))
         except BaseException as error:
             for part in parts:
                 part.channel.close()
@@ -96,7 +100,7 @@ class Peers(Mapping[str, Line]):
         assert self._shape is not None
         return TensorSpec(tuple(self._shape.rank_pool(1).tensor_BLK2ND.shape[1:]), self._shape.torch_dtype)
 
-    def _connect(self, peer: str, address: str, rank: int) -> Channel:
+    def _connect(self, peer: str, address: str, rank: int, sizes: MailboxSizes) -> Channel:
         hello = Hello(
             protocol_version=PROTOCOL_VERSION,
             pool=self._pool,
@@ -104,8 +108,8 @@ class Peers(Mapping[str, Line]):
             epoch=self._identity.epoch,
             rank=self._rank,
             num_ranks=1 if self._shape is None else self._shape.tensor_parallel,
-            request_bytes=self._sizes.request_bytes,
-            reply_bytes=self._sizes.reply_bytes,
+            request_bytes=sizes.request_bytes,
+            reply_bytes=sizes.reply_bytes,
         )
         return connect(
             address, hello, peer=peer, timeout_s=self._deadline_s, secret=self._secret, tls=self._tls, rank=rank
