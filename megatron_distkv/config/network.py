@@ -1,7 +1,7 @@
 """How members of a pool on other hosts are reached."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
@@ -20,6 +20,9 @@ class NetworkConfig(FrozenConfig):
     """Under which name others reach HOST: needed where that is all interfaces, and the name in the certificate."""
     shared_memory: bool = True
     """False: members of this host use TCP too."""
+    carrier: Literal["tcp", "nixl"] = "tcp"
+    """What carries messages to this member from other hosts; nixl needs the extra of that name on both sides, and does
+    not encrypt."""
     certificate_file: Path | None = None
     """PEM. With it channels to other hosts are TLS and nothing else, both ways; the two files below are needed too."""
     key_file: Path | None = None
@@ -30,8 +33,8 @@ class NetworkConfig(FrozenConfig):
     @field_validator("listen")
     @classmethod
     def _is_an_endpoint(cls, listen: str | None) -> str | None:
-        if listen is not None and parse_endpoint(listen).is_tls:
-            raise ValueError("write tcp://HOST:PORT; the certificate makes it TLS")
+        if listen is not None and parse_endpoint(listen).carrier != "tcp":
+            raise ValueError("write tcp://HOST:PORT; the certificate makes it TLS, carrier makes it NIXL")
         return listen
 
     @model_validator(mode="after")
@@ -39,6 +42,8 @@ class NetworkConfig(FrozenConfig):
         files = (self.certificate_file, self.key_file, self.authority_file)
         if any(files) and not all(files):
             raise ValueError("TLS needs all of certificate_file, key_file and authority_file")
+        if self.is_tls and self.carrier == "nixl":
+            raise ValueError("NIXL does not encrypt: leave out the certificate, or carrier")
         if self.listen is None and not self.shared_memory:
             raise ValueError("without shared_memory it needs listen, or nobody can reach it")
         if self.listen is not None and self._host in _ALL_INTERFACES and self.advertised_host is None:
@@ -55,7 +60,9 @@ class NetworkConfig(FrozenConfig):
         """Where others find rank 0."""
         if self.endpoint is None:
             return None
-        return Endpoint(self.advertised_host or self.endpoint.host, self.endpoint.port, self.is_tls)
+        return Endpoint(
+            self.advertised_host or self.endpoint.host, self.endpoint.port, "tls" if self.is_tls else self.carrier
+        )
 
     @property
     def is_tls(self) -> bool:

@@ -38,7 +38,7 @@ class Doors:
         """`socket_address`: `unix:PATH` of this rank."""
         addresses = [socket_address] if network.shared_memory else []
         if network.endpoint is not None:
-            addresses.append(str(network.endpoint.of_rank(rank)))
+            addresses.append(str(network.endpoint.of_rank(rank)._replace(carrier=network.carrier)))
         tls = tls_of(network)
         self._listeners: list[Listener] = []
         try:

@@ -58,7 +58,7 @@ def parse_address(text: str) -> Address:
             address = address._replace(unix_path=unquote(rest))
         elif kind == "host":
             address = address._replace(host_id=unquote(rest))
-        elif kind in ("tcp", "tls"):
+        elif kind in ("tcp", "tls", "nixl"):
             address = address._replace(endpoint=parse_endpoint(word))
         elif kind == "ranks" and rest.isascii() and rest.isdigit() and 1 <= int(rest) <= _MAX_RANKS:
             address = address._replace(num_ranks=int(rest))

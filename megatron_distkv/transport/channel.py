@@ -14,7 +14,8 @@ from megatron_distkv.transport.address import Address, parse_address
 from megatron_distkv.transport.frame import ERROR_KIND
 from megatron_distkv.transport.handshake import introduce
 from megatron_distkv.transport.hello import Hello
-from megatron_distkv.transport.link import Link
+from megatron_distkv.transport.link import Link, Wire
+from megatron_distkv.transport.nixl_link import NixlWire
 from megatron_distkv.transport.pool_secret import OPEN_POOL
 from megatron_distkv.transport.shared_link import DatagramWire
 from megatron_distkv.transport.stream_link import StreamWire, set_options
@@ -49,14 +50,19 @@ def connect(
     connection: socket.socket | None = None
     try:
         connection = _reach(parse_address(address).of_rank(rank), timeout_s, tls)
-        is_unix = connection.family is socket.AF_UNIX
-        wire = (DatagramWire if is_unix else StreamWire)(connection, timeout_s)
-        link = introduce(wire, hello, secret)
+        link = introduce(_wire(connection, parse_address(address), timeout_s), hello, secret)
     except (OSError, ValueError, DistkvError) as error:  # ValueError: no address, or a path that no file can have
         if connection is not None:
             connection.close()
         raise PeerLost(peer, f"no channel to {address}: {error}") from error
     return Channel(peer, link)
+
+
+def _wire(connection: socket.socket, address: Address, timeout_s: float) -> Wire:
+    if connection.family is socket.AF_UNIX:
+        return DatagramWire(connection, timeout_s)
+    is_nixl = address.endpoint is not None and address.endpoint.carrier == "nixl"
+    return (NixlWire if is_nixl else StreamWire)(connection, timeout_s)
 
 
 def _reach(address: Address, timeout_s: float, tls: Tls | None) -> socket.socket:
@@ -81,9 +87,9 @@ def _reach(address: Address, timeout_s: float, tls: Tls | None) -> socket.socket
 
 def _reach_host(endpoint: Endpoint, timeout_s: float, tls: Tls | None) -> socket.socket:
     """Neither side falls back to plain TCP: who could change an address could else read everything."""
-    if endpoint.is_tls and tls is None:
+    if endpoint.carrier == "tls" and tls is None:
         raise ValueError("it speaks TLS only, and this member has no certificate (network.certificate_file)")
-    if tls is not None and not endpoint.is_tls:
+    if tls is not None and endpoint.carrier != "tls":
         raise ValueError("it speaks no TLS, and this member speaks nothing else to other hosts")
     connection = socket.create_connection((endpoint.host, endpoint.port), timeout_s)
     try:

@@ -18,6 +18,7 @@ from megatron_distkv.transport.handshake import Greeting, HelloRefused
 from megatron_distkv.transport.hello import Hello
 from megatron_distkv.transport.link import Link, Wire
 from megatron_distkv.transport.mailbox import MessageTooLong
+from megatron_distkv.transport.nixl_link import NixlWire, nixl_package
 from megatron_distkv.transport.pool_secret import OPEN_POOL
 from megatron_distkv.transport.shared_link import DatagramWire
 from megatron_distkv.transport.stream_link import STALLED_S, StreamWire, set_options
@@ -55,7 +56,8 @@ Handler: TypeAlias = Callable[[Hello, Request], Answer]
 class Listener:
     """Accepts channels from who knows `pool` and its `secret`; each has a thread that runs `handler`.
 
-    `address`: `unix:PATH`, or `tcp://HOST:PORT`, which with `tls` speaks nothing but TLS. Raises UserError.
+    `address`: `unix:PATH`; `tcp://HOST:PORT`, which with `tls` speaks nothing but TLS; `nixl://HOST:PORT`. Raises
+    UserError.
     """
 
     def __init__(
@@ -134,8 +136,7 @@ class Listener:
         """The connection may be another one afterwards: TLS takes its place."""
         try:
             connection = self._inside_of_tls(connection)
-            wire: Wire = (StreamWire if self._address.endpoint else DatagramWire)(connection, HELLO_TIMEOUT_S)
-            greeting = Greeting(wire, self._secret)
+            greeting = Greeting(self._wire(connection), self._secret)
             hello = greeting.receive(self._pool, self._max_mailbox_bytes)
         except BaseException:
             self._forget(connection)
@@ -144,6 +145,12 @@ class Listener:
             with self._lock:
                 self._num_strangers -= 1
         return connection, hello, greeting.welcome(hello)
+
+    def _wire(self, connection: socket.socket) -> Wire:
+        if self._address.endpoint is None:
+            return DatagramWire(connection, HELLO_TIMEOUT_S)
+        is_nixl = self._address.endpoint.carrier == "nixl"
+        return (NixlWire if is_nixl else StreamWire)(connection, HELLO_TIMEOUT_S)
 
     def _inside_of_tls(self, connection: socket.socket) -> socket.socket:
         if self._address.endpoint is None:
@@ -194,6 +201,8 @@ def _listen(address: Address) -> socket.socket:
     if address.unix_path is not None:
         return _bind(Path(address.unix_path))
     assert address.endpoint is not None  # or it would be no address
+    if address.endpoint.carrier == "nixl" and nixl_package() is None:
+        raise UserError("NIXL is not installed here: pip install megatron-distkv[nixl], or leave out network.carrier")
     return _bind_host(address.endpoint)
 
 

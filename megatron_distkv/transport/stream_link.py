@@ -18,6 +18,7 @@ import torch
 
 from megatron_distkv.transport.frame import ALIGNMENT, FRAME_BYTES, Frame, aligned, unpack
 from megatron_distkv.transport.hello import MAX_HELLO_BYTES, Hello
+from megatron_distkv.transport.link import Link
 from megatron_distkv.transport.mailbox import Half, payload_size
 from megatron_distkv.transport.tensors import nbytes
 
@@ -54,6 +55,10 @@ class StreamLink:
             pieces.append(memoryview(_PADDING)[: aligned(nbytes(tensor)) - nbytes(tensor)])
         _send_all(self._connection, [piece for piece in pieces if piece.nbytes], time.monotonic() + STALLED_S)
 
+    def send_frame(self, frame: Frame) -> None:
+        """Alone: what it announces travels otherwise."""
+        _send_all(self._connection, [memoryview(frame.pack())], time.monotonic() + STALLED_S)
+
     def hear(self, timeout_s: float | None) -> Frame:
         self._connection.settimeout(timeout_s)
         began = self._connection.recv_into(self._frame)
@@ -87,6 +92,7 @@ class StreamWire:
     def __init__(self, connection: socket.socket, timeout_s: float) -> None:
         self._connection = connection
         self._timeout_s = timeout_s
+        self._max_word_bytes = MAX_HELLO_BYTES
         connection.settimeout(timeout_s)
 
     def say(self, word: bytes) -> None:
@@ -99,13 +105,13 @@ class StreamWire:
             return b""
         _receive_all(self._connection, memoryview(size)[began:], end_s)
         (num_bytes,) = _WORD_SIZE.unpack(size)
-        if num_bytes > MAX_HELLO_BYTES:
+        if num_bytes > self._max_word_bytes:
             raise ConnectionError(f"it sends a word of {num_bytes} bytes: it does not speak this protocol")
         word = bytearray(num_bytes)
         _receive_all(self._connection, memoryview(word), end_s)
         return bytes(word)
 
-    def welcome(self, word: bytes, hello: Hello) -> StreamLink:
+    def welcome(self, word: bytes, hello: Hello) -> Link:
         inbox = _memory(hello.request_bytes)
         self.say(word)
         return StreamLink(self._connection, hello.reply_bytes, inbox)
@@ -113,7 +119,7 @@ class StreamWire:
     def hear_welcome(self) -> tuple[bytes, list[int]]:
         return self.hear(), []
 
-    def link(self, fds: list[int], hello: Hello) -> StreamLink:
+    def link(self, fds: list[int], hello: Hello) -> Link:
         return StreamLink(self._connection, hello.request_bytes, _memory(hello.reply_bytes))
 
     def _end_s(self) -> float:

@@ -11,6 +11,7 @@ from megatron_distkv.engine.llm import LLM
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
 from megatron_distkv.request import Request
 from megatron_distkv.sampling_params import SamplingParams
+from megatron_distkv.transport.nixl_link import nixl_package
 from tests.conftest import MakeConfig
 from tests.rmanager.test_borrowing import random_prompt
 from tests.transport.slow_line import SlowLine
@@ -47,16 +48,19 @@ def tokens_of(llm: LLM, prompt: list[int]) -> list[int]:
     return completion.token_ids
 
 
-@pytest.mark.parametrize("is_tls", [False, True])
+@pytest.mark.parametrize("carrier", ["tcp", "tls", "nixl"])
 def test_a_prompt_longer_than_the_instance_gives_the_same_tokens(
-    is_tls: bool, start: Any, make_config: MakeConfig
+    carrier: str, start: Any, make_config: MakeConfig
 ) -> None:
+    if carrier == "nixl" and nixl_package() is None:
+        pytest.skip("NIXL is not installed: pip install megatron-distkv[nixl]")
     # Given one instance with enough memory, and two of 128 tokens that have nothing but TCP in common
     prompt = random_prompt(200)
     with LLM(make_config("enough", num_rblocks=64)) as enough:
         expected = tokens_of(enough, prompt)
-    a = start("a", network=network(is_tls=is_tls))
-    b = start("b", network=network(is_tls=is_tls))
+    ways = {"is_tls": carrier == "tls", "carrier": "nixl" if carrier == "nixl" else "tcp"}
+    a = start("a", network=network(**ways))
+    b = start("b", network=network(**ways))
 
     # When one of the two is asked
     request = Request("long", prompt, GREEDY)

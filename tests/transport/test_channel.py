@@ -73,7 +73,7 @@ time.sleep(60)
 """
 
 
-@pytest.fixture(params=["unix", "tcp"])
+@pytest.fixture(params=["unix", "tcp", "nixl"])
 def other(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     address = make_way(request.param, tmp_path).listen
     process = subprocess.Popen([sys.executable, "-c", OTHER_PROCESS, address], stdout=subprocess.PIPE, text=True)

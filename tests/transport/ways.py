@@ -6,10 +6,13 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import NamedTuple
 
+import pytest
+
 from megatron_distkv.transport import OPEN_POOL, Channel, Hello, Tls, connect, load_tls
+from megatron_distkv.transport.nixl_link import nixl_package
 from tests.ledger.tls_server import make_authority, make_certificate
 
-WAYS = ("unix", "tcp", "tls")
+WAYS = ("unix", "tcp", "tls", "nixl")
 
 
 class Way(NamedTuple):
@@ -27,6 +30,10 @@ def make_way(kind: str, directory: Path) -> Way:
     if kind == "unix":
         return Way(f"unix:{directory}/way.sock", f"unix:{directory}/way.sock")
     port = free_port()
+    if kind == "nixl":
+        if nixl_package() is None:
+            pytest.skip("NIXL is not installed: pip install megatron-distkv[nixl]")
+        return Way(f"nixl://127.0.0.1:{port}", f"nixl://127.0.0.1:{port}")
     if kind == "tcp":
         return Way(f"tcp://127.0.0.1:{port}", f"tcp://127.0.0.1:{port}")
     return Way(f"tcp://127.0.0.1:{port}", f"tls://localhost:{port}", member_tls())
