@@ -118,7 +118,8 @@ class Listener:
         hello = None
         try:
             connection, hello, link = self._greet(connection)
-            self._answer_all(link, hello)
+            with contextlib.closing(link):
+                self._answer_all(link, hello)
         except HelloRefused as refused:
             logger.warning("refusing a channel from %s: %s", refused.peer, refused)
         except OSError as error:
@@ -138,13 +139,13 @@ class Listener:
             connection = self._inside_of_tls(connection)
             greeting = Greeting(self._wire(connection), self._secret)
             hello = greeting.receive(self._pool, self._max_mailbox_bytes)
+            return connection, hello, greeting.welcome(hello)
         except BaseException:
             self._forget(connection)
             raise
         finally:
             with self._lock:
                 self._num_strangers -= 1
-        return connection, hello, greeting.welcome(hello)
 
     def _wire(self, connection: socket.socket) -> Wire:
         if self._address.endpoint is None:

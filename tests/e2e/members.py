@@ -18,7 +18,7 @@ from megatron_distkv.engine.addresses import request_socket
 from megatron_distkv.messages import NewRequest, RequestKV, TokenOutput, decode
 from megatron_distkv.sampling_params import SamplingParams
 
-START_TIMEOUT_S = 90.0
+START_TIMEOUT_S = 180.0
 _ENVIRONMENT = {"PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1", "DISTKV_SECRET": "correct horse battery staple"}
 
 
@@ -33,7 +33,7 @@ class Members:
     def __init__(self, model: Path, directory: Path, ledger_url: str) -> None:
         self.directory = directory
         self._model = model
-        self._ledger = {"url": ledger_url, "heartbeat_interval_s": 0.1, "lease_s": 2.0}
+        self._ledger = {"url": ledger_url, "heartbeat_interval_s": 0.1, "lease_s": 5.0}
         self._stack = ExitStack()
         self._children: dict[str, Child] = {}
 
@@ -56,7 +56,6 @@ class Members:
             "run_dir": self.directory,
             "kv_cache": {"num_rblocks": 16, "rblock_size": 8},
             "scheduler": {"max_batched_tokens": 48},
-            "lending": {"deadline_s": 2.0},
             "ledger": self._ledger,
             **rooms,
         }

@@ -24,7 +24,6 @@ def hosts() -> Iterator[TwoHosts]:
         yield two
 
 
-@pytest.mark.timeout(200)
 def test_a_bad_line_and_a_partition(
     hosts: TwoHosts, byte_llama: Path, reference: Reference, server: EmbeddedServer, tmp_path: Path
 ) -> None:
@@ -37,7 +36,7 @@ def test_a_bad_line_and_a_partition(
     except NotHere as why:
         print(f"without delay and loss: {why}")
     with Members(byte_llama, tmp_path, server.url) as members:
-        members.start_instance("a", within=hosts.within(0), network=network(0, PORT))
+        members.start_instance("a", within=hosts.within(0), network=network(0, PORT), lending={"deadline_s": 2.0})
         members.start_lender("near", 40, within=hosts.within(0), network=network(0, PORT + 1))
         members.start_lender("far", 60, within=hosts.within(1), network=network(1, PORT))
         members.wait()

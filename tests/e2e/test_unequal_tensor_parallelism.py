@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import pytest
-
 from megatron_distkv.ledger import open_ledger
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
 from tests.e2e.conftest import OWN_TOKENS, Reference
@@ -13,7 +11,6 @@ from tests.transport.test_across_hosts import network
 from tests.transport.ways import free_port
 
 
-@pytest.mark.timeout(200)
 def test_both_directions_give_the_same_tokens(
     byte_llama: Path, reference: Reference, server: EmbeddedServer, tmp_path: Path
 ) -> None:

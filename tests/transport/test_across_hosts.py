@@ -153,7 +153,7 @@ def test_a_partition_is_recovered_like_a_lost_creditor(start: Any, line: Any, ma
     many = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
     with LLM(make_config("enough", num_rblocks=64)) as enough:
         (expected,) = enough.generate([prompt], many)
-    a = start("a", network=network(), lending={"deadline_s": 0.5})
+    a = start("a", network=network(), lending={"deadline_s": 1.0})
     cable, far = line()
     b = start("b", network=far)
     request = Request("long", prompt, many)

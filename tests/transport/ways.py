@@ -1,5 +1,6 @@
 """The ways for two processes to talk: what the contract of channels is tested over."""
 
+import os
 import socket
 from functools import cache
 from pathlib import Path
@@ -33,6 +34,7 @@ def make_way(kind: str, directory: Path) -> Way:
     if kind == "nixl":
         if nixl_package() is None:
             pytest.skip("NIXL is not installed: pip install megatron-distkv[nixl]")
+        os.environ.setdefault("UCX_TLS", "tcp,self")  # as between hosts; UCX would share memory on this one
         return Way(f"nixl://127.0.0.1:{port}", f"nixl://127.0.0.1:{port}")
     if kind == "tcp":
         return Way(f"tcp://127.0.0.1:{port}", f"tcp://127.0.0.1:{port}")
