@@ -13,6 +13,7 @@ from megatron_distkv.transport import OPEN_POOL, Channel, Hello, Tls, connect, l
 from megatron_distkv.transport.nixl_link import nixl_package
 from tests.ledger.tls_server import make_authority, make_certificate
 
+os.environ.setdefault("UCX_TLS", "tcp,self")  # NIXL as between hosts: it would share memory on this one
 WAYS = ("unix", "tcp", "tls", "nixl")
 
 
@@ -34,7 +35,6 @@ def make_way(kind: str, directory: Path) -> Way:
     if kind == "nixl":
         if nixl_package() is None:
             pytest.skip("NIXL is not installed: pip install megatron-distkv[nixl]")
-        os.environ.setdefault("UCX_TLS", "tcp,self")  # as between hosts; UCX would share memory on this one
         return Way(f"nixl://127.0.0.1:{port}", f"nixl://127.0.0.1:{port}")
     if kind == "tcp":
         return Way(f"tcp://127.0.0.1:{port}", f"tcp://127.0.0.1:{port}")
