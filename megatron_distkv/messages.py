@@ -28,13 +28,17 @@ def decode(data: bytes, kind: type[_T]) -> _T:
 
 
 class NewRequest(msgspec.Struct, frozen=True, tag="new"):
-    """`output_token_ids`: what another instance has computed and the client has seen; only what follows is sent."""
+    """`output_token_ids`: what another instance has computed and the client has seen; only what follows is sent.
+
+    `adoption_id`: under which that other instance has handed this request's KV over to this one.
+    """
 
     request_id: str
     prompt_token_ids: list[int]
     sampling: SamplingParams
     eos_token_ids: list[int] = []
     output_token_ids: list[int] = []
+    adoption_id: str = ""
 
 
 class AbortRequest(msgspec.Struct, frozen=True, tag="abort"):
@@ -98,6 +102,17 @@ class RequestRefused(msgspec.Struct, frozen=True, tag="refused"):
     message: str
 
 
+class HandedOver(msgspec.Struct, frozen=True, tag="handed_over"):
+    """The instance leaves and has nothing more to say of this request.
+
+    `successor` has its KV, for who names the `adoption_id` within a few seconds; "": nobody has, ask another.
+    """
+
+    request_id: str
+    successor: str = ""
+    adoption_id: str = ""
+
+
 class InstanceStatus(msgspec.Struct, frozen=True, tag="instance_status"):
     query_id: int
     instance_id: str
@@ -114,7 +129,7 @@ class InstanceStatus(msgspec.Struct, frozen=True, tag="instance_status"):
 
 
 ToInstance = NewRequest | AbortRequest | StatusQuery | DrainInstance
-FromInstance = TokenOutput | RequestRefused | InstanceStatus
+FromInstance = TokenOutput | RequestRefused | HandedOver | InstanceStatus
 
 # --------------------------------------------------------------------------------- instance <-> instance
 
@@ -132,6 +147,9 @@ class MessageKind(IntEnum):
     FETCH = 9  # debtor's rank r -> creditor's rank r: KV bytes of borrowed rBlocks, back home
     PROBE = 13  # any member -> another's leader: how long is the way? Any payload; the answer is empty
     STOP = 8  # an instance's leader -> its own followers: exit
+    PREPARE = 10  # a leaving instance's leader -> its successor's: room for a request
+    ADOPT = 11  # a leaving instance's leader -> its successor's: the request, whose rBlocks are stored
+    INHERIT = 12  # the successor's leader -> a creditor's leader: a loan of the one that leaves, in its own name
 
 
 class Refusal(StrEnum):
@@ -173,6 +191,49 @@ class ReleaseHeader(msgspec.Struct, frozen=True):
     debtor: str
 
 
+class PrepareHeader(msgspec.Struct, frozen=True):
+    """Room for `num_rblocks` in all. Asked again, more are added. Answer: `LendReply`, all of them in order."""
+
+    adoption_id: str
+    num_rblocks: Count
+
+
+class InheritedSpan(msgspec.Struct, frozen=True):
+    """rBlocks `first ..` of the request at `creditor`, lent to the one that leaves as `loan_id`."""
+
+    first: Count
+    block_ids: list[BlockId]
+    creditor: str
+    address: str
+    loan_id: str
+
+
+class AdoptHeader(msgspec.Struct, frozen=True):
+    """A request in mid-flight, less its tokens: those come from the gateway, which knows them. Answer: `Acknowledge`.
+
+    `here`: rBlock of the request -> physical id at the successor. `lost`: positions `[start, stop)` without their KV.
+    """
+
+    adoption_id: str
+    num_prompt_tokens: Count
+    num_output_tokens: Count
+    num_computed_tokens: Count
+    lost: list[tuple[Count, Count]]
+    sampling_seed: int
+    age_s: float
+    kv: RequestKV
+    here: dict[Count, BlockId]
+    elsewhere: list[InheritedSpan]
+
+
+class InheritHeader(msgspec.Struct, frozen=True):
+    """Who knows a loan's id may take it over. Answer: `LendReply`, all its rBlocks in order."""
+
+    loan_id: str
+    new_loan_id: str
+    heir_epoch: Serial
+
+
 class StoreHeader(msgspec.Struct, frozen=True):
     """Payload: the rBlocks' bytes, `[num_rblocks, layers, kv_heads, 2, rblock_size, head_dim]`, in the pool's dtype."""
 
@@ -208,9 +269,13 @@ class QueryHeader(msgspec.Struct, frozen=True):
 
 
 class Acknowledge(msgspec.Struct, frozen=True):
-    """Answer to STORE, FETCH, QUERY, RELEASE, GRANT and REVOKE: refusal None means done."""
+    """Answer to STORE, FETCH, QUERY, RELEASE, ADOPT, GRANT and REVOKE: refusal None means done.
+
+    `held_back_s`: for so long the query waited because the creditor has work of its own.
+    """
 
     refusal: Refusal | None = None
+    held_back_s: float = 0.0
 
 
 class GrantHeader(msgspec.Struct, frozen=True):

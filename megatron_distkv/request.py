@@ -11,6 +11,7 @@ from megatron_distkv.sampling_params import SamplingParams
 class RequestStatus(StrEnum):
     WAITING = "waiting"
     RUNNING = "running"
+    LEAVING = "leaving"  # stands still: the last of it goes to another instance
     FINISHED = "finished"
 
 
@@ -61,6 +62,11 @@ class Request:
             self.sampling_seed = self.sampling.seed
         if self.output_token_ids:  # another instance computed them, and is gone
             self.num_recomputed_tokens = self.num_tokens_at_losses = self.num_tokens - 1
+
+    @property
+    def importance(self) -> tuple[int, float]:
+        """Sorts the most important, earliest request first."""
+        return self.sampling.priority, self.arrival_s
 
     @property
     def num_tokens(self) -> int:

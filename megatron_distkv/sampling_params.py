@@ -16,6 +16,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     seed: int | None = None  # the same seed and prompt give the same tokens, wherever the rBlocks lie
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    priority: int = 0  # who gets memory first, and is preempted last: lower is more important, as in vLLM
     logprobs: int | None = None  # also report this many top log-probabilities per output token (0: the chosen one only)
 
     def __post_init__(self) -> None:
@@ -24,6 +25,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         _require(self.top_k >= 0, f"top_k must be 0 (off) or positive, got {self.top_k}")
         _require(0.0 < self.top_p <= 1.0, f"top_p must be in (0, 1], got {self.top_p}")
         _require(0.0 <= self.min_p <= 1.0, f"min_p must be in [0, 1], got {self.min_p}")
+        _require(abs(self.priority) < 1 << 31, f"priority must have at most 31 bits, got {self.priority}")
         _require(
             self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
             f"logprobs must be between 0 and {MAX_LOGPROBS}, got {self.logprobs}",

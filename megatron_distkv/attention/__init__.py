@@ -2,6 +2,7 @@
 
 from megatron_distkv.attention.context_parallel import ContextShard, context_attention
 from megatron_distkv.attention.creditor import Creditor
+from megatron_distkv.attention.deadlines import Deadlines
 from megatron_distkv.attention.debtor import Debtor
 from megatron_distkv.attention.dist_attention import DistAttention
 from megatron_distkv.attention.forward_context import ForwardContext, forward_context
@@ -13,12 +14,14 @@ from megatron_distkv.attention.partial import Partial, merge_partials
 from megatron_distkv.attention.rotary import RotaryConfig
 from megatron_distkv.attention.shard_order import ShardOrder
 from megatron_distkv.attention.split_channel import Line, Part, SplitChannel
+from megatron_distkv.attention.step_share import StepShare
 from megatron_distkv.attention.verification import Verification
 
 __all__ = [
     "AttentionMetadata",
     "ContextShard",
     "Creditor",
+    "Deadlines",
     "Debtor",
     "DistAttention",
     "ForwardContext",
@@ -33,6 +36,7 @@ __all__ = [
     "SequenceSlice",
     "ShardOrder",
     "SplitChannel",
+    "StepShare",
     "Verification",
     "build_metadata",
     "context_attention",

@@ -11,6 +11,7 @@ from megatron_distkv.attention.debtor import wire_dtype
 from megatron_distkv.attention.head_share import HeadShare, attend_heads
 from megatron_distkv.attention.loan_table import Access, LoanTable
 from megatron_distkv.attention.shares import ShareIndex, index_shares, measure_query_us
+from megatron_distkv.attention.step_share import StepShare
 from megatron_distkv.errors import DistkvError
 from megatron_distkv.log import get_logger
 from megatron_distkv.messages import Acknowledge, FetchHeader, QueryHeader, QueryShare, Refusal, StoreHeader, decode
@@ -40,13 +41,15 @@ class Creditor:
         num_query_heads: int,
         model_dtype: torch.dtype,
         scale: float,
+        share: StepShare | None = None,
         *,
         rank: int = 0,
         num_ranks: int = 1,
     ) -> None:
         """`pool_BLK2ND` holds the heads of rank `rank` of `num_ranks`. Debtors may be cut otherwise."""
-        self._share = HeadShare(rank, num_ranks, pool_BLK2ND.shape[2] * num_ranks)
+        self._holds = HeadShare(rank, num_ranks, pool_BLK2ND.shape[2] * num_ranks)
         self._group = num_query_heads // pool_BLK2ND.shape[2]
+        self._share = share or StepShare()
         self._pool = pool_BLK2ND
         self._loans = loan_table
         self._num_query_heads = num_query_heads
@@ -76,10 +79,13 @@ class Creditor:
         heads = self._heads_of(hello)
         shape = (prepared.index.num_rows, (heads.stop - heads.start) * self._group, self._pool.shape[-1])
         (q_THD,) = read_tensors(request.payload, [TensorSpec(shape, self._model_dtype)])
-        out, lse = attend_heads(q_THD, self._pool, header.layer, prepared.index, self._scale, heads)
+        with self._share.turn() as held_back_s:
+            out, lse = attend_heads(q_THD, self._pool, header.layer, prepared.index, self._scale, heads)
         if self._loans.version != prepared.version and not self._may_query(hello, prepared.shares):
             return _acknowledge(Refusal.UNKNOWN_LOAN)  # a loan ended while we computed: the rBlocks may be another's
-        return Answer(msgspec.msgpack.encode(Acknowledge()), [out.to(wire_dtype(self._model_dtype)), lse])
+        return Answer(
+            msgspec.msgpack.encode(Acknowledge(None, held_back_s)), [out.to(wire_dtype(self._model_dtype)), lse]
+        )
 
     def store(self, hello: Hello, request: Request) -> Answer:
         """Take in migrated rBlocks (contract: messages.StoreHeader)."""
@@ -114,10 +120,10 @@ class Creditor:
 
     def _heads_of(self, hello: Hello) -> slice:
         """This rank's heads that are the debtor rank's too; raises DistkvError where there are none."""
-        num_heads = self._share.num_kv_heads
+        num_heads = self._holds.num_kv_heads
         if num_heads % hello.num_ranks or hello.rank >= hello.num_ranks:
             raise DistkvError(f"rank {hello.rank} of {hello.num_ranks} has no part of {num_heads} KV heads")
-        heads = self._share.common_with(HeadShare(hello.rank, hello.num_ranks, num_heads))
+        heads = self._holds.common_with(HeadShare(hello.rank, hello.num_ranks, num_heads))
         if heads.start == heads.stop:
             raise DistkvError(f"rank {hello.rank} of {hello.num_ranks} has no KV heads at this rank")
         return heads

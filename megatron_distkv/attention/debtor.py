@@ -7,6 +7,7 @@ from typing import Protocol
 import msgspec
 import torch
 
+from megatron_distkv.attention.deadlines import Deadlines
 from megatron_distkv.attention.host_memory import HostMemory
 from megatron_distkv.attention.metadata import RemoteShare
 from megatron_distkv.attention.partial import Partial
@@ -22,6 +23,8 @@ class Exchange(Protocol):
 
     def post(self, kind: int, header: bytes, payload: Sequence[torch.Tensor] = ()) -> None: ...
     def wait(self, deadline_s: float) -> Reply: ...
+    def is_answered(self, within_s: float) -> bool: ...
+    def give_up(self, reason: str) -> PeerLost: ...
 
 
 def wire_dtype(model_dtype: torch.dtype) -> torch.dtype:
@@ -41,8 +44,13 @@ class Debtor:
         deadline_s: float,
         host: HostMemory | None = None,
         verification: Verification | None = None,
+        deadlines: Deadlines | None = None,
     ) -> None:
-        """`host`: the instance's own host memory, for rBlocks whose creditor is `HOST`."""
+        """`host`: the instance's own host memory, for rBlocks whose creditor is `HOST`.
+
+        Without `deadlines` a creditor is lost after `deadline_s`, and not before, unless its channel ends.
+        """
+        self._deadlines = deadlines
         self._channels = channels
         self._host = host
         self._deadline_s = deadline_s
@@ -53,6 +61,7 @@ class Debtor:
         self._spec: tuple[TensorSpec, ...] = ()
         self.lost: dict[str, str] = {}
         self.waited_s = 0.0  # for answers, in this step
+        self.held_back_s: dict[str, float] = {}  # by creditor: of that, because it has work of its own
 
     def begin_step(self, step: int, remote: dict[str, RemoteShare]) -> None:
         self._step = step
@@ -61,6 +70,7 @@ class Debtor:
             self._host.begin_step(remote.get(HOST))
         self.lost = {}
         self.waited_s = 0.0
+        self.held_back_s = {}
 
     def ask(self, layer: int, q_THD: torch.Tensor) -> None:
         """Send each creditor its query rows."""
@@ -93,9 +103,10 @@ class Debtor:
 
     def _answer(self, creditor: str) -> Partial:
         reply = self._wait(creditor)
-        refusal = decode(reply.header, Acknowledge).refusal
-        if refusal is not None:
-            raise PeerLost(creditor, f"refused a query: {refusal.value}")
+        done = decode(reply.header, Acknowledge)
+        if done.refusal is not None:
+            raise PeerLost(creditor, f"refused a query: {done.refusal.value}")
+        self.held_back_s[creditor] = self.held_back_s.get(creditor, 0.0) + done.held_back_s
         rows_R = self._remote[creditor].rows_R
         num_heads, head_dim = self._heads
         out, lse = read_tensors(
@@ -115,9 +126,23 @@ class Debtor:
     def _wait(self, creditor: str) -> Reply:
         began_s = time.monotonic()
         try:
-            return self._channels[creditor].wait(self._deadline_s)
+            self._raise_if_dead(creditor)
+            reply = self._channels[creditor].wait(self._deadline_s - (time.monotonic() - began_s))
         finally:
             self.waited_s += time.monotonic() - began_s
+        if self._deadlines is not None:
+            self._deadlines.note(creditor, time.monotonic() - began_s)
+        return reply
+
+    def _raise_if_dead(self, creditor: str) -> None:
+        """Returns when it has answered, or when it has not and says that it lives."""
+        deadlines, channel = self._deadlines, self._channels[creditor]
+        if deadlines is None or (after_s := deadlines.doubtful_after_s(creditor)) >= self._deadline_s:
+            return
+        if not channel.is_answered(after_s) and not deadlines.is_alive(creditor) and not channel.is_answered(0.0):
+            raise channel.give_up(f"no answer within {after_s:.1f} s, and no sign of life")
 
     def _note_lost(self, creditor: str, error: DistkvError) -> None:
+        if self._deadlines is not None:
+            self._deadlines.forget(creditor)
         self.lost[creditor] = error.reason if isinstance(error, PeerLost) else str(error)

@@ -7,7 +7,7 @@ import torch
 from megatron_distkv.attention.metadata import RemoteShare
 from megatron_distkv.attention.partial import Partial
 from megatron_distkv.attention.shares import ShareIndex, attend_shares, index_shares, measure_query_us
-from megatron_distkv.ops import scatter_rblocks
+from megatron_distkv.ops import gather_rblocks, scatter_rblocks
 
 
 class HostMemory:
@@ -21,6 +21,10 @@ class HostMemory:
 
     def store(self, data_MLK2ND: torch.Tensor, block_ids: Sequence[int]) -> None:
         scatter_rblocks(data_MLK2ND.to(self._pool.device), self._pool, torch.tensor(block_ids, dtype=torch.int64))
+
+    def load(self, block_ids: Sequence[int]) -> torch.Tensor:
+        """A copy: `[M, layers, KV heads, 2, slots, head_dim]`."""
+        return gather_rblocks(self._pool, torch.tensor(block_ids, dtype=torch.int64))
 
     def warm_up(self, num_query_heads: int, dtype: torch.dtype) -> float:
         """What a query costs here, measured before any rBlock is in use."""

@@ -8,6 +8,7 @@ import msgspec
 import torch
 
 from megatron_distkv.attention.debtor import wire_dtype
+from megatron_distkv.errors import PeerLost
 from megatron_distkv.messages import Acknowledge, FetchHeader, MessageKind, decode
 from megatron_distkv.transport import Reply, TensorSpec, pack_tensors, read_tensors
 
@@ -22,6 +23,8 @@ class Line(Protocol):
     def is_open(self) -> bool: ...
     def post(self, kind: int, header: bytes, payload: Sequence[torch.Tensor] = ()) -> None: ...
     def wait(self, deadline_s: float) -> Reply: ...
+    def is_answered(self, within_s: float) -> bool: ...
+    def give_up(self, reason: str) -> PeerLost: ...
     def call(self, kind: int, header: bytes, payload: Sequence[torch.Tensor] = (), *, deadline_s: float) -> Reply: ...
     def close(self) -> None: ...
 
@@ -76,6 +79,16 @@ class SplitChannel:
         except BaseException:
             self.close()
             raise
+
+    def is_answered(self, within_s: float) -> bool:
+        """By all that were asked."""
+        end_s = time.monotonic() + within_s
+        return all(part.channel.is_answered(max(0.0, end_s - time.monotonic())) for part in self._asked)
+
+    def give_up(self, reason: str) -> PeerLost:
+        lost = self._parts[0].channel.give_up(reason)
+        self.close()
+        return lost
 
     def call(self, kind: int, header: bytes, payload: Sequence[torch.Tensor] = (), *, deadline_s: float) -> Reply:
         self.post(kind, header, payload)

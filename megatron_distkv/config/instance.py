@@ -43,11 +43,21 @@ class LendingConfig(FrozenConfig):
     recall_patience_s: float = Field(1.0, ge=0.0)
     """rBlocks that a creditor wants back come home; without room for them for this long, they are computed again."""
     deadline_s: float = Field(10.0, gt=0)
-    """A creditor that does not answer within this time is lost; its requests are recomputed."""
+    """A creditor that does not answer within this time is lost; what lay there is recomputed."""
+    min_deadline_s: float = Field(2.0, gt=0)
+    """One that usually answers much more quickly is asked whether it lives, after this time at the soonest, and is lost
+    if it does not answer that within the same time. As long as `deadline_s`: nobody is asked."""
+    max_step_share: float = Field(0.5, gt=0.0, le=1.0)
+    """While this instance computes its own requests, queries of debtors may take this share of its time; those beyond
+    it wait, and their debtors are told. 1: no bound."""
 
     verify_one_in: int = Field(0, ge=0)
     """One in so many partial results of creditors is computed again here, from a copy of the borrowed rBlocks, and
     compared; what comes back is compared with what was sent. A mismatch is an alarm. 0: only NaN and infinity are."""
+
+    def max_lent(self, num_rblocks: int) -> int:
+        """rBlocks of a pool of so many that may be lent at one time."""
+        return int(num_rblocks * self.lendable_fraction) if self.enabled else 0
 
 
 class LedgerConfig(FrozenConfig):

@@ -135,7 +135,3 @@ class ModelConfig(FrozenConfig):
     def mlp_hidden_size(self) -> int:
         """Width of the MLPs that there are: an expert's, or the dense one's."""
         return self.ffn_hidden_size if self.mixture is None else self.mixture.ffn_hidden_size
-
-    def kv_bytes_per_token(self) -> int:
-        """K and V of all layers, over all tensor-parallel ranks."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * (4 if self.dtype == "fp32" else 2)

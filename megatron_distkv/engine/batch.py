@@ -16,13 +16,14 @@ class Slice(msgspec.Struct, frozen=True):
 
 
 class StepPlan(msgspec.Struct, frozen=True):
-    """One step: first the moves, then the pulls, then a forward pass over the slices' tokens, one after the other."""
+    """One step: the moves, the pulls, the pushes, then a forward pass over the slices' tokens, one after the other."""
 
     step: int
     token_ids: list[int]
     slices: list[Slice]
     moves: list[Move]
     pulls: list[Pull]
+    pushes: list[Move]  # copies for a successor
     creditors: dict[str, str]  # address by creditor, for each that some span names
 
     @property

@@ -7,32 +7,29 @@ import torch.distributed as dist
 
 from megatron_distkv.config.instance import LONELY_LEDGER, InstanceConfig
 from megatron_distkv.engine.addresses import rank_address, request_socket
+from megatron_distkv.engine.admission import Admission
+from megatron_distkv.engine.adopting import Adopting
 from megatron_distkv.engine.batch import Slice, StepPlan
 from megatron_distkv.engine.closing import close_in_order
+from megatron_distkv.engine.departure import Departure
 from megatron_distkv.engine.doors import Doors, advertised_address, warn_of_open_doors
 from megatron_distkv.engine.followers import FollowerRanks
+from megatron_distkv.engine.handover import Handover
 from megatron_distkv.engine.instance_secret import share_instance_secret
 from megatron_distkv.engine.lender_desk import LenderDesk
 from megatron_distkv.engine.membership import Membership
 from megatron_distkv.engine.model_runner import StepResult
 from megatron_distkv.engine.rank import Rank
+from megatron_distkv.engine.reporting import Reporting
 from megatron_distkv.engine.sampler import SampledToken, sample
 from megatron_distkv.engine.scheduler import Scheduled, Scheduler
 from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
-from megatron_distkv.ledger import (
-    HOST_RBLOCKS,
-    WAYS,
-    DebtLedger,
-    InstanceReport,
-    InstanceState,
-    Move,
-    RequestPlacementEntry,
-    write_ways,
-)
+from megatron_distkv.ledger import HOST_RBLOCKS, WAYS, DebtLedger, Move, WayCost, write_ways
 from megatron_distkv.log import get_logger
-from megatron_distkv.messages import InstanceStatus, RequestRefused, TokenOutput
+from megatron_distkv.messages import HandedOver, InstanceStatus, RequestRefused, TokenOutput
 from megatron_distkv.request import FinishReason, Request
 from megatron_distkv.rmanager import (
+    Adoptions,
     Borrowing,
     Heartbeat,
     LateReleases,
@@ -40,6 +37,7 @@ from megatron_distkv.rmanager import (
     NoFollowers,
     PoolOutlook,
     RManager,
+    SuccessorDesk,
     Ways,
 )
 
@@ -60,57 +58,26 @@ class Instance:
         self._rank = rank
         self._ledger = ledger
         cache, lending = config.kv_cache, config.lending
-        max_lent = int(cache.num_rblocks * lending.lendable_fraction) if lending.enabled else 0
-        self._allocator = RBlockAllocator(cache.num_rblocks, max_lent)
+        self._allocator = RBlockAllocator(cache.num_rblocks, lending.max_lent(cache.num_rblocks))
+        self._host = RBlockAllocator(cache.num_host_rblocks, max_lent=0)
         self._membership = self._make_membership(ledger)
         if config.ledger.url != LONELY_LEDGER:
             warn_of_open_doors(config.network, rank.secret, config.ledger.pool)
         self._followers = self._connect_followers()
-        self._ways = Ways(
-            ledger,
-            rank.identity,
-            rank.shape,
-            rank.peers.dial,
-            lambda ways: self._membership.describe(**{WAYS: write_ways(ways)}),
-            lending.deadline_s,
-        )
+        self._ways = self._make_ways()
         outlook = PoolOutlook(ledger, rank.identity, rank.peers, enabled=lending.enabled, ways=self._ways)
         late_releases = LateReleases(ledger, rank.identity)
         self._borrowing = Borrowing(ledger, rank.identity, rank.peers, outlook, late_releases, lending.deadline_s)
-        self._lending = Lending(
-            self._allocator,
-            ledger,
-            rank.identity,
-            rank.loan_table,
-            self._followers or NoFollowers(),
-            in_debt=lambda: self._borrowing.num_borrowed > 0,
-        )
-        self._host = RBlockAllocator(cache.num_host_rblocks, max_lent=0)
+        self._lending = self._make_lending(ledger)
         self.rmanager = RManager(self._allocator, self._host, self._borrowing, outlook, lending, cache.rblock_size)
         self.scheduler = Scheduler(config.scheduler, self.rmanager)
-        self._desk = LenderDesk(self._lending, rank.creditor)
-        self._doors = Doors(
-            config.network,
-            rank_address(config.run_dir, config.instance_id, 0),
-            0,
-            config.ledger.pool,
-            self._desk.answer,
-            secret=rank.secret,
-            on_disconnect=rank.creditor.forget,
-        )
-        self._heartbeat = Heartbeat(
-            ledger,
-            rank.identity,
-            config.ledger,
-            self._lending,
-            late_releases,
-            self._membership.join,
-            lambda: self._report,
-        )
-        self._drained_by_s: float | None = None
-        self.num_steps = 0
-        self.num_computed_tokens = 0
-        self._report = InstanceReport(0)
+        self._admission = Admission(self.model, self.scheduler, self.rmanager)
+        self._reporting = self._make_reporting()
+        self._adoptions = self._make_adoptions()
+        self._adopting = self._make_adopting()
+        self._departure = self._make_departure()
+        self._doors = self._open_doors()
+        self._heartbeat = self._make_heartbeat(late_releases)
         self._membership.join()
         self._heartbeat.start()
         if lending.enabled and config.ledger.url != LONELY_LEDGER:
@@ -120,47 +87,31 @@ class Instance:
 
     def refuse(self, request: Request) -> RequestRefused | None:
         """Why this request cannot be taken, before any work is done."""
-        longest = self.rmanager.longest_context_tokens()
-        if self.model.max_context_tokens is not None:
-            longest = min(longest, self.model.max_context_tokens)
-        if request.max_total_tokens > longest:
-            return RequestRefused(
-                request.request_id,
-                "too_long",
-                f"prompt ({len(request.prompt_token_ids)} tokens) and max_tokens ({request.sampling.max_tokens}) need "
-                f"a context of {request.max_total_tokens} tokens; the longest that fits now is {longest}",
-            )
-        if any(not 0 <= token < self.model.vocab_size for token in request.prompt_token_ids):
-            sentence = f"a token id of the prompt is outside of the vocabulary of {self.model.vocab_size}"
-            return RequestRefused(request.request_id, "bad_request", sentence)
-        if self.scheduler.find(request.request_id) is not None:
-            return RequestRefused(request.request_id, "bad_request", "a request of this id is not finished yet")
-        if not request.prompt_token_ids:
-            return RequestRefused(request.request_id, "bad_request", "the prompt is empty: it needs at least one token")
-        if self._drained_by_s is not None:
-            return RequestRefused(request.request_id, "draining", "this instance is about to leave")
-        if self.scheduler.is_full:
-            sentence = f"{len(self.scheduler.waiting)} requests wait already; try again later"
-            return RequestRefused(request.request_id, "queue_full", sentence)
-        return None
+        return self._admission.refuse(request)
 
     def add(self, request: Request) -> None:
         self.scheduler.add(request)
 
+    def adopt(self, request: Request, adoption_id: str) -> bool:
+        """Go on with a request that another instance has handed over; False: it has not, to this one."""
+        return self._adopting.adopt(request, adoption_id)
+
+    def take_farewells(self) -> list[HandedOver]:
+        """Requests that go on elsewhere since the last time."""
+        return self._departure.take_farewells()
+
     def drain(self, within_s: float) -> None:
         """Take nothing new and give back what is lent; `is_drained` says when it may end."""
-        self._drained_by_s = time.monotonic() + within_s
-        self._lending.draining = True
-        self._update_report()
+        self._departure.begin(within_s)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return self._departure.is_under_way or not self.scheduler.is_idle
 
     @property
     def is_drained(self) -> bool:
-        """Nothing runs and nothing is lent, or the time for that is over: gateways go on elsewhere."""
-        if self._drained_by_s is None:
-            return False
-        self.rmanager.reclaim_all()
-        is_empty = self.scheduler.is_idle and self._allocator.num_lent == 0
-        return is_empty or time.monotonic() > self._drained_by_s
+        return self._departure.is_over
 
     def abort(self, request_id: str) -> None:
         request = self.scheduler.find(request_id)
@@ -173,15 +124,20 @@ class Instance:
         """Compute the next tokens of the running requests; returns what came out."""
         self._raise_if_superseded()
         self._follow_orders()
+        self._departure.begin_step()
         scheduled = self.scheduler.schedule()
         plan = self._plan(scheduled)
+        began_s = time.monotonic()
         result = self._run(plan)
         sampled = self._sample(scheduled, result)  # before anything counts as lost: the plan's logit rows count on it
         self.scheduler.charge_wait(scheduled, result.waited_s)
+        self.rmanager.note_held_back(result.held_back_s, time.monotonic() - began_s)
         spoiled = self._lose_creditors(result)
         self.rmanager.end_step()
         outputs = self.scheduler.update([item for item in scheduled if item.request not in spoiled], sampled)
-        self._update_report()
+        self._departure.end_step(result.lost)
+        self._adoptions.expire()
+        self._reporting.update()
         return outputs
 
     def _plan(self, scheduled: list[Scheduled]) -> StepPlan:
@@ -195,14 +151,16 @@ class Instance:
             token_ids.extend(request.token_ids(start, end))
             slices.append(Slice(start, end, self.rmanager.spans_before(request, end), item.needs_logits))
             creditors.update({x.creditor: x.address for x in self._borrowing.loans_of(request.request_id)})
-        return StepPlan(self.num_steps, token_ids, slices, *self.rmanager.take_moves(), creditors)
+        return StepPlan(
+            self._reporting.num_steps, token_ids, slices, *self.rmanager.take_moves(), self._departure.plan(), creditors
+        )
 
     def _run(self, plan: StepPlan) -> StepResult:
-        if not plan.token_ids and not plan.moves and not plan.pulls:
+        if not (plan.token_ids or plan.moves or plan.pulls or plan.pushes):
             time.sleep(0 if self.scheduler.is_idle else NO_ROOM_PAUSE_S)
             return StepResult(None, {})
-        self.num_steps += 1
-        self.num_computed_tokens += len(plan.token_ids)
+        self._reporting.num_steps += 1
+        self._reporting.num_computed_tokens += len(plan.token_ids)
         if self._followers is None:
             return self._rank.runner.run(plan)
         self._followers.begin_step(plan)
@@ -265,48 +223,102 @@ class Instance:
         address = advertised_address(config.network, config.run_dir, config.instance_id, rank.parallel.size)
         return Membership(ledger, rank.identity, config.ledger, address, self._allocator, rank.shape, info)
 
+    def _make_lending(self, ledger: DebtLedger) -> Lending:
+        rank, followers = self._rank, self._followers or NoFollowers()
+        return Lending(self._allocator, ledger, rank.identity, rank.loan_table, followers, in_debt=self._is_in_debt)
+
+    def _is_in_debt(self) -> bool:
+        return self._borrowing.num_borrowed > 0
+
+    def _make_reporting(self) -> Reporting:
+        me = self._rank.identity.instance
+        return Reporting(me, self._allocator, self._host, self._borrowing, self.rmanager, self.scheduler)
+
+    def _make_departure(self) -> Departure:
+        desk = SuccessorDesk(self._rank.peers, self._rank.identity, self.config.lending.deadline_s)
+        handover = Handover(
+            self._ledger,
+            self._rank.identity,
+            desk,
+            self._borrowing,
+            self.rmanager,
+            self.scheduler,
+            self.config.lending.max_moved_rblocks_per_step,
+        )
+        return Departure(
+            self._admission,
+            self._reporting,
+            self._lending,
+            self.rmanager,
+            self._allocator,
+            self.scheduler,
+            self._borrowing,
+            self._adoptions,
+            handover,
+        )
+
+    def _make_adoptions(self) -> Adoptions:
+        followers, rblock_size = self._followers or NoFollowers(), self.config.kv_cache.rblock_size
+        return Adoptions(self._allocator, self._rank.loan_table, followers, rblock_size)
+
+    def _make_adopting(self) -> Adopting:
+        return Adopting(
+            self._adoptions,
+            self._rank.identity,
+            self._allocator,
+            self._lending,
+            self._borrowing,
+            self.rmanager,
+            self.scheduler,
+        )
+
+    def _open_doors(self) -> Doors:
+        config, rank = self.config, self._rank
+        return Doors(
+            config.network,
+            rank_address(config.run_dir, config.instance_id, 0),
+            0,
+            config.ledger.pool,
+            LenderDesk(self._lending, rank.creditor, self._adoptions).answer,
+            secret=rank.secret,
+            on_disconnect=rank.creditor.forget,
+        )
+
+    def _make_ways(self) -> Ways:
+        rank, config = self._rank, self.config
+        return Ways(
+            self._ledger, rank.identity, rank.shape, rank.peers.dial, self._publish_ways, config.lending.deadline_s
+        )
+
+    def _publish_ways(self, ways: dict[str, WayCost]) -> None:
+        self._membership.describe(**{WAYS: write_ways(ways)})
+
+    def _make_heartbeat(self, late_releases: LateReleases) -> Heartbeat:
+        return Heartbeat(
+            self._ledger,
+            self._rank.identity,
+            self.config.ledger,
+            self._lending,
+            late_releases,
+            self._membership.join,
+            lambda: self._reporting.report,
+        )
+
     def _raise_if_superseded(self) -> None:
         if self._heartbeat.superseded is not None:
             raise self._heartbeat.superseded
 
-    def _update_report(self) -> None:
-        scheduler = self.scheduler
-        self._report = InstanceReport(
-            local_used_rblocks=self._allocator.num_used,
-            state=InstanceState.UP if self._drained_by_s is None else InstanceState.DRAINING,
-            num_running=len(scheduler.running),
-            num_waiting=len(scheduler.waiting),
-            max_request_tokens=max((request.num_computed_tokens for request in scheduler.running), default=0),
-            placements=tuple(entry for request in scheduler.running for entry in self._placements(request)),
-        )
-
-    def _placements(self, request: Request) -> list[RequestPlacementEntry]:
-        table, me = self.rmanager.table(request), self._rank.identity.instance
-        lent = [RequestPlacementEntry(request.request_id, x, n, False) for x, n in table.remote_by_creditor().items()]
-        return [RequestPlacementEntry(request.request_id, me, table.num_local, True), *lent]
-
     def status(self, query_id: int) -> InstanceStatus:
-        return InstanceStatus(
-            query_id=query_id,
-            instance_id=self.config.instance_id,
-            num_running=len(self.scheduler.running),
-            num_waiting=len(self.scheduler.waiting),
-            free_rblocks=self._allocator.num_free,
-            used_rblocks=self._allocator.num_used,
-            lent_rblocks=self._allocator.num_lent,
-            borrowed_rblocks=self._borrowing.num_borrowed,
-            used_host_rblocks=self._host.num_used,
-            num_steps=self.num_steps,
-            num_preemptions=self.scheduler.num_preemptions,
-            num_computed_tokens=self.num_computed_tokens,
-        )
+        return self._reporting.status(query_id)
 
     def check_integrity(self) -> None:
-        self.rmanager.check_integrity()
+        with self._adoptions.held() as kept_for_others:
+            self.rmanager.check_integrity(kept_for_others)
 
     def note_idle(self) -> None:
-        """Let the next heartbeat say that nothing runs."""
-        self._update_report()
+        """Let the next heartbeat say that nothing runs, and what is kept for requests of others."""
+        self._adoptions.expire()
+        self._reporting.update()
 
     def close(self) -> None:
         """Give back what is borrowed, leave the ledger, stop the followers, remove the sockets."""

@@ -33,7 +33,12 @@ class KVMeter:
         self.settle(request)
         borrowed = {str(lender): count for lender, count in table.remote_by_creditor().items()}
         num_host = borrowed.pop(HOST, 0)
-        self._held[request.request_id] = _Held(self._clock(), table.num_local, num_host, borrowed)
+        held = _Held(self._clock(), table.num_local, num_host, borrowed)
+        self._held[request.request_id] = held
+        request.max_local_rblocks = max(request.max_local_rblocks, held.num_local)
+        request.max_host_rblocks = max(request.max_host_rblocks, held.num_host)
+        for lender, count in borrowed.items():
+            request.max_borrowed_rblocks[lender] = max(request.max_borrowed_rblocks.get(lender, 0), count)
 
     def settle(self, request: Request) -> None:
         """Count what it has held until now; from now on it holds nothing."""

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_distkv.attention import Debtor, ForwardContext, Verification, build_metadata, forward_context
+from megatron_distkv.attention import Debtor, ForwardContext, StepShare, Verification, build_metadata, forward_context
 from megatron_distkv.engine.batch import StepPlan
 from megatron_distkv.errors import PeerLost
 from megatron_distkv.kvcache.rblock_pool import RBlockPool
@@ -21,6 +21,7 @@ class StepResult(NamedTuple):
     logits_RV: torch.Tensor | None
     lost: dict[str, str]
     waited_s: float = 0.0
+    held_back_s: dict[str, float] = {}  # noqa: RUF012  of that, by creditor: because it had work of its own
     wrong: frozenset[str] = frozenset()
 
 
@@ -33,7 +34,9 @@ class ModelRunner:
         migration: Migration,
         debtor: Debtor,
         verification: Verification,
+        share: StepShare,
     ) -> None:
+        self._share = share
         self._gpt = gpt
         self._pool = pool
         self._peers = peers
@@ -47,16 +50,18 @@ class ModelRunner:
         return result._replace(wrong=frozenset(self._verification.wrong & result.lost.keys()))
 
     def _run(self, plan: StepPlan) -> StepResult:
-        lost = self._migration.carry_out([*plan.moves, *plan.pulls])
+        lost = self._migration.carry_out([*plan.moves, *plan.pulls, *plan.pushes])
         lost.update(self._open_channels(plan, lost))
         if not plan.token_ids:
             return StepResult(None, lost)
         metadata = build_metadata(plan.slices, self._pool.rblock_size)
         self._debtor.begin_step(plan.step, {name: r for name, r in metadata.remote.items() if name not in lost})
         context = ForwardContext(metadata, self._pool.tensor_BLK2ND, self._debtor if metadata.remote else None)
-        with forward_context(context):
+        with forward_context(context), self._share.own_work():
             logits_RV = self._gpt(torch.tensor(plan.token_ids), torch.tensor(plan.logit_rows, dtype=torch.int64))
-        return StepResult(logits_RV, {**lost, **self._debtor.lost}, self._debtor.waited_s)
+        return StepResult(
+            logits_RV, {**lost, **self._debtor.lost}, self._debtor.waited_s, held_back_s=self._debtor.held_back_s
+        )
 
     def _open_channels(self, plan: StepPlan, lost: dict[str, str]) -> dict[str, str]:
         unreachable = {}

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_distkv.attention import Creditor, Debtor, HostMemory, LoanTable, Verification
+from megatron_distkv.attention import Creditor, Deadlines, Debtor, HostMemory, LoanTable, StepShare, Verification
 from megatron_distkv.config.instance import InstanceConfig
 from megatron_distkv.config.model import ModelConfig
 from megatron_distkv.engine.doors import tls_of
@@ -65,15 +65,20 @@ def build_rank(config: InstanceConfig, parallel: TensorParallel) -> Rank:
     host = HostMemory(shape.rank_pool(num_host).tensor_BLK2ND, scale) if num_host else None
     rblock = TensorSpec(tuple(tensor.shape[1:]), dtype)
     verification = Verification(config.lending.verify_one_in, rblock, scale, per_message, deadline_s)
+    deadlines = Deadlines(config.lending.min_deadline_s, deadline_s, peers.is_alive)
+    share = StepShare(config.lending.max_step_share)
     runner = ModelRunner(
         GPT(module, model),
         pool,
         peers,
         Migration(tensor, peers, per_message, deadline_s, host, verification),
-        Debtor(peers, deadline_s, host, verification),
+        Debtor(peers, deadline_s, host, verification, deadlines),
         verification,
+        share,
     )
-    creditor = Creditor(tensor, loan_table, num_query_heads, dtype, scale, rank=parallel.rank, num_ranks=parallel.size)
+    creditor = Creditor(
+        tensor, loan_table, num_query_heads, dtype, scale, share, rank=parallel.rank, num_ranks=parallel.size
+    )
     costs = {QUERY_US: f"{creditor.warm_up():.1f}"}
     if host is not None:
         costs[HOST_QUERY_US] = f"{host.warm_up(num_query_heads, dtype):.1f}"

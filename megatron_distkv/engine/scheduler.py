@@ -11,18 +11,19 @@ from typing import NamedTuple
 
 from megatron_distkv.config.instance import SchedulerConfig
 from megatron_distkv.engine.kv_meter import KVMeter
+from megatron_distkv.engine.receipt import receipt
 from megatron_distkv.engine.sampler import SampledToken
 from megatron_distkv.log import get_logger
-from megatron_distkv.messages import RequestKV, TokenLogprobs, TokenOutput
-from megatron_distkv.rblock import HOST
+from megatron_distkv.messages import TokenLogprobs, TokenOutput
 from megatron_distkv.request import FinishReason, Request, RequestStatus
 from megatron_distkv.rmanager.rmanager import RManager
 
 logger = get_logger(__name__)
-# A request without room waits this long before a younger one is preempted for it: moves and repayments take some steps.
+# A request without room waits this long before a less important one is preempted for it: moves and repayments take
+# some steps.
 PREEMPT_AFTER_S = 0.2
-# The youngest, without room, gives up its own memory after this long (times 1 to 2, at random): two instances that each
-# hold half of what both need would otherwise wait for each other for ever.
+# The least important, without room, gives up its own memory after this long (times 1 to 2, at random): two instances
+# that each hold half of what both need would otherwise wait for each other for ever.
 GIVE_UP_AFTER_S = 2.0
 # Nobody overtakes a waiting request that has waited this long.
 NO_OVERTAKING_AFTER_S = 20.0
@@ -53,7 +54,7 @@ class Scheduler:
         self._config = config
         self._rmanager = rmanager
         self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []  # oldest first
+        self.running: list[Request] = []  # the most important first; of equals the oldest
         self.num_preemptions = 0
         self._waits: dict[str, _Wait] = {}
         self._meter = KVMeter()
@@ -92,16 +93,17 @@ class Scheduler:
         for request in self._rmanager.bring_home():
             logger.info("no room for what a creditor wants back: %d tokens again", request.num_lost_tokens)
             chosen.pop(request.request_id, None)
-        self._note_memory(chosen)
+        self._note_memory()
         return list(chosen.values())
 
     def _by_urgency(self, budget: int) -> list[tuple[Request, int]]:
-        """Decodes first, then a share for the oldest prompt, then the prompts with least left."""
+        """Decodes first, then a share for the oldest prompt, then the prompts with least left; important ones first."""
         prompts = [request for request in self.running if request.num_to_compute > 1]
         order = [(request, 1) for request in self.running if request.num_to_compute == 1]
         if len(prompts) > 1:
             order.append((prompts[0], max(1, int(budget * OLDEST_PROMPT_SHARE))))
-        order += [(request, budget) for request in sorted(prompts, key=lambda request: request.num_to_compute)]
+        prompts.sort(key=lambda request: (request.sampling.priority, request.num_to_compute))
+        order += [(request, budget) for request in prompts]
         return order
 
     def _choose(self, request: Request, budget: int, chosen: dict[str, Scheduled]) -> None:
@@ -114,47 +116,60 @@ class Scheduler:
             self._without_room(request, chosen)
 
     def _without_room(self, request: Request, chosen: dict[str, Scheduled]) -> None:
-        """Wait a little; then take the room of the youngest, which may be the request itself."""
+        """Wait a little; then take the room of the least important, which may be the request itself."""
         self._rmanager.reclaim_for(request)
-        fresh = _Wait(time.monotonic(), GIVE_UP_AFTER_S * (1 + random.random()))
-        wait = self._waits.setdefault(request.request_id, fresh)
-        youngest = self.running[-1]
-        patience_s = wait.gives_up_after_s if youngest is request else PREEMPT_AFTER_S
+        wait, last = self._wait_of(request), self.running[-1]
+        patience_s = wait.gives_up_after_s if last is request else PREEMPT_AFTER_S
         if time.monotonic() - wait.since_s > patience_s:
-            chosen.pop(youngest.request_id, None)
-            self.preempt(youngest)
+            chosen.pop(last.request_id, None)
+            self.preempt(last)
+
+    def _wait_of(self, request: Request) -> _Wait:
+        fresh = _Wait(time.monotonic(), GIVE_UP_AFTER_S * (1 + random.random()))
+        return self._waits.setdefault(request.request_id, fresh)
 
     def _admit(self, budget: int, chosen: dict[str, Scheduled]) -> None:
-        for request in list(self.waiting):
-            if budget <= 0 or self._num_free_places <= 0:
+        for request in sorted(self.waiting, key=lambda request: request.importance):
+            if budget <= 0:
                 return
-            if self._rmanager.can_admit(request):
+            if self._num_free_places > 0 and self._rmanager.can_admit(request):
                 granted = self._rmanager.grow(request, min(len(request.next_range), budget))
                 self._start(request)
                 if granted > 0:
                     chosen[request.request_id] = Scheduled(request, granted)
                     budget -= granted
+            elif self._displaces(request, chosen) or self._num_free_places <= 0:
+                return  # what has become free is the more important one's, in the next step
             else:
                 self._rmanager.reclaim_for(request)
                 if time.monotonic() - request.arrival_s > NO_OVERTAKING_AFTER_S:
                     return
 
+    def _displaces(self, request: Request, chosen: dict[str, Scheduled]) -> bool:
+        """Whether a running request of a lower priority makes room for this one, which has waited a little."""
+        last = self.running[-1] if self.running else request
+        if last.sampling.priority <= request.sampling.priority:
+            return False
+        if time.monotonic() - self._wait_of(request).since_s <= PREEMPT_AFTER_S:
+            return False
+        chosen.pop(last.request_id, None)
+        self.preempt(last)
+        return True
+
     def _start(self, request: Request) -> None:
         self.waiting.remove(request)
+        self._waits.pop(request.request_id, None)
+        self.adopt(request)
+
+    def adopt(self, request: Request) -> None:
+        """It runs from now on; the rManager knows it."""
         request.status = RequestStatus.RUNNING
         self.running.append(request)
-        self.running.sort(key=lambda other: other.arrival_s)
+        self.running.sort(key=lambda other: other.importance)
 
-    def _note_memory(self, chosen: dict[str, Scheduled]) -> None:
+    def _note_memory(self) -> None:
         for request in self.running:
             self._meter.note(request, self._rmanager.table(request))
-        for item in chosen.values():
-            request, table = item.request, self._rmanager.table(item.request)
-            request.max_local_rblocks = max(request.max_local_rblocks, table.num_local)
-            borrowed = table.remote_by_creditor()
-            request.max_host_rblocks = max(request.max_host_rblocks, borrowed.pop(HOST, 0))
-            for creditor, count in borrowed.items():
-                request.max_borrowed_rblocks[creditor] = max(request.max_borrowed_rblocks.get(creditor, 0), count)
 
     # ------------------------------------------------------------------ endings
 
@@ -168,12 +183,21 @@ class Scheduler:
 
     def finish(self, request: Request, reason: FinishReason) -> TokenOutput:
         """End a request at once; returns its last message."""
-        if request in self.waiting:
-            self.waiting.remove(request)
-        else:
-            self._leave(request)
+        self.let_go(request)
         request.finish(reason)
         return _output(request, [], [])
+
+    def let_go(self, request: Request) -> None:
+        """It goes on elsewhere, or nowhere."""
+        if request in self.waiting:
+            self.waiting.remove(request)
+            self._waits.pop(request.request_id, None)
+        else:
+            self._leave(request)
+
+    def settle(self, request: Request) -> None:
+        """Let its receipt say what it has held until now."""
+        self._meter.settle(request)
 
     def _leave(self, request: Request) -> None:
         self.running.remove(request)
@@ -208,20 +232,5 @@ def _output(request: Request, token_ids: list[int], logprobs: list[TokenLogprobs
         token_ids=token_ids,
         logprobs=logprobs or None,
         finish_reason=request.finish_reason.value if request.finish_reason is not None else None,
-        kv=_receipt(request) if is_last else None,
-    )
-
-
-def _receipt(request: Request) -> RequestKV:
-    return RequestKV(
-        max_local_rblocks=request.max_local_rblocks,
-        max_host_rblocks=request.max_host_rblocks,
-        max_borrowed_rblocks=request.max_borrowed_rblocks,
-        num_preemptions=request.num_preemptions,
-        num_recomputed_tokens=request.num_recomputed_tokens,
-        num_tokens_at_losses=request.num_tokens_at_losses,
-        local_rblock_s=request.local_rblock_s,
-        host_rblock_s=request.host_rblock_s,
-        borrowed_rblock_s=request.borrowed_rblock_s,
-        remote_attention_s=request.remote_attention_s,
+        kv=receipt(request) if is_last else None,
     )

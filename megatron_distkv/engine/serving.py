@@ -28,10 +28,12 @@ class Serving:
         try:
             while not stop.is_set() and not self._instance.is_drained:
                 self._take_messages()
-                if not self._instance.scheduler.is_idle:
+                if self._instance.has_work:
                     self._was_busy = True
                     for output in self._instance.step():
                         self._send(output.request_id, output, is_last=output.finish_reason is not None)
+                    for farewell in self._instance.take_farewells():
+                        self._send(farewell.request_id, farewell, is_last=True)
         finally:
             self._io.close()
 
@@ -51,7 +53,7 @@ class Serving:
         if self._was_busy:
             self._was_busy = False
             self._instance.check_integrity()
-            self._instance.note_idle()
+        self._instance.note_idle()
 
     def _take(self, inbound: Inbound) -> None:
         match inbound.message:
@@ -74,6 +76,9 @@ class Serving:
             frozenset(new.eos_token_ids),
             output_token_ids=list(new.output_token_ids),
         )
+        if new.adoption_id and self._instance.adopt(request, new.adoption_id):
+            self._client_of[new.request_id] = client
+            return
         refused = self._instance.refuse(request)
         if refused is not None:
             logger.info("refusing %s: %s", new.request_id, refused.message)

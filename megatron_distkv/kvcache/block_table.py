@@ -30,10 +30,6 @@ class BlockTable:
     def num_local(self) -> int:
         return sum(len(span.block_ids) for span in self.local_spans())
 
-    @property
-    def num_remote(self) -> int:
-        return self.num_rblocks - self.num_local
-
     def local_spans(self) -> Iterator[LocalSpan]:
         return (span for span in self._spans if isinstance(span, LocalSpan))
 
@@ -70,6 +66,13 @@ class BlockTable:
         self._spans = sorted([*self._spans, *added], key=lambda span: span.first)
         self._merge_neighbours()
 
+    def add_remote(self, first: int, block_ids: Sequence[int], creditor: InstanceId, loan_id: LoanId) -> None:
+        """rBlocks `first ..` that lay nowhere lie at `creditor` now."""
+        if block_ids:
+            added = RemoteSpan(first, tuple(block_ids), creditor, loan_id)
+            self._spans = sorted([*self._spans, added], key=lambda span: span.first)
+            self._merge_neighbours()
+
     def oldest_local(self, count: int, full: Sequence[range]) -> list[LocalSpan]:
         """Up to `count` of the oldest local rBlocks among the `full` ones (no other may leave)."""
         found: list[LocalSpan] = []
@@ -105,6 +108,12 @@ class BlockTable:
         self._spans = spans
         self._merge_neighbours()
         return left
+
+    def rename_loan(self, loan_id: LoanId, new_loan_id: LoanId) -> None:
+        self._spans = [
+            replace(span, loan_id=new_loan_id) if isinstance(span, RemoteSpan) and span.loan_id == loan_id else span
+            for span in self._spans
+        ]
 
     def remove_loans(self, loan_ids: Collection[LoanId]) -> list[RemoteSpan]:
         """What lay at creditors under these loans lies nowhere now."""

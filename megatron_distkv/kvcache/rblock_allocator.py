@@ -63,9 +63,6 @@ class RBlockAllocator:
                     del self._refs[block_id]
                     self._free.append(block_id)
 
-    def num_references(self, block_id: int) -> int:
-        return self._refs.get(block_id, 0)
-
     def can_lend(self, count: int) -> bool:
         return self.can_allocate(count) and self._num_lent + count <= self.max_lent
 
@@ -88,6 +85,20 @@ class RBlockAllocator:
             self._free.extend(block_ids)
             self._num_lent -= len(block_ids)
             return len(block_ids)
+
+    def rename_loan(self, loan_id: LoanId, new_loan_id: LoanId) -> tuple[int, ...]:
+        """The same rBlocks, lent to another; returns them."""
+        with self._lock:
+            self._lent[new_loan_id] = self._lent.pop(loan_id)
+            return self._lent[new_loan_id]
+
+    def keep_lent(self, loan_id: LoanId) -> tuple[int, ...]:
+        """A loan's rBlocks are used by an own request from now on; returns them (none: no such loan)."""
+        with self._lock:
+            block_ids = self._lent.pop(loan_id, ())
+            self._num_lent -= len(block_ids)
+            self._refs.update(dict.fromkeys(block_ids, 1))
+            return block_ids
 
     def loans(self) -> dict[LoanId, int]:
         """rBlocks per loan now."""

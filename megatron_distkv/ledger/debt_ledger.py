@@ -86,6 +86,20 @@ class DebtLedger(Protocol):
     ) -> Refusal | None:
         """After a loss of the ledger: the creditor says what it lends. Debtors must be registered (STALE_DEBTOR)."""
 
+    def transfer(
+        self,
+        loan_id: LoanId,
+        new_loan_id: LoanId,
+        heir: InstanceId,
+        heir_epoch: int,
+        creditor: InstanceId,
+        creditor_epoch: int,
+    ) -> Refusal | None:
+        """The creditor has another debtor for a loan that it has granted: it ends, and `new_loan_id` begins, at once.
+
+        Without a new cycle: the creditor is debt-free, or nobody owes `heir` anything (else IN_DEBT).
+        """
+
     def loans_of(self, creditor: InstanceId, epoch: int) -> list[Loan]:
         """What `creditor` lends. Raises LedgerUnavailable when the ledger does not know this epoch (any more).
 

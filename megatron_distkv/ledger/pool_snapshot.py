@@ -28,11 +28,6 @@ class PoolSnapshot:
         lenders = (record for record in self.live if record.instance != instance)
         return sum(record.lendable_at_most for record in lenders if record.state is InstanceState.UP)
 
-    def longest_context_rblocks(self, instance: InstanceId) -> int:
-        """The longest context that a request of `instance` can ever have: its own pool and what others may lend."""
-        record = self.find(instance)
-        return 0 if record is None else record.total + record.host_rblocks + self.lendable_to(instance)
-
     def used_host_rblocks(self, instance: InstanceId) -> int:
         return sum(entry.num_rblocks for entry in self.placements.get(instance, ()) if entry.holder == HOST)
 

@@ -31,8 +31,8 @@ from megatron_distkv.rblock import InstanceId, LoanId
 logger = get_logger(__name__)
 _SCRIPTS = Path(__file__).parent / "scripts"
 _OPERATIONS = (
-    "register", "heartbeat", "recommend", "borrow", "accept", "release", "reclaim", "restore", "loans_of", "expire",
-    "deregister", "describe", "snapshot", "lead", "publish_moves",
+    "register", "heartbeat", "recommend", "borrow", "accept", "release", "reclaim", "restore", "transfer", "loans_of",
+    "expire", "deregister", "describe", "snapshot", "lead", "publish_moves",
 )  # fmt: skip
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -195,6 +195,20 @@ class RedisLedger:
     ) -> Refusal | None:
         return _refusal(
             self._run("restore", loan_id, debtor, debtor_epoch, creditor, creditor_epoch, num_rblocks)
+        )  # fmt: skip
+
+    @_reading
+    def transfer(
+        self,
+        loan_id: LoanId,
+        new_loan_id: LoanId,
+        heir: InstanceId,
+        heir_epoch: int,
+        creditor: InstanceId,
+        creditor_epoch: int,
+    ) -> Refusal | None:
+        return _refusal(
+            self._run("transfer", loan_id, new_loan_id, heir, heir_epoch, creditor, creditor_epoch)
         )  # fmt: skip
 
     @_reading

@@ -5,16 +5,26 @@ rManager allocates. It ends with its request.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Iterator, Sequence
 
 import msgspec
 
 from megatron_distkv.errors import DistkvError, LedgerUnavailable
 from megatron_distkv.ledger import Creditor, DebtLedger
 from megatron_distkv.log import get_logger
-from megatron_distkv.messages import Acknowledge, LendHeader, LendReply, MessageKind, Refusal, ReleaseHeader, decode
+from megatron_distkv.messages import (
+    Acknowledge,
+    InheritHeader,
+    LendHeader,
+    LendReply,
+    MessageKind,
+    Refusal,
+    ReleaseHeader,
+    decode,
+)
 from megatron_distkv.rblock import InstanceId, LoanId, new_loan_id
+from megatron_distkv.rmanager.bequests import Bequests
+from megatron_distkv.rmanager.held_loan import HeldLoan
 from megatron_distkv.rmanager.identity import Identity
 from megatron_distkv.rmanager.late_releases import LateReleases
 from megatron_distkv.rmanager.peers import Peers
@@ -25,30 +35,6 @@ logger = get_logger(__name__)
 PENDING_S = 5.0
 # How many creditors one attempt may ask, freest first.
 MAX_CREDITORS_ASKED = 8
-
-
-@dataclass(eq=False)
-class HeldLoan:
-    """A loan of `num_rblocks` rBlocks; those not used yet wait in `unused`.
-
-    A loan that its creditor wants back has a time at which it is overdue, and takes nothing in any more.
-    """
-
-    loan_id: LoanId
-    request_id: str
-    creditor: InstanceId
-    address: str
-    num_rblocks: int
-    unused: deque[int] = field(default_factory=deque)
-    overdue_at_s: float | None = None
-
-    @property
-    def is_recalled(self) -> bool:
-        return self.overdue_at_s is not None
-
-    def take(self, count: int) -> list[int]:
-        """Up to `count` physical ids in the creditor's pool, to be filled now."""
-        return [self.unused.popleft() for _ in range(min(count, len(self.unused)))]
 
 
 class Borrowing:
@@ -70,6 +56,7 @@ class Borrowing:
         self._late_releases = late_releases
         self._deadline_s = deadline_s
         self._loans: dict[str, list[HeldLoan]] = {}
+        self._bequests = Bequests(ledger, self._release)
         self._num_asked = 0
         self.num_borrowed = 0  # rBlocks of all loans; other threads read it
 
@@ -111,6 +98,44 @@ class Borrowing:
             self.num_borrowed -= loan.num_rblocks
             self._release(loan)
         return dropped
+
+    def bequeath(self, request_id: str, loan_ids: Container[str]) -> None:
+        """These loans go to the request's next instance; they are this one's until that has taken them over."""
+        loans = self._loans.pop(request_id, [])
+        for loan in loans:
+            if loan.loan_id in loan_ids:
+                self._bequests.add(loan)
+            else:
+                self._loans.setdefault(request_id, []).append(loan)
+
+    @property
+    def has_bequests(self) -> bool:
+        return not self._bequests.is_empty
+
+    def settle_bequests(self) -> None:
+        self.num_borrowed -= self._bequests.settle()
+
+    def inherit(
+        self, request_id: str, creditor: InstanceId, address: str, loan_id: LoanId, used: Sequence[int]
+    ) -> HeldLoan | None:
+        """Take over what the request's last instance had borrowed, `used` of it; None: it cannot be had."""
+        new_loan_id = self._next_loan_id()
+        header = InheritHeader(loan_id, new_loan_id, self._identity.epoch)
+        try:
+            channel = self._peers.reach(creditor, address)
+            reply = channel.call(MessageKind.INHERIT, msgspec.msgpack.encode(header), deadline_s=self._deadline_s)
+            answer = decode(reply.header, LendReply)
+        except DistkvError as error:
+            logger.warning("%s", error)
+            answer = LendReply(refusal=Refusal.STALE_CREDITOR)
+        if answer.refusal is not None or not set(used) <= set(answer.block_ids):
+            self._late_releases.release(new_loan_id)
+            return None
+        unused = deque(block_id for block_id in answer.block_ids if block_id not in set(used))
+        loan = HeldLoan(new_loan_id, request_id, creditor, address, len(answer.block_ids), unused)
+        self._loans.setdefault(request_id, []).append(loan)
+        self.num_borrowed += loan.num_rblocks
+        return loan
 
     def _borrow_from(self, creditor: Creditor, request_id: str, count: int) -> int:
         loan_id = self._next_loan_id()

@@ -4,7 +4,8 @@ import time
 from collections.abc import Mapping, Sequence
 
 from megatron_distkv.kvcache.block_table import BlockTable
-from megatron_distkv.rmanager.borrowing import Borrowing, HeldLoan
+from megatron_distkv.rmanager.borrowing import Borrowing
+from megatron_distkv.rmanager.held_loan import HeldLoan
 from megatron_distkv.rmanager.move import Pull
 from megatron_distkv.rmanager.pool_outlook import PoolOutlook
 
@@ -22,12 +23,19 @@ class Homecoming:
     def recall(self, loan_id: str) -> None:
         """Heard again with every heartbeat until the loan has ended."""
         for loan in self._borrowing.loans():
-            if loan.loan_id == loan_id and not loan.is_recalled:
+            if loan.loan_id == loan_id and not loan.is_asked_for:
                 loan.overdue_at_s = time.monotonic() + self._patience_s
                 self._outlook.leave_alone(loan.creditor)
 
+    def bring_when_there_is_room(self, loan: HeldLoan) -> None:
+        """Nobody asks for this loan, but it would be better at home: never overdue."""
+        if not loan.is_recalled:
+            loan.overdue_at_s = float("inf")
+
     def next_loan(self) -> HeldLoan | None:
-        return next((loan for loan in self._borrowing.loans() if loan.is_recalled), None)
+        """Those that are asked for come first."""
+        recalled = [loan for loan in self._borrowing.loans() if loan.is_recalled]
+        return min(recalled, key=lambda loan: not loan.is_asked_for, default=None)
 
     def pull(self, loan: HeldLoan, table: BlockTable, block_ids: Sequence[int]) -> None:
         """Plan to bring as many rBlocks of this loan home as there are `block_ids` for."""
@@ -40,14 +48,8 @@ class Homecoming:
             )
             self._arrived.append((loan, range(span.first, span.first + len(span.block_ids))))
             start = end
-        if block_ids:
+        if block_ids and loan.is_asked_for:
             loan.overdue_at_s = time.monotonic() + self._patience_s
-
-    def pull_early(self, loan: HeldLoan, table: BlockTable, block_ids: Sequence[int]) -> None:
-        """`pull`, of a loan that nobody has recalled: what does not come now may as well stay."""
-        self.pull(loan, table, block_ids)
-        if table.num_under(loan.loan_id):
-            loan.overdue_at_s = None
 
     def take_pulls(self) -> list[Pull]:
         pulls, self._pulls = self._pulls, []

@@ -14,7 +14,7 @@ from megatron_distkv.errors import LedgerUnavailable
 from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
 from megatron_distkv.ledger import DebtLedger, LoanState
 from megatron_distkv.log import get_logger
-from megatron_distkv.messages import LendHeader, LendReply, Refusal
+from megatron_distkv.messages import InheritHeader, LendHeader, LendReply, Refusal
 from megatron_distkv.rblock import InstanceId, LoanId, loan_name
 from megatron_distkv.rmanager.identity import Identity
 
@@ -97,6 +97,32 @@ class Lending:
         self._release_in_ledger(loan_id)
         return None
 
+    def transfer(self, header: InheritHeader, heir: InstanceId) -> LendReply:
+        """Another debtor takes a loan over, with all that lies in it."""
+        loan_id, new_loan_id = LoanId(header.loan_id), LoanId(header.new_loan_id)
+        with self._lock:
+            lent = self._lent.get(loan_id)
+            if lent is None or new_loan_id in self._lent:
+                return LendReply(refusal=Refusal.UNKNOWN_LOAN)
+            refusal = self._transfer_in_ledger(loan_id, new_loan_id, heir, header.heir_epoch)
+            if refusal is not None:
+                return LendReply(refusal=refusal)
+            self._revoke(loan_id)
+            block_ids = self._allocator.rename_loan(loan_id, new_loan_id)
+            terms = LendHeader(new_loan_id, heir, header.heir_epoch, lent.num_rblocks)
+            self._grant(new_loan_id, terms, block_ids)
+        return LendReply(block_ids=list(block_ids))
+
+    def keep(self, loan_id: LoanId) -> tuple[int, ...]:
+        """A debtor's request goes on here: this instance uses what it borrowed itself. Empty: the loan has ended."""
+        with self._lock:
+            if loan_id not in self._lent:
+                return ()
+            self._revoke(loan_id)
+            block_ids = self._allocator.keep_lent(loan_id)
+        self._release_in_ledger(loan_id)
+        return block_ids
+
     def reconcile(self) -> None:
         """Make this table and the ledger's equal again; raises LedgerUnavailable.
 
@@ -172,11 +198,23 @@ class Lending:
 
     def _end(self, loan_id: LoanId) -> None:
         """Revoke on every rank first, then free: no late write of a debtor can reach a reused rBlock."""
-        if self._lent.pop(loan_id, None) is None:
-            return
+        if loan_id in self._lent:
+            self._revoke(loan_id)
+            self._allocator.end_loan(loan_id)
+
+    def _revoke(self, loan_id: LoanId) -> None:
+        del self._lent[loan_id]
         self._loan_table.revoke(loan_id)
         self._followers.revoke(loan_id)
-        self._allocator.end_loan(loan_id)
+
+    def _transfer_in_ledger(
+        self, loan_id: LoanId, new_loan_id: LoanId, heir: InstanceId, heir_epoch: int
+    ) -> Refusal | None:
+        me = self._identity
+        try:
+            return self._ledger.transfer(loan_id, new_loan_id, heir, heir_epoch, me.instance, me.epoch)
+        except LedgerUnavailable:
+            return Refusal.LEDGER_DOWN
 
     def _release_in_ledger(self, loan_id: LoanId) -> None:
         try:

@@ -59,10 +59,17 @@ class Migration:
         channel = self._peers.reach(move.creditor, move.address)
         for local_ids, remote_ids in self._portions(move):
             header = msgspec.msgpack.encode(StoreHeader(move.loan_id, remote_ids))
-            data = gather_rblocks(self._pool, torch.tensor(local_ids, dtype=torch.int64))
+            data = self._gather(local_ids, from_host=move.from_host)
             _check(channel.call(MessageKind.STORE, header, [data], deadline_s=self._deadline_s), move)
             if self._verification is not None:
                 self._verification.note_sent(move.creditor, move.loan_id, remote_ids, data)
+
+    def _gather(self, block_ids: list[int], *, from_host: bool) -> torch.Tensor:
+        if from_host:
+            assert self._host is not None
+            return self._host.load(block_ids)
+        data: torch.Tensor = gather_rblocks(self._pool, torch.tensor(block_ids, dtype=torch.int64))
+        return data
 
     def _pull(self, pull: Pull) -> None:
         channel = self._peers.reach(pull.creditor, pull.address)

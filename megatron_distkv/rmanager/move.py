@@ -12,6 +12,7 @@ class Move(msgspec.Struct, frozen=True):
     loan_id: str
     local_ids: list[int]
     remote_ids: list[int]
+    from_host: bool = False  # the local ids are of own host memory
 
 
 class Pull(msgspec.Struct, frozen=True):

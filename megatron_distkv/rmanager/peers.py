@@ -23,6 +23,10 @@ class MailboxSizes:
     reply_bytes: int
 
 
+# Of a channel that only says hello.
+_NO_ROOM = MailboxSizes(4096, 4096)
+
+
 class Peers(Mapping[str, Line]):
     """Open channels by peer. Only the engine's thread uses them.
 
@@ -50,6 +54,7 @@ class Peers(Mapping[str, Line]):
         self._shape = shape
         self._deadline_s = deadline_s
         self._channels: dict[str, Line] = {}
+        self._addresses: dict[str, str] = {}
         self._shunned_until_s: dict[str, float] = {}
 
     def reach(self, peer: str, address: str) -> Line:
@@ -62,17 +67,28 @@ class Peers(Mapping[str, Line]):
         channel = self._open(peer, address)
         logger.info("connected to %s", peer)
         self._channels[peer] = channel
+        self._addresses[peer] = address
         return channel
 
     def dial(self, peer: str, address: str, sizes: MailboxSizes) -> Channel:
         """A new channel to the leader of `peer`, nobody's but the caller's; any thread may call it. Raises PeerLost."""
-        return self._connect(peer, address, 0, sizes)
+        return self._connect(peer, address, 0, sizes, self._deadline_s)
+
+    def is_alive(self, peer: str, within_s: float) -> bool:
+        """Whether all its ranks greet us, each word of the greeting within this time: on connections of their own."""
+        try:
+            address = self._addresses[peer]
+            for rank, _ in self._ranks_of(address):
+                self._connect(peer, address, rank, _NO_ROOM, within_s).close()
+        except (PeerLost, KeyError):
+            return False
+        return True
 
     def _open(self, peer: str, address: str) -> Line:
         parts: list[Part] = []
         try:
             for rank, kv_heads in self._ranks_of(address):
-                parts.append(Part(self._connect(peer, address, rank, self._sizes), kv_heads))
+                parts.append(Part(self._connect(peer, address, rank, self._sizes, self._deadline_s), kv_heads))
         except BaseException as error:
             for part in parts:
                 part.channel.close()
@@ -100,7 +116,7 @@ class Peers(Mapping[str, Line]):
         assert self._shape is not None
         return TensorSpec(tuple(self._shape.rank_pool(1).tensor_BLK2ND.shape[1:]), self._shape.torch_dtype)
 
-    def _connect(self, peer: str, address: str, rank: int, sizes: MailboxSizes) -> Channel:
+    def _connect(self, peer: str, address: str, rank: int, sizes: MailboxSizes, timeout_s: float) -> Channel:
         hello = Hello(
             protocol_version=PROTOCOL_VERSION,
             pool=self._pool,
@@ -111,9 +127,7 @@ class Peers(Mapping[str, Line]):
             request_bytes=sizes.request_bytes,
             reply_bytes=sizes.reply_bytes,
         )
-        return connect(
-            address, hello, peer=peer, timeout_s=self._deadline_s, secret=self._secret, tls=self._tls, rank=rank
-        )
+        return connect(address, hello, peer=peer, timeout_s=timeout_s, secret=self._secret, tls=self._tls, rank=rank)
 
     def shun(self, peer: str, for_s: float) -> None:
         """Leave a lost peer alone for a while: one that hangs must not cost a deadline at every attempt."""

@@ -6,7 +6,7 @@ move to own host memory, then to creditors, a bounded number per step, so that a
 
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from megatron_distkv.config.instance import LendingConfig
 from megatron_distkv.errors import IntegrityError
@@ -15,7 +15,9 @@ from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
 from megatron_distkv.log import get_logger
 from megatron_distkv.rblock import HOST, HOST_LOAN, InstanceId, LoanId, Span, num_rblocks_for
 from megatron_distkv.request import Request
-from megatron_distkv.rmanager.borrowing import Borrowing, HeldLoan
+from megatron_distkv.rmanager.backpressure import Backpressure
+from megatron_distkv.rmanager.borrowing import Borrowing
+from megatron_distkv.rmanager.held_loan import HeldLoan
 from megatron_distkv.rmanager.homecoming import Homecoming
 from megatron_distkv.rmanager.move import Move, Pull
 from megatron_distkv.rmanager.pool_outlook import PoolOutlook
@@ -54,6 +56,7 @@ class RManager:
         self._vacated: list[int] = []
         self._moves: list[Move] = []
         self._moves_left = config.max_moved_rblocks_per_step
+        self._backpressure = Backpressure()
         self._homecoming = Homecoming(borrowing, outlook, config.recall_patience_s)
 
     def table(self, request: Request) -> BlockTable:
@@ -100,7 +103,7 @@ class RManager:
 
     def borrow_ahead(self) -> None:
         """Below the watermark, and where running requests will still grow, move rBlocks out before there is need."""
-        target = min(int(self._config.low_watermark * self._allocator.num_rblocks), self._growth_until_the_end())
+        target = min(self._watermark, self._growth_until_the_end())
         if self.num_local_free < target:
             self._make_room(target - self.num_local_free)
 
@@ -111,16 +114,18 @@ class RManager:
         """
         loan = self._homecoming.next_loan()
         if loan is None:
-            self._bring_home_early()
+            self._find_early_homecomings()
             return []
         count = min(self._tables[loan.request_id].num_under(loan.loan_id), self._moves_left)
-        if count > self.num_local_free:
+        if not loan.is_asked_for:
+            count = min(count, max(0, self.num_local_free - self._watermark))
+        elif count > self.num_local_free:
             self._make_room(count - self.num_local_free)
         self._homecoming.pull(loan, self._tables[loan.request_id], self._take_local(min(count, self._moves_left)))
         is_overdue = loan.overdue_at_s is not None and time.monotonic() > loan.overdue_at_s
         return self._lose(self._borrowing.drop_loans(lambda other: other is loan)) if is_overdue else []
 
-    def _bring_home_early(self) -> None:
+    def _find_early_homecomings(self) -> None:
         """rBlocks whose creditors do not mind, where asking for them costs more than bringing them home (paper: 5).
 
         Only where all that runs fits here until its end: what comes home will not have to leave again for it.
@@ -132,7 +137,7 @@ class RManager:
             if way is None or count == 0 or count * way.break_even_steps > steps_left:
                 continue
             if count + self._growth_until_the_end() <= self.num_local_free:
-                self._homecoming.pull_early(loan, table, self._take_local(min(count, self._moves_left)))
+                self._homecoming.bring_when_there_is_room(loan)
                 return
 
     def _growth_until_the_end(self) -> int:
@@ -149,11 +154,10 @@ class RManager:
         self._vacated = []
         self._homecoming.end_step(self._tables)
 
-    def move_to(self, request_id: str, count: int, creditor: str) -> None:
-        """Carry out a move that the gManager has planned, as far as it is still possible."""
+    def move_to(self, request_id: str, count: int, creditor: str) -> int:
+        """Carry out a move that was planned, as far as it is possible now; returns how many rBlocks go."""
         request = self._requests.get(request_id)
-        if request is not None:
-            self._move_oldest(request, min(count, self._moves_left), only_to=creditor)
+        return 0 if request is None else self._move_oldest(request, min(count, self._moves_left), only_to=creditor)
 
     # ------------------------------------------------------------------ endings
 
@@ -167,6 +171,17 @@ class RManager:
             self._host.free(table.block_ids_under(HOST_LOAN))
         self._borrowing.release_all(request.request_id)
 
+    def adopt(self, request: Request, table: BlockTable) -> None:
+        """A request comes from another instance, with its KV: the table's local rBlocks are allocated for it."""
+        self._requests[request.request_id] = request
+        self._tables[request.request_id] = table
+
+    def forget(self, request: Request, table: BlockTable, loan_ids: Collection[LoanId]) -> None:
+        """What lay under these loans is gone, and will be computed again."""
+        size = self.rblock_size
+        spans = table.remove_loans(loan_ids)
+        request.lose(*(range(x.first * size, (x.first + len(x.block_ids)) * size) for x in spans))
+
     def lose_creditor(self, creditor: str) -> list[Request]:
         """Nothing that lay at this creditor is there any more; returns the requests whose KV must be computed again."""
         dropped = self._borrowing.drop_loans(lambda loan: loan.creditor == creditor)
@@ -176,6 +191,20 @@ class RManager:
         """The creditor wants this loan back: its rBlocks come home in the next steps."""
         self._homecoming.recall(loan_id)
 
+    def note_held_back(self, held_back_s: Mapping[str, float], step_s: float) -> None:
+        """A step of `step_s` seconds waited for creditors with work of their own.
+
+        One that it has been too much for lends nothing more, and what lies there comes home as far as there is room.
+        """
+        for creditor in self._backpressure.note(held_back_s, step_s):
+            self._outlook.leave_alone(creditor)
+            room = self.num_local_free - self._watermark
+            for loan in [x for x in self._borrowing.loans() if x.creditor == creditor and not x.is_recalled]:
+                room -= self._tables[loan.request_id].num_under(loan.loan_id)
+                if room >= 0:
+                    logger.info("%s is busy: bringing %d rBlocks home", creditor, loan.num_rblocks)
+                    self._homecoming.bring_when_there_is_room(loan)
+
     def reclaim_for(self, request: Request) -> None:
         """Ask debtors for as much memory back as this request, one of this instance's own, lacks."""
         self._outlook.reclaim(min(self._allocator.num_lent, self._num_missing(request)))
@@ -184,17 +213,22 @@ class RManager:
         """This instance is about to leave: ask for everything back."""
         self._outlook.reclaim(self._allocator.num_lent)
 
-    def check_integrity(self) -> None:
-        """Between steps: tables in order, and every used rBlock in exactly one of them."""
+    def check_integrity(self, kept_for_others: Sequence[int] = ()) -> None:
+        """Between steps: tables in order, and every used rBlock in exactly one of them, or kept for an adoption."""
         if self._vacated or self._moves:
             raise IntegrityError(f"{len(self._vacated)} vacated rBlocks, {len(self._moves)} moves outlived their step")
         tables = self._tables.values()
         for table in tables:
             table.check_integrity()
-        self._allocator.check_integrity([b for table in tables for b in table.local_block_ids()])
+        self._allocator.check_integrity([*kept_for_others, *(b for table in tables for b in table.local_block_ids())])
         self._host.check_integrity([b for table in tables for b in table.block_ids_under(HOST_LOAN)])
 
     # ------------------------------------------------------------------ inside
+
+    @property
+    def _watermark(self) -> int:
+        """rBlocks that should be free."""
+        return int(self._config.low_watermark * self._allocator.num_rblocks)
 
     def _lose(self, loans: Sequence[HeldLoan], arrived: Sequence[tuple[str, range]] = ()) -> list[Request]:
         """What lay under these loans is gone, and what should have arrived from there holds nothing."""
@@ -211,7 +245,7 @@ class RManager:
     def _rblocks_around(self, positions: range) -> range:
         return range(positions.start // self.rblock_size, num_rblocks_for(positions.stop, self.rblock_size))
 
-    def _full_rblocks(self, request: Request) -> list[range]:
+    def full_rblocks(self, request: Request) -> list[range]:
         """rBlocks all of whose positions have their KV: only they may leave."""
         size = self.rblock_size
         return [range(num_rblocks_for(have.start, size), have.stop // size) for have in request.computed_ranges()]
@@ -243,7 +277,7 @@ class RManager:
 
     def _move_oldest(self, request: Request, count: int, only_to: str | None = None) -> int:
         table = self._tables[request.request_id]
-        full = self._full_rblocks(request)
+        full = self.full_rblocks(request)
         movable = sum(len(span.block_ids) for span in table.oldest_local(count, full))
         room = [] if only_to else [self._host_room(request, movable)]
         missing = movable - sum(len(x.unused) for x in room) - self._borrowing.num_unused(request.request_id)

@@ -4,15 +4,25 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator
 from pathlib import Path
+from typing import TypeAlias
 
 import msgspec
 
 from megatron_distkv import framing
 from megatron_distkv.log import get_logger
-from megatron_distkv.messages import AbortRequest, FromInstance, InstanceStatus, NewRequest, RequestRefused, TokenOutput
-from megatron_distkv.server.errors import InstanceLost, from_refusal
+from megatron_distkv.messages import (
+    AbortRequest,
+    FromInstance,
+    HandedOver,
+    InstanceStatus,
+    NewRequest,
+    RequestRefused,
+    TokenOutput,
+)
+from megatron_distkv.server.errors import HandedElsewhere, InstanceLost, from_refusal
 
 logger = get_logger(__name__)
+_Answer: TypeAlias = TokenOutput | RequestRefused | HandedOver
 
 
 class EngineClient:
@@ -22,17 +32,19 @@ class EngineClient:
         self.instance_id = instance_id
         self._socket_path = socket_path
         self._writer: asyncio.StreamWriter | None = None
-        self._answers: dict[str, asyncio.Queue[TokenOutput | RequestRefused | None]] = {}
+        self._answers: dict[str, asyncio.Queue[_Answer | None]] = {}
         self._reading: asyncio.Task[None] | None = None
         self._connecting = asyncio.Lock()
 
     async def generate(self, request: NewRequest) -> AsyncGenerator[TokenOutput, None]:
         """Outputs until the last. Raises ApiError when refused, InstanceLost when the instance goes away.
 
+        HandedElsewhere: it leaves in good order.
+
         Leaving the iterator early aborts the request.
         """
         await self._connect()
-        answers: asyncio.Queue[TokenOutput | RequestRefused | None] = asyncio.Queue()
+        answers: asyncio.Queue[_Answer | None] = asyncio.Queue()
         self._answers[request.request_id] = answers
         is_done = False
         try:
@@ -42,6 +54,8 @@ class EngineClient:
                 is_done = not isinstance(answer, TokenOutput) or answer.finish_reason is not None
                 if answer is None:
                     raise InstanceLost(f"instance {self.instance_id} is gone")
+                if isinstance(answer, HandedOver):
+                    raise HandedElsewhere(self.instance_id, answer.successor, answer.adoption_id)
                 if isinstance(answer, RequestRefused):
                     raise from_refusal(answer.code, answer.message)
                 yield answer

@@ -24,6 +24,15 @@ class InstanceLost(DistkvError):
     """The instance that computed a request is gone."""
 
 
+class HandedElsewhere(InstanceLost):
+    """The instance leaves; its successor, if it names one, has the request's KV under `adoption_id`."""
+
+    def __init__(self, instance_id: str, successor: str, adoption_id: str) -> None:
+        super().__init__(f"instance {instance_id} leaves, and hands over to {successor or 'anybody'}")
+        self.successor = successor
+        self.adoption_id = adoption_id
+
+
 def bad_request(message: str, param: str | None = None) -> ApiError:
     return ApiError(400, message, param=param)
 

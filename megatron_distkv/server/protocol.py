@@ -19,7 +19,8 @@ class StreamOptions(BaseModel):
 
 
 class GenerationRequest(BaseModel):
-    """What completions and chat share. Extensions as in vLLM: top_k, min_p, ignore_eos, stop_token_ids."""
+    """What completions and chat share. Extensions as in vLLM: top_k, min_p, ignore_eos, stop_token_ids,
+    priority."""
 
     model_config = ConfigDict(extra="forbid")
     model: str = ""
@@ -32,6 +33,7 @@ class GenerationRequest(BaseModel):
     stop: str | list[str] | None = None
     stop_token_ids: list[int] = []
     ignore_eos: bool = False
+    priority: int = 0  # lower is more important
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -60,6 +62,7 @@ class GenerationRequest(BaseModel):
                 seed=None if self.seed is None else self.seed + choice,
                 stop_token_ids=tuple(self.stop_token_ids),
                 ignore_eos=self.ignore_eos,
+                priority=self.priority,
                 logprobs=logprobs,
             )
         except ValueError as error:

@@ -14,7 +14,7 @@ from megatron_distkv.rblock import num_rblocks_for
 from megatron_distkv.sampling_params import SamplingParams
 from megatron_distkv.server.attempt import Attempt, Life, life_of
 from megatron_distkv.server.engine_client import EngineClient
-from megatron_distkv.server.errors import ApiError, InstanceLost
+from megatron_distkv.server.errors import ApiError, HandedElsewhere, InstanceLost
 from megatron_distkv.server.pool_view import PoolView, request_socket_of
 
 logger = get_logger(__name__)
@@ -54,6 +54,8 @@ class Router:
                     attempt.note(output)
                     yield Routed(record.instance, output)
                 return
+            except HandedElsewhere as left:
+                attempt.note_handed_over(record, left)
             except InstanceLost as lost:
                 logger.warning("%s: %d tokens of a request are out; trying another instance", lost, attempt.num_sent)
                 metrics.RESUMED.inc()

@@ -135,6 +135,18 @@ class Channel:
             raise RequestFailed(f"{self.peer}: {reply.header.decode(errors='replace')}")
         return reply
 
+    def is_answered(self, within_s: float) -> bool:
+        """Whether `wait` would return, or raise, at once; nothing is lost by asking."""
+        self._require_open()
+        try:
+            return self._link.is_audible(within_s)
+        except OSError:
+            return True
+
+    def give_up(self, reason: str) -> PeerLost:
+        """The peer is lost, as somebody else has found out."""
+        return self._lose(reason)
+
     def call(self, kind: int, header: bytes, payload: Sequence[torch.Tensor] = (), *, deadline_s: float) -> Reply:
         self.post(kind, header, payload)
         return self.wait(deadline_s)

@@ -20,6 +20,10 @@ class Link(Protocol):
         """The next message's frame; raises TimeoutError, OSError at the end of the stream, ValueError on garbage."""
         ...
 
+    def is_audible(self, within_s: float) -> bool:
+        """Whether `hear` would return, or raise, at once; raises OSError."""
+        ...
+
     def read(self, frame: Frame, timeout_s: float) -> tuple[bytes, memoryview]:
         """Its header and its payload, a view that is good until the next message.
 

@@ -69,6 +69,14 @@ class NixlLink:
         self._agent.finish_write(timeout_s or STALLED_S)
         return self._frames.hear(timeout_s)
 
+    def is_audible(self, within_s: float) -> bool:
+        began_s = time.monotonic()
+        try:
+            self._agent.finish_write(within_s)
+        except TimeoutError:
+            return False
+        return self._frames.is_audible(max(0.0, began_s + within_s - time.monotonic()))
+
     def read(self, frame: Frame, timeout_s: float) -> tuple[bytes, memoryview]:
         if not frame.fits(self._inbox.size):
             raise ConnectionError("it sends a message that does not fit")

@@ -3,6 +3,7 @@
 import fcntl
 import mmap
 import os
+import select
 import socket
 from collections.abc import Sequence
 
@@ -32,6 +33,10 @@ class SharedLink:
         if not data:
             raise ConnectionError("it is gone (end of stream)")
         return unpack(data)
+
+    def is_audible(self, within_s: float) -> bool:
+        readable, _, _ = select.select([self._doorbell], [], [], within_s)
+        return bool(readable)
 
     def read(self, frame: Frame, timeout_s: float) -> tuple[bytes, memoryview]:
         if not frame.fits(self._inbox.size):

@@ -7,6 +7,7 @@ message, for a peer that takes nothing in; keepalive ends connections whose othe
 """
 
 import mmap
+import select
 import socket
 import ssl
 import struct
@@ -67,6 +68,12 @@ class StreamLink:
         rest = memoryview(self._frame)[began:]
         _receive_all(self._connection, rest, time.monotonic() + min(timeout_s or STALLED_S, STALLED_S))
         return unpack(bytes(self._frame))
+
+    def is_audible(self, within_s: float) -> bool:
+        if isinstance(self._connection, ssl.SSLSocket) and self._connection.pending():
+            return True
+        readable, _, _ = select.select([self._connection], [], [], within_s)
+        return bool(readable)
 
     def read(self, frame: Frame, timeout_s: float) -> tuple[bytes, memoryview]:
         if not frame.fits(self._inbox.size):

@@ -26,9 +26,9 @@ def test_the_rest_of_the_batch_keeps_its_own_tokens(make_config: MakeConfig, ser
             a.instance.add(request)
         while not all(request.output_token_ids for request in requests):
             a.instance.step()
-        at_b = a.instance.rmanager.table(requests[0]).num_remote
+        at_b = a.instance.rmanager.table(requests[0]).remote_by_creditor()["b"]
         assert at_b > 0
-        assert not any(a.instance.rmanager.table(request).num_remote for request in requests[1:])
+        assert not any(a.instance.rmanager.table(request).remote_by_creditor() for request in requests[1:])
 
         # When b's channel breaks, and the step that notices means nothing to the oldest request
         for connection in list(b.instance._doors._listeners[0]._connections):

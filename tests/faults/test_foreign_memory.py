@@ -119,7 +119,7 @@ def test_a_false_name_does_not_help_without_the_loans_unguessable_end(debt: Debt
     assert num_refused("query", "ended") == refused + 3
 
     # Then the later layers of the real debtor's question are not his either
-    header = msgspec.msgpack.encode(QueryHeader(debt.debtor.instance.num_steps - 1, 1))
+    header = msgspec.msgpack.encode(QueryHeader(debt.debtor.instance.status(0).num_steps - 1, 1))
 
     reply = thief.call(MessageKind.QUERY, header, deadline_s=5)
     assert msgspec.msgpack.decode(reply.header, type=Acknowledge).refusal is Refusal.UNKNOWN_LOAN

@@ -56,7 +56,7 @@ def test_a_lost_loan_leaves_a_gap_that_local_rblocks_fill() -> None:
     table.check_integrity()
     assert table.missing(range(5)) == [1]
     assert table.spans[0] == LocalSpan(0, (7,))
-    assert (table.num_local, table.num_remote) == (3, 1)
+    assert (table.num_local, table.num_rblocks) == (3, 4)
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=8))

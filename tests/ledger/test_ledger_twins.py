@@ -146,6 +146,21 @@ class LedgerTwins(RuleBasedStateMachine):
         if refusal is None and loan not in known:
             self.invented.add(loan)
 
+    @rule(loan=loan_ids, new=loan_ids, heir=who, creditor=who, off=stale)
+    def transfer(self, loan: LoanId, new: LoanId, heir: InstanceId, creditor: InstanceId, off: int) -> None:
+        loans = {x.loan_id: x for x in self.memory.snapshot().loans}
+        args = (loan, new, heir, self.epoch(heir, off), creditor, self.epoch(creditor))
+        if self.both("transfer", *args) is None:
+            assert self.both("transfer", *args) is None, "a repeated message changes nothing"
+            if new not in loans:
+                now = {x.loan_id: x for x in self.memory.snapshot().loans}
+                assert off == 0
+                assert loan not in now
+                assert (now[new].debtor, now[new].creditor) == (heir, loans[loan].creditor)
+                assert now[new].num_rblocks == loans[loan].num_rblocks
+                self.invented |= {new} if loan in self.invented else set()
+                self.invented -= {new} if loan not in self.invented else set()
+
     @rule(instance=who, off=stale)
     def deregister(self, instance: InstanceId, off: int) -> None:
         self.both("deregister", instance, self.epoch(instance, off))
@@ -169,7 +184,7 @@ class LedgerTwins(RuleBasedStateMachine):
 
     @rule()
     def lose_everything(self) -> None:
-        self.now_ms += 1
+        self.now_ms += 1 + len(self.given_epochs)  # epochs grow by one, and begin at the time: one per ms at most
         before = self.memory.snapshot()
         self.memory.lose_everything()
         self._wipe_redis()
@@ -224,7 +239,7 @@ class LedgerTwins(RuleBasedStateMachine):
         self.memory.expire(64)
         self.redis.expire(64)
         pending = {x.loan_id for x in self.memory.snapshot().loans if x.state is LoanState.PENDING}
-        assert all(self.memory._pending_until_ms[loan] > self.now_ms for loan in pending)
+        assert all(self.memory._state.pending_until_ms[loan] > self.now_ms for loan in pending)
 
     def teardown(self) -> None:
         self._wipe_redis()

@@ -183,6 +183,7 @@ def test_what_a_creditor_wants_back_goes_elsewhere_and_is_not_computed_again(
     # When that creditor wants everything back, for good
     lender.drain(within_s=60)
     while not lender.is_drained:
+        lender.step()
         a.step()
         time.sleep(0.01)
         assert not a.scheduler.is_idle, "the request ended first"

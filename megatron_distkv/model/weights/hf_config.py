@@ -32,11 +32,6 @@ _LACKING = {
 _REQUIRED = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "intermediate_size")
 
 
-def architecture_of(directory: Path) -> str:
-    """The first of config.json's architectures, or "(none)"."""
-    return str((_read(directory).get("architectures") or ["(none)"])[0])
-
-
 def read_config(directory: Path) -> ModelConfig:
     """config.json as a ModelConfig; raises CheckpointError naming what this model needs and we lack."""
     path = directory / "config.json"

@@ -1,0 +1,67 @@
+"""What an instance says of itself: to the ledger with each heartbeat, and to who asks."""
+
+from megatron_distkv.engine.scheduler import Scheduler
+from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
+from megatron_distkv.ledger import InstanceReport, InstanceState, RequestPlacementEntry
+from megatron_distkv.messages import InstanceStatus
+from megatron_distkv.rblock import InstanceId
+from megatron_distkv.request import Request
+from megatron_distkv.rmanager import Borrowing, RManager
+
+
+class Reporting:
+    """The engine's thread writes `report` anew; the heartbeat's thread reads it."""
+
+    def __init__(
+        self,
+        instance: InstanceId,
+        allocator: RBlockAllocator,
+        host: RBlockAllocator,
+        borrowing: Borrowing,
+        rmanager: RManager,
+        scheduler: Scheduler,
+    ) -> None:
+        self._instance = instance
+        self._allocator = allocator
+        self._host = host
+        self._borrowing = borrowing
+        self._rmanager = rmanager
+        self._scheduler = scheduler
+        self.state = InstanceState.UP
+        self.num_steps = 0
+        self.num_computed_tokens = 0
+        self.report = InstanceReport(0)
+
+    def update(self) -> None:
+        """Let the next heartbeat say what is true now."""
+        running = self._scheduler.running
+        self.report = InstanceReport(
+            local_used_rblocks=self._allocator.num_used,
+            state=self.state,
+            num_running=len(running),
+            num_waiting=len(self._scheduler.waiting),
+            max_request_tokens=max((request.num_computed_tokens for request in running), default=0),
+            placements=tuple(entry for request in running for entry in self._placements(request)),
+        )
+
+    def status(self, query_id: int) -> InstanceStatus:
+        return InstanceStatus(
+            query_id=query_id,
+            instance_id=self._instance,
+            num_running=len(self._scheduler.running),
+            num_waiting=len(self._scheduler.waiting),
+            free_rblocks=self._allocator.num_free,
+            used_rblocks=self._allocator.num_used,
+            lent_rblocks=self._allocator.num_lent,
+            borrowed_rblocks=self._borrowing.num_borrowed,
+            used_host_rblocks=self._host.num_used,
+            num_steps=self.num_steps,
+            num_preemptions=self._scheduler.num_preemptions,
+            num_computed_tokens=self.num_computed_tokens,
+        )
+
+    def _placements(self, request: Request) -> list[RequestPlacementEntry]:
+        table = self._rmanager.table(request)
+        here = RequestPlacementEntry(request.request_id, self._instance, table.num_local, True)
+        elsewhere = table.remote_by_creditor().items()
+        return [here, *(RequestPlacementEntry(request.request_id, x, n, False) for x, n in elsewhere)]

@@ -1,0 +1,84 @@
+"""How much of a busy creditor's time its debtors get."""
+
+import threading
+
+import pytest
+
+from megatron_distkv.attention.step_share import BURST_S, MAX_WAIT_S, STILL_BUSY_S, StepShare
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def answer(share: StepShare, clock: Clock, seconds: float) -> float:
+    with share.turn() as held_back_s:
+        clock.now_s += seconds
+    return held_back_s
+
+
+class Waiting(threading.Condition):
+    """Time passes only where somebody waits for it."""
+
+    clock: Clock
+
+    def wait(self, timeout: float | None = None) -> bool:
+        assert timeout is not None
+        self.clock.now_s += timeout
+        return False
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def make(share: float, clock: Clock) -> StepShare:
+    made = StepShare(share, clock)
+    made._changed = Waiting()
+    made._changed.clock = clock
+    return made
+
+
+@pytest.mark.parametrize("bound", [0.1, 0.5, 0.9])
+def test_queries_take_their_share_of_a_busy_creditors_time(bound: float, clock: Clock) -> None:
+    # Given a creditor that always computes, and a debtor that asks again at once
+    share = make(bound, clock)
+    began_s, answered_s, held_back_s = clock.now_s, 0.0, 0.0
+    with share.own_work():
+        for _ in range(500):
+            held_back_s += answer(share, clock, 0.004)
+            answered_s += 0.004
+    # Then its queries got their share of the time, and the rest is what it was told
+    elapsed_s = clock.now_s - began_s
+    assert answered_s / elapsed_s == pytest.approx(bound, rel=0.05)
+    assert held_back_s == pytest.approx(elapsed_s - answered_s)
+
+
+def test_an_idle_creditor_holds_nothing_back(clock: Clock) -> None:
+    share = make(0.1, clock)
+    assert all(answer(share, clock, 0.01) == 0.0 for _ in range(100))
+    # Between two steps it is not idle yet
+    with share.own_work():
+        pass
+    assert answer(share, clock, 0.01) > 0
+    clock.now_s += STILL_BUSY_S
+    assert answer(share, clock, 0.01) == 0.0
+
+
+def test_without_a_bound_nothing_waits(clock: Clock) -> None:
+    share = make(1.0, clock)
+    with share.own_work():
+        assert all(answer(share, clock, 1.0) == 0.0 for _ in range(10))
+
+
+def test_no_query_waits_so_long_that_its_creditor_seems_lost(clock: Clock) -> None:
+    share = make(0.01, clock)
+    with share.own_work():
+        answer(share, clock, 10 * BURST_S)
+        assert answer(share, clock, 1.0) <= MAX_WAIT_S + 1e-9
+        assert answer(share, clock, 1.0) == pytest.approx(MAX_WAIT_S)

@@ -1,0 +1,105 @@
+"""`distkv drain` with requests in mid-stream, real processes and real kill -9: the same text, whoever dies when."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from megatron_distkv.launch.local_cluster import LocalCluster
+
+from megatron_distkv.cli.main import main
+from megatron_distkv.ledger import InstanceState
+from tests.e2e.conftest import cluster_config, openai_client
+
+# Two choices, sampled, with log-probabilities; so slow a copy that there is a middle to die in.
+SAMPLED = {"model": "distkv", "seed": 5, "temperature": 0.9, "logprobs": 1, "n": 2, "max_tokens": 300}
+PROMPT = [40 + i % 80 for i in range(120)]
+
+
+@pytest.fixture
+def cluster(byte_llama: Path) -> Iterator[LocalCluster]:
+    changes = {
+        "instances": 4,
+        "kv_cache": {"num_rblocks": 128, "rblock_size": 8},
+        "lending": {"deadline_s": 2.0, "max_moved_rblocks_per_step": 2},
+    }
+    with LocalCluster(cluster_config(byte_llama, **changes)) as running:
+        yield running
+
+
+def stream(cluster: LocalCluster, instance: str | None, after_first: Callable[[], None]) -> tuple[list[str], Any]:
+    """Texts of both choices and the usage."""
+    body = {"ignore_eos": True, **({"instance": instance} if instance else {})}
+    texts, usage, has_begun = ["", ""], None, False
+    with openai_client(cluster) as client:
+        options = {"stream": True, "stream_options": {"include_usage": True}}
+        for chunk in client.completions.create(prompt=PROMPT, extra_body=body, **SAMPLED, **options):
+            usage = chunk.usage or usage
+            for choice in chunk.choices:
+                texts[choice.index] += choice.text
+            if not has_begun and all(len(text) > 5 for text in texts):
+                has_begun = True
+                after_first()
+    return texts, usage
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def test_a_drained_instance_hands_its_requests_over_and_any_may_die_meanwhile(cluster: LocalCluster) -> None:
+    drains: list[threading.Thread] = []
+
+    def drain(name: str) -> None:
+        arguments = ["drain", name, "--ledger", cluster.ledger_url, "--pool", cluster.config.ledger.pool]
+        drains.append(threading.Thread(target=main, args=(arguments,)))
+        drains[-1].start()
+
+    def is_leaving(name: str) -> bool:
+        record = next((x for x in cluster.ledger.snapshot().live if x.instance == name), None)
+        return record is None or record.state is InstanceState.DRAINING
+
+    def used(name: str) -> int:
+        return next((x.local_used for x in cluster.ledger.snapshot().live if x.instance == name), 0)
+
+    # Given the answer when nothing happens
+    calm, _ = stream(cluster, None, lambda: None)
+
+    # When the instance that computes it leaves in the middle of it
+    texts, usage = stream(cluster, "instance-0", lambda: drain("instance-0"))
+    # Then another goes on from the same token, with nothing computed again, and the first has ended
+    assert texts == calm
+    assert [kv["num_recomputed_tokens"] for kv in usage.kv] == [0, 0]
+    assert all(kv["instance"] != "instance-0" for kv in usage.kv)
+    drains[0].join()
+    assert cluster.child("instance-0").process.wait(20) == 0
+
+    # When the one that leaves is killed on its way
+    def drain_and_kill() -> None:
+        drain("instance-1")
+        wait_until(lambda: is_leaving("instance-1"))
+        os.killpg(cluster.child("instance-1").process.pid, signal.SIGKILL)
+
+    texts, _ = stream(cluster, "instance-1", drain_and_kill)
+    assert texts == calm
+
+    # When its successor is killed
+    def drain_and_kill_heir() -> None:
+        drain("instance-2")
+        wait_until(lambda: used("instance-3") > 0 or is_leaving("instance-2"))
+        os.killpg(cluster.child("instance-3").process.pid, signal.SIGKILL)
+
+    texts, _ = stream(cluster, "instance-2", drain_and_kill_heir)
+    assert texts == calm
+
+    # And nothing of all this stays
+    for thread in drains:
+        thread.join()
+    wait_until(lambda: not cluster.ledger.snapshot().loans and not cluster.ledger.snapshot().live)

@@ -1,0 +1,142 @@
+"""An instance that leaves hands its running requests over, with their KV: the same tokens, nothing computed again."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+
+import pytest
+import torch
+
+from megatron_distkv.engine.instance import Instance
+from megatron_distkv.engine.llm import LLM
+from megatron_distkv.ledger import PoolSnapshot, open_ledger
+from megatron_distkv.ledger.embedded_server import EmbeddedServer
+from megatron_distkv.messages import HandedOver, TokenLogprobs
+from megatron_distkv.request import Request
+from megatron_distkv.sampling_params import SamplingParams
+from tests.conftest import MakeConfig
+
+NAMES = ("d", "s", "c")
+SAMPLED = SamplingParams(max_tokens=30, temperature=0.8, top_p=0.9, seed=11, logprobs=2, ignore_eos=True)
+
+
+@pytest.fixture
+def pool(make_config: MakeConfig, server: EmbeddedServer) -> Iterator[dict[str, Instance]]:
+    """Three instances of 16 rBlocks (128 tokens) each; d has host memory too."""
+    with ExitStack() as stack:
+        rooms = {"url": server.url, "scheduler": {"max_batched_tokens": 48}}
+        cache = {"d": {"num_rblocks": 16, "rblock_size": 8, "num_host_rblocks": 3}}
+        yield {
+            name: stack.enter_context(
+                LLM(
+                    make_config(
+                        name, **{"num_rblocks": 16, **rooms, **({"kv_cache": cache[name]} if name in cache else {})}
+                    )
+                )
+            ).instance
+            for name in NAMES
+        }
+
+
+def random_prompt(length: int) -> list[int]:
+    return torch.randint(3, 131, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+
+
+class Client:
+    """What a gateway does: follows a request from instance to instance, and keeps what comes out."""
+
+    def __init__(self, pool: dict[str, Instance], prompt: list[int], sampling: SamplingParams) -> None:
+        self.pool = pool
+        self.prompt = prompt
+        self.sampling = sampling
+        self.at = "d"
+        self.token_ids: list[int] = []
+        self.logprobs: list[TokenLogprobs] = []
+        self.farewell: HandedOver | None = None
+        self.request = Request("r", prompt, sampling)
+        pool["d"].add(self.request)
+
+    def step(self) -> None:
+        instance = self.pool[self.at]
+        for output in instance.step():
+            self.token_ids += output.token_ids
+            self.logprobs += output.logprobs or []
+        for farewell in instance.take_farewells():
+            self.farewell = farewell
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            assert self.request.finish_reason is None, "the request ended too early for this test"
+            self.step()
+
+    def follow(self) -> bool:
+        """Ask where the farewell says; whether the request goes on there with its KV."""
+        assert self.farewell is not None
+        self.at = self.farewell.successor
+        self.request = Request("r2", self.prompt, self.sampling, output_token_ids=list(self.token_ids))
+        is_adopted = self.pool[self.at].adopt(self.request, self.farewell.adoption_id)
+        if not is_adopted:
+            self.pool[self.at].add(self.request)
+        return is_adopted
+
+    def finish(self) -> None:
+        while self.request.finish_reason is None:
+            self.step()
+
+
+def snapshot(server: EmbeddedServer) -> PoolSnapshot:
+    ledger = open_ledger(server.url, "default")
+    try:
+        return ledger.snapshot()
+    finally:
+        ledger.close()
+
+
+def assert_nothing_is_owed(pool: dict[str, Instance], server: EmbeddedServer) -> None:
+    for instance in pool.values():
+        instance.step()
+        instance.check_integrity()
+        status = instance.status(0)
+        assert (status.free_rblocks, status.lent_rblocks, status.borrowed_rblocks) == (16, 0, 0)
+        assert status.used_host_rblocks == 0
+    assert snapshot(server).loans == ()
+
+
+@pytest.fixture
+def expected(make_config: MakeConfig) -> Callable[[Client], None]:
+    def check(client: Client) -> None:
+        with LLM(make_config("enough", num_rblocks=256)) as enough:
+            wanted = enough.generate([client.prompt], client.sampling)[0]
+        assert client.token_ids == wanted.token_ids
+        for got, one in zip(client.logprobs, wanted.logprobs, strict=True):
+            assert got.chosen == pytest.approx(one.chosen, abs=1e-4)
+
+    return check
+
+
+Check = Callable[[Client], None]
+
+
+@pytest.mark.parametrize(("length", "num_tokens"), [(60, 0), (61, 5), (130, 5), (200, 3), (200, 0)])
+def test_a_request_goes_on_elsewhere_from_the_same_token(
+    length: int, num_tokens: int, pool: dict[str, Instance], server: EmbeddedServer, expected: Check
+) -> None:
+    # Given a request in d, in its prefill or decoding, some of it in host memory and with creditors if it is long
+    client = Client(pool, random_prompt(length), SAMPLED)
+    client.until(
+        lambda: client.request.num_computed_tokens > 48 if num_tokens == 0 else len(client.token_ids) == num_tokens
+    )
+    # When d is told to leave
+    pool["d"].drain(within_s=60)
+    client.until(lambda: client.farewell is not None)
+    assert pool["d"].scheduler.is_idle
+    # Then another goes on, d is empty soon, and nothing was computed again
+    assert client.follow()
+    computed = client.request.num_computed_tokens
+    while not pool["d"].is_drained:
+        pool["d"].step()
+    client.finish()
+    assert computed >= num_tokens
+    assert (client.request.num_recomputed_tokens, client.request.num_preemptions) == (0, 0)
+    assert client.request.max_local_rblocks > 0
+    expected(client)
+    assert_nothing_is_owed(pool, server)

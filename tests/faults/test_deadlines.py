@@ -1,0 +1,109 @@
+"""A creditor that hangs is found out soon; one that is only slow is not lost."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_distkv.attention import Deadlines, Debtor
+from megatron_distkv.attention.deadlines import FACTOR, NUM_LEARNT
+from megatron_distkv.attention.metadata import RemoteShare
+from megatron_distkv.messages import QueryShare
+from megatron_distkv.rblock import InstanceId
+from megatron_distkv.rmanager import Identity, MailboxSizes, Peers
+
+LEAST_S, MOST_S = 0.3, 30.0
+# Answers at once; told to be slow, takes longer than any learnt patience.
+CREDITOR = """
+import sys, time, msgspec, torch
+from megatron_distkv.messages import Acknowledge, QueryHeader
+from megatron_distkv.transport import Answer, Listener
+def answer(hello, request):
+    if msgspec.msgpack.decode(request.header, type=QueryHeader).layer == 1:
+        time.sleep(1.5)
+    return Answer(msgspec.msgpack.encode(Acknowledge()), [torch.ones(1, 2, 4), torch.zeros(1, 2)])
+listener = Listener(sys.argv[1], "p", answer)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def creditor(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-c", CREDITOR, f"unix:{tmp_path}/c.0.sock"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+@pytest.fixture
+def debtor(tmp_path: Path, creditor: subprocess.Popen[str]) -> Iterator[Debtor]:
+    """Has had so many answers that it knows what is usual."""
+    peers = Peers("p", Identity(InstanceId("d"), 1), 0, MailboxSizes(8192, 8192), MOST_S)
+    peers.reach("c", f"unix:{tmp_path}/c.{{rank}}.sock")
+    debtor = Debtor(peers, MOST_S, deadlines=Deadlines(LEAST_S, MOST_S, peers.is_alive))
+    for _ in range(NUM_LEARNT):
+        assert ask(debtor, 0) == 1
+    yield debtor
+    peers.close()
+
+
+def ask(debtor: Debtor, layer: int) -> int:
+    """How many partials came."""
+    share = RemoteShare(torch.zeros(1, dtype=torch.int64), [QueryShare(["loan"], [0], 1)])
+    debtor.begin_step(1, {"c": share})
+    debtor.ask(layer, torch.zeros(1, 2, 4))
+    return len(debtor.answers())
+
+
+def test_a_slow_creditor_that_lives_is_waited_for(debtor: Debtor) -> None:
+    assert ask(debtor, 1) == 1
+    assert debtor.waited_s > LEAST_S
+    assert debtor.lost == {}
+
+
+def test_a_creditor_that_hangs_is_lost_long_before_the_last_deadline(
+    debtor: Debtor, creditor: subprocess.Popen[str]
+) -> None:
+    os.kill(creditor.pid, signal.SIGSTOP)
+    assert ask(debtor, 0) == 0
+    assert "no sign of life" in debtor.lost["c"]
+    assert debtor.waited_s < MOST_S / 2
+
+
+def test_a_creditor_that_dies_is_lost_at_once(debtor: Debtor, creditor: subprocess.Popen[str]) -> None:
+    creditor.kill()
+    creditor.wait()
+    began_s = time.monotonic()
+    assert ask(debtor, 0) == 0
+    assert "no sign of life" not in debtor.lost["c"]
+    assert time.monotonic() - began_s < MOST_S / 2
+
+
+def test_what_is_usual_is_learnt_and_bounded() -> None:
+    deadlines = Deadlines(0.5, 10.0, lambda _peer, _within_s: True)
+    for _ in range(NUM_LEARNT - 1):
+        deadlines.note("c", 0.001)
+    assert deadlines.doubtful_after_s("c") == 10.0  # too little is known
+    deadlines.note("c", 0.001)
+    assert deadlines.doubtful_after_s("c") == 0.5  # quick: the lower bound
+    deadlines.note("c", 0.1)
+    assert deadlines.doubtful_after_s("c") == pytest.approx(FACTOR * 0.1)  # one slow answer is remembered
+    for _ in range(5000):
+        deadlines.note("c", 0.001)
+    assert deadlines.doubtful_after_s("c") == 0.5  # and forgotten in time
+    deadlines.note("c", 3.0)
+    assert deadlines.doubtful_after_s("c") == 10.0  # the upper bound
+    deadlines.forget("c")
+    assert deadlines.doubtful_after_s("c") == 10.0
+    assert deadlines.doubtful_after_s("other") == 10.0
