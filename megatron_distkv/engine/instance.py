@@ -1,45 +1,19 @@
-"""One serving instance: the composition root, and the loop that is the architecture."""
+"""One serving instance: the loop that is the architecture."""
 
-import json
 import time
 
-import torch.distributed as dist
-
 from megatron_distkv.config.instance import LONELY_LEDGER, InstanceConfig
-from megatron_distkv.engine.addresses import rank_address, request_socket
-from megatron_distkv.engine.admission import Admission
-from megatron_distkv.engine.adopting import Adopting
+from megatron_distkv.engine.assembly import assemble
 from megatron_distkv.engine.batch import Slice, StepPlan
 from megatron_distkv.engine.closing import close_in_order
-from megatron_distkv.engine.departure import Departure
-from megatron_distkv.engine.doors import Doors, advertised_address, warn_of_open_doors
-from megatron_distkv.engine.followers import FollowerRanks
-from megatron_distkv.engine.handover import Handover
-from megatron_distkv.engine.instance_secret import share_instance_secret
-from megatron_distkv.engine.lender_desk import LenderDesk
-from megatron_distkv.engine.membership import Membership
 from megatron_distkv.engine.model_runner import StepResult
 from megatron_distkv.engine.rank import Rank
-from megatron_distkv.engine.reporting import Reporting
 from megatron_distkv.engine.sampler import SampledToken, sample
-from megatron_distkv.engine.scheduler import Scheduled, Scheduler
-from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
-from megatron_distkv.ledger import HOST_RBLOCKS, WAYS, DebtLedger, Move, WayCost, write_ways
+from megatron_distkv.engine.scheduler import Scheduled
+from megatron_distkv.ledger import DebtLedger, Move
 from megatron_distkv.log import get_logger
 from megatron_distkv.messages import HandedOver, InstanceStatus, RequestRefused, TokenOutput
 from megatron_distkv.request import FinishReason, Request
-from megatron_distkv.rmanager import (
-    Adoptions,
-    Borrowing,
-    Heartbeat,
-    LateReleases,
-    Lending,
-    NoFollowers,
-    PoolOutlook,
-    RManager,
-    SuccessorDesk,
-    Ways,
-)
 
 logger = get_logger(__name__)
 # A step without any room gives creditors and debtors this long before the next try.
@@ -57,30 +31,26 @@ class Instance:
         self.model = rank.model
         self._rank = rank
         self._ledger = ledger
-        cache, lending = config.kv_cache, config.lending
-        self._allocator = RBlockAllocator(cache.num_rblocks, lending.max_lent(cache.num_rblocks))
-        self._host = RBlockAllocator(cache.num_host_rblocks, max_lent=0)
-        self._membership = self._make_membership(ledger)
-        if config.ledger.url != LONELY_LEDGER:
-            warn_of_open_doors(config.network, rank.secret, config.ledger.pool)
-        self._followers = self._connect_followers()
-        self._ways = self._make_ways()
-        outlook = PoolOutlook(ledger, rank.identity, rank.peers, enabled=lending.enabled, ways=self._ways)
-        late_releases = LateReleases(ledger, rank.identity)
-        self._borrowing = Borrowing(ledger, rank.identity, rank.peers, outlook, late_releases, lending.deadline_s)
-        self._lending = self._make_lending(ledger)
-        self.rmanager = RManager(self._allocator, self._host, self._borrowing, outlook, lending, cache.rblock_size)
-        self.scheduler = Scheduler(config.scheduler, self.rmanager)
-        self._admission = Admission(self.model, self.scheduler, self.rmanager)
-        self._reporting = self._make_reporting()
-        self._adoptions = self._make_adoptions()
-        self._adopting = self._make_adopting()
-        self._departure = self._make_departure()
-        self._doors = self._open_doors()
-        self._heartbeat = self._make_heartbeat(late_releases)
+        parts = assemble(rank, ledger)
+        self._allocator = parts.allocator
+        self._host = parts.host
+        self._membership = parts.membership
+        self._followers = parts.followers
+        self._borrowing = parts.borrowing
+        self._lending = parts.lending
+        self._adoptions = parts.adoptions
+        self._admission = parts.admission
+        self._reporting = parts.reporting
+        self._adopting = parts.adopting
+        self._departure = parts.departure
+        self._doors = parts.doors
+        self._ways = parts.ways
+        self._heartbeat = parts.heartbeat
+        self.rmanager = parts.rmanager
+        self.scheduler = parts.scheduler
         self._membership.join()
         self._heartbeat.start()
-        if lending.enabled and config.ledger.url != LONELY_LEDGER:
+        if config.lending.enabled and config.ledger.url != LONELY_LEDGER:
             self._ways.start()
 
     # ------------------------------------------------------------------ requests
@@ -199,110 +169,6 @@ class Instance:
                 self.rmanager.recall(order.loan_id)
 
     # ------------------------------------------------------------------ the pool
-
-    def _connect_followers(self) -> FollowerRanks | None:
-        if self._rank.parallel.size == 1:
-            return None
-        secret = share_instance_secret()
-        dist.barrier()  # the followers listen before this
-        config, rank = self.config, self._rank
-        return FollowerRanks(config.run_dir, rank.identity.instance, config.ledger.pool, rank.parallel.size, secret)
-
-    def _make_membership(self, ledger: DebtLedger) -> Membership:
-        config, rank = self.config, self._rank
-        info = {
-            "requests": str(request_socket(config.run_dir, config.instance_id)),
-            "rblock_size": str(config.kv_cache.rblock_size),
-            **rank.costs,
-            HOST_RBLOCKS: str(config.kv_cache.num_host_rblocks),
-            "tensor_parallel": str(config.tensor_parallel),
-            "model": str(config.model.resolve()),
-            "vocab_size": str(self.model.vocab_size),
-            "eos_token_ids": json.dumps(self.model.eos_token_ids),
-        }
-        address = advertised_address(config.network, config.run_dir, config.instance_id, rank.parallel.size)
-        return Membership(ledger, rank.identity, config.ledger, address, self._allocator, rank.shape, info)
-
-    def _make_lending(self, ledger: DebtLedger) -> Lending:
-        rank, followers = self._rank, self._followers or NoFollowers()
-        return Lending(self._allocator, ledger, rank.identity, rank.loan_table, followers, in_debt=self._is_in_debt)
-
-    def _is_in_debt(self) -> bool:
-        return self._borrowing.num_borrowed > 0
-
-    def _make_reporting(self) -> Reporting:
-        me = self._rank.identity.instance
-        return Reporting(me, self._allocator, self._host, self._borrowing, self.rmanager, self.scheduler)
-
-    def _make_departure(self) -> Departure:
-        desk = SuccessorDesk(self._rank.peers, self._rank.identity, self.config.lending.deadline_s)
-        handover = Handover(
-            self._ledger,
-            self._rank.identity,
-            desk,
-            self._borrowing,
-            self.rmanager,
-            self.scheduler,
-            self.config.lending.max_moved_rblocks_per_step,
-        )
-        return Departure(
-            self._admission,
-            self._reporting,
-            self._lending,
-            self.rmanager,
-            self._allocator,
-            self.scheduler,
-            self._borrowing,
-            self._adoptions,
-            handover,
-        )
-
-    def _make_adoptions(self) -> Adoptions:
-        followers, rblock_size = self._followers or NoFollowers(), self.config.kv_cache.rblock_size
-        return Adoptions(self._allocator, self._rank.loan_table, followers, rblock_size)
-
-    def _make_adopting(self) -> Adopting:
-        return Adopting(
-            self._adoptions,
-            self._rank.identity,
-            self._allocator,
-            self._lending,
-            self._borrowing,
-            self.rmanager,
-            self.scheduler,
-        )
-
-    def _open_doors(self) -> Doors:
-        config, rank = self.config, self._rank
-        return Doors(
-            config.network,
-            rank_address(config.run_dir, config.instance_id, 0),
-            0,
-            config.ledger.pool,
-            LenderDesk(self._lending, rank.creditor, self._adoptions).answer,
-            secret=rank.secret,
-            on_disconnect=rank.creditor.forget,
-        )
-
-    def _make_ways(self) -> Ways:
-        rank, config = self._rank, self.config
-        return Ways(
-            self._ledger, rank.identity, rank.shape, rank.peers.dial, self._publish_ways, config.lending.deadline_s
-        )
-
-    def _publish_ways(self, ways: dict[str, WayCost]) -> None:
-        self._membership.describe(**{WAYS: write_ways(ways)})
-
-    def _make_heartbeat(self, late_releases: LateReleases) -> Heartbeat:
-        return Heartbeat(
-            self._ledger,
-            self._rank.identity,
-            self.config.ledger,
-            self._lending,
-            late_releases,
-            self._membership.join,
-            lambda: self._reporting.report,
-        )
 
     def _raise_if_superseded(self) -> None:
         if self._heartbeat.superseded is not None:

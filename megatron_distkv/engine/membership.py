@@ -44,10 +44,14 @@ class Membership:
         self._allocator = allocator
         self._shape = shape
         self._info = {**info, _SHAPE: msgspec.json.encode(shape).decode()}
-        self._compare_with_the_pool()
+        self._has_joined = False
+        self._require_same_shape()
 
     def join(self) -> None:
-        """Register, and again where the ledger has forgotten."""
+        """Register, and again where the ledger has forgotten.
+
+        Two members may come at the same moment, each before the other is in the ledger: the later one leaves again.
+        """
         identity, allocator = self._identity, self._allocator
         registration = self._ledger.register(
             identity.instance,
@@ -60,6 +64,13 @@ class Membership:
             info=self._info,
         )
         identity.epoch, identity.generation = registration.epoch, registration.generation
+        if not self._has_joined:
+            try:
+                self._require_same_shape(before_epoch=identity.epoch)
+            except UserError:
+                self.leave()
+                raise
+        self._has_joined = True
 
     def describe(self, **facts: str) -> None:
         """Say more of this member than at its registration; raises LedgerUnavailable. Any thread may call it."""
@@ -69,8 +80,10 @@ class Membership:
     def leave(self) -> None:
         self._ledger.deregister(self._identity.instance, self._identity.epoch)
 
-    def _compare_with_the_pool(self) -> None:
-        for record in self._ledger.snapshot().live:
+    def _require_same_shape(self, before_epoch: int | None = None) -> None:
+        """As that of all members, or of those that came before this epoch."""
+        live = self._ledger.snapshot().live
+        for record in (x for x in live if before_epoch is None or x.epoch < before_epoch):
             theirs = published_shape(record)
             if record.instance == self._identity.instance or theirs is None:
                 continue

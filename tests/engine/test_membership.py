@@ -2,12 +2,19 @@
 
 from typing import Any
 
+import msgspec
 import pytest
 
-from megatron_distkv.config.instance import InstanceConfig
+from megatron_distkv.config.instance import InstanceConfig, LedgerConfig
 from megatron_distkv.engine.llm import LLM
+from megatron_distkv.engine.membership import Membership
 from megatron_distkv.errors import UserError
+from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
+from megatron_distkv.kvcache.rblock_shape import RBlockShape
+from megatron_distkv.ledger import MemoryLedger
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
+from megatron_distkv.rblock import InstanceId
+from megatron_distkv.rmanager import Identity
 from tests.conftest import MakeConfig
 
 
@@ -28,3 +35,26 @@ def test_rblocks_of_another_shape_cannot_join(
         with pytest.raises(UserError, match=f"b cannot join pool 'default': its rBlocks have {what}"):
             LLM(InstanceConfig.model_validate(values))
         assert [record.instance for record in a.instance._ledger.snapshot().instances] == ["a"]
+
+
+@pytest.mark.parametrize("order", ["ab", "ba"])
+def test_of_two_shapes_that_join_at_the_same_moment_one_is_refused(order: str) -> None:
+    # Given two members with rBlocks of different sizes that have both looked at the pool and found nobody
+    ledger, shape = MemoryLedger(), RBlockShape(2, 4, 2, 8, 8, "fp32", 1)
+    members = {
+        name: Membership(
+            ledger, Identity(InstanceId(name)), LedgerConfig(), "", RBlockAllocator(4, 4),
+            msgspec.structs.replace(shape, rblock_size=size), {},
+        )
+        for name, size in (("a", 8), ("b", 16))
+    }  # fmt: skip
+    first, second = order
+    # When both register, then the first stays, and the second is told why not
+    members[first].join()
+    with pytest.raises(UserError, match=f"{second} cannot join pool 'default'.*as those of {first}"):
+        members[second].join()
+    assert [record.instance for record in ledger.snapshot().instances] == [first]
+    # And the first stays for good, though the ledger forgets it
+    ledger.lose_everything()
+    members[first].join()
+    assert [record.instance for record in ledger.snapshot().instances] == [first]
