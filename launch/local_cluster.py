@@ -14,6 +14,7 @@ from megatron_distkv.launch.processes import Child
 from tqdm import tqdm
 
 from megatron_distkv.cli.pool_arguments import LEDGER_VARIABLE
+from megatron_distkv.config.admission import AdmissionConfig
 from megatron_distkv.config.cluster import ClusterConfig
 from megatron_distkv.config.instance import InstanceConfig, LedgerConfig
 from megatron_distkv.config.lender import LenderConfig
@@ -117,7 +118,7 @@ class LocalCluster:
         self.wait_for(["gmanager", *self.instance_ids, *self.lender_ids])
         gateway = command_line(
             "gateway", *self._pool_arguments(), "--host", self.config.host, "--port", str(self.config.port),
-            "--served-model-name", self.config.served_model_name,
+            "--served-model-name", self.config.served_model_name, *_options(self.config.admission),
         )  # fmt: skip
         self._start("gateway", gateway)
         self.wait_for(["gateway"])
@@ -188,6 +189,11 @@ class LocalCluster:
             child.terminate()
         for child in reversed(list(self._children.values())):
             child.end()
+
+
+def _options(admission: AdmissionConfig) -> list[str]:
+    values = admission.model_dump()
+    return [word for key, value in values.items() for word in (f"--{key.replace('_', '-')}", str(value))]
 
 
 def _require_room_for_sockets(run_dir: Path) -> None:

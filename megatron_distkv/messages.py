@@ -65,7 +65,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True):
 
 
 class RequestKV(msgspec.Struct, frozen=True):
-    """A request's receipt: where its rBlocks lay in the instance that ended it, and what that cost.
+    """A request's receipt: where its rBlocks lay in one instance, and what that cost.
 
     rBlock-seconds are the sum over time of the rBlocks that held its KV. `remote_attention_s` is its part of the time
     that steps waited for creditors' answers after their own work was done: a step's wait is divided among the requests
@@ -85,7 +85,10 @@ class RequestKV(msgspec.Struct, frozen=True):
 
 
 class TokenOutput(msgspec.Struct, frozen=True, tag="token"):
-    """New tokens of one request. `finish_reason` is set in the last one, which also carries `kv`."""
+    """New tokens of one request. `finish_reason` is set in the last one, which also carries `kv`.
+
+    An instance that ends before its requests sends `kv` alone: its part of a request that others go on with.
+    """
 
     request_id: str
     token_ids: list[int]

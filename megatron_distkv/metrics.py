@@ -7,6 +7,19 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120
 
 REQUESTS = Counter("distkv_requests", "Requests ended, by outcome", ["outcome"], registry=REGISTRY)
 RESUMED = Counter("distkv_resumed_requests", "Losses of an instance made up for by another", registry=REGISTRY)
+QUEUED_REQUESTS = Gauge(
+    "distkv_queued_requests", "Requests held at this gateway until the pool has room", registry=REGISTRY
+)
+QUEUE_SECONDS = Histogram(
+    "distkv_queue_seconds", "Arrival at the gateway to an instance that has room", buckets=_SECONDS, registry=REGISTRY
+)
+REFUSED_REQUESTS = Counter(
+    "distkv_refused_requests",
+    "Requests refused at the gateway before any work: `context_length_exceeded`, `queue_full`, `queue_timeout`, "
+    "`no_instance`",
+    ["reason"],
+    registry=REGISTRY,
+)
 PROMPT_TOKENS = Counter("distkv_prompt_tokens", "Prompt tokens accepted", registry=REGISTRY)
 OUTPUT_TOKENS = Counter("distkv_output_tokens", "Tokens sent to clients", registry=REGISTRY)
 TTFT_SECONDS = Histogram(

@@ -6,10 +6,15 @@ import socket
 import uvicorn
 
 from megatron_distkv.cli.pool_arguments import add_pool_arguments
+from megatron_distkv.config.admission import AdmissionConfig
+from megatron_distkv.config.base import parse_config
 from megatron_distkv.errors import UserError
 from megatron_distkv.ledger import open_ledger
 from megatron_distkv.log import setup_logging
 from megatron_distkv.server.app import Gateway
+
+# Connections that wait to be accepted.
+BACKLOG = 2048
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,11 +22,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on; 0 takes a free one and prints it")
     parser.add_argument("--served-model-name", default="distkv", help="the model's name in the API")
+    parser.add_argument("--max-queued-requests", type=int, help="requests held until the pool has room; one more: 429")
+    parser.add_argument("--max-queue-wait-s", type=float, help="a request held for this long is refused with 429")
+    parser.add_argument("--overtake-within-s", type=float, help="shorter requests overtake one that waits, for so long")
 
 
 def run(args: argparse.Namespace) -> int:
     setup_logging("gateway")
-    gateway = Gateway(open_ledger(args.ledger, args.pool), args.served_model_name)
+    admission = _admission(args)
+    gateway = Gateway(open_ledger(args.ledger, args.pool), args.served_model_name, admission)
     listening = _bind(args.host, args.port)
     host, port = listening.getsockname()[:2]
     print(f"READY gateway http://{host}:{port}/v1", flush=True)
@@ -30,11 +39,18 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _admission(args: argparse.Namespace) -> AdmissionConfig:
+    values = {key: getattr(args, key) for key in AdmissionConfig.model_fields}
+    given = {key: value for key, value in values.items() if value is not None}
+    return parse_config(AdmissionConfig, given, "distkv gateway")
+
+
 def _bind(host: str, port: int) -> socket.socket:
     listening = socket.socket()
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
+        listening.listen(BACKLOG)  # before it says that it is ready: who connects at once waits, and is not refused
     except OSError as error:
         listening.close()
         raise UserError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from None

@@ -5,6 +5,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from megatron_distkv.config.admission import AdmissionConfig
 from megatron_distkv.config.base import FrozenConfig
 from megatron_distkv.config.instance import KVCacheConfig, LedgerConfig, LendingConfig, SchedulerConfig
 
@@ -36,6 +37,8 @@ class ClusterConfig(FrozenConfig):
     """Time between two plans of the gManager."""
     start_timeout_s: float = Field(180.0, gt=0)
     """An instance that is not ready within this time ends the start."""
+    admission: AdmissionConfig = AdmissionConfig()
+    """Of requests at the gateway."""
     kv_cache: KVCacheConfig = KVCacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     lending: LendingConfig = LendingConfig()

@@ -107,6 +107,7 @@ def _membership(rank: Rank, ledger: DebtLedger, allocator: RBlockAllocator) -> M
         "tensor_parallel": str(config.tensor_parallel),
         "model": str(config.model.resolve()),
         "vocab_size": str(rank.model.vocab_size),
+        "max_context_tokens": str(rank.model.max_context_tokens or ""),
         "eos_token_ids": json.dumps(rank.model.eos_token_ids),
     }
     address = advertised_address(config.network, config.run_dir, config.instance_id, rank.parallel.size)

@@ -187,6 +187,12 @@ class Scheduler:
         request.finish(reason)
         return _output(request, [], [])
 
+    def give_up_all(self) -> list[TokenOutput]:
+        """This instance ends before its requests: others go on, and this is its part of each, without tokens."""
+        for request in self.running:
+            self._meter.settle(request)
+        return [TokenOutput(x.request_id, [], kv=receipt(x)) for x in (*self.running, *self.waiting)]
+
     def let_go(self, request: Request) -> None:
         """It goes on elsewhere, or nowhere."""
         if request in self.waiting:

@@ -34,6 +34,8 @@ class Serving:
                         self._send(output.request_id, output, is_last=output.finish_reason is not None)
                     for farewell in self._instance.take_farewells():
                         self._send(farewell.request_id, farewell, is_last=True)
+            for part in self._instance.scheduler.give_up_all():
+                self._send(part.request_id, part, is_last=True)
         finally:
             self._io.close()
 

@@ -256,6 +256,7 @@ class RManager:
         return self._growth(request, request.num_tokens + 1) + others - self.num_local_free
 
     def _growth(self, request: Request, num_tokens: int) -> int:
+        num_tokens = min(num_tokens, request.max_total_tokens)  # nobody needs the last token's KV
         table = self._tables.get(request.request_id)
         return max(0, num_rblocks_for(num_tokens, self.rblock_size) - (table.num_rblocks if table else 0))
 

@@ -9,9 +9,10 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from megatron_distkv.messages import RequestKV, TokenLogprobs
+from megatron_distkv.messages import TokenLogprobs
 from megatron_distkv.server.errors import ApiError
 from megatron_distkv.server.generation import Piece
+from megatron_distkv.server.receipt import Receipt
 from megatron_distkv.server.tokenizer import Tokenizer
 
 PieceStream = AsyncGenerator[Piece, None]
@@ -26,16 +27,14 @@ class Choice:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: str | None = None
-    instance_id: str = ""
-    kv: RequestKV | None = None
+    receipt: Receipt = field(default_factory=Receipt)
 
     def add(self, piece: Piece) -> None:
         self.text += piece.text
         self.token_ids += piece.token_ids
         self.logprobs += piece.logprobs
         self.finish_reason = piece.finish_reason
-        self.instance_id = piece.instance_id
-        self.kv = piece.kv or self.kv
+        self.receipt = piece.receipt or self.receipt
 
 
 class Shape(Protocol):
@@ -125,9 +124,11 @@ class Answer:
 
 
 def _receipt(choice: Choice) -> dict[str, Any]:
-    kv = choice.kv or RequestKV()
+    kv, instances, num_untold = choice.receipt
     return {
-        "instance": choice.instance_id,
+        "instance": instances[-1] if instances else "",
+        "instances": list(instances),
+        "num_untold_parts": num_untold,
         "max_local_rblocks": kv.max_local_rblocks,
         "max_host_rblocks": kv.max_host_rblocks,
         "max_borrowed_rblocks": kv.max_borrowed_rblocks,

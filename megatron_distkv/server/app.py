@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from megatron_distkv import metrics
+from megatron_distkv.config.admission import AdmissionConfig
 from megatron_distkv.errors import UserError
 from megatron_distkv.ledger import DebtLedger, render_debts
 from megatron_distkv.log import get_logger
@@ -29,10 +30,10 @@ logger = get_logger(__name__)
 
 
 class Gateway:
-    def __init__(self, ledger: DebtLedger, served_model_name: str) -> None:
+    def __init__(self, ledger: DebtLedger, served_model_name: str, admission: AdmissionConfig) -> None:
         self._name = served_model_name
         self._view = PoolView(ledger)
-        self._router = Router(self._view)
+        self._router = Router(self._view, admission)
         self._tokenizer: Tokenizer | None = None
 
     def app(self) -> Starlette:
@@ -108,7 +109,10 @@ class Gateway:
         assert self._tokenizer is not None
         answer = Answer(shape, self._tokenizer, self._name, num_prompt_tokens, streams, body.return_token_ids)
         if body.stream:
-            events = await _begun(answer.events(with_usage=body.wants_usage))
+            begun = asyncio.ensure_future(_begun(answer.events(with_usage=body.wants_usage)))
+            events = await or_disconnect(begun, http.is_disconnected)
+            if events is None:
+                return Response(status_code=499)
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         whole = await or_disconnect(asyncio.ensure_future(answer.whole()), http.is_disconnected)
         return Response(status_code=499) if whole is None else JSONResponse(whole)
@@ -158,7 +162,7 @@ async def _chain(first: str, rest: AsyncGenerator[str, None]) -> AsyncGenerator[
 
 async def _api_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    headers = {"Retry-After": "1"} if error.status == 429 else None
+    headers = {"Retry-After": str(error.retry_after_s)} if error.retry_after_s is not None else None
     return JSONResponse(error.body(), status_code=error.status, headers=headers)
 
 

@@ -8,10 +8,16 @@ from typing import NamedTuple
 import msgspec
 
 from megatron_distkv.ledger import InstanceRecord
-from megatron_distkv.messages import NewRequest, TokenOutput
+from megatron_distkv.messages import NewRequest, RequestKV, TokenOutput
 from megatron_distkv.sampling_params import SamplingParams
 from megatron_distkv.server.errors import ApiError, HandedElsewhere
 from megatron_distkv.server.pool_view import eos_token_ids_of
+from megatron_distkv.server.receipt import Receipt
+
+# A request whose instance was lost waits this long for another that can take it.
+PATIENCE_S = 30.0
+# Pictures of the pool that differ for longer than this differ not only in age.
+DOUBT_S = 5.0
 
 # The heir of an instance that leaves is looked for so long; then anybody is as good.
 HEIR_PATIENCE_S = 2.0
@@ -29,8 +35,12 @@ def life_of(record: InstanceRecord) -> Life:
 
 
 class Attempt:
-    def __init__(self, prompt_token_ids: list[int], sampling: SamplingParams, pinned: str | None) -> None:
+    def __init__(
+        self, prompt_token_ids: list[int], sampling: SamplingParams, pinned: str | None, patience_s: float = PATIENCE_S
+    ) -> None:
         self._pinned = pinned
+        self._patience_s = patience_s
+        self._patient_until_s = float("-inf")
         self._heir = ""  # has this request's KV
         self._heir_until_s = float("-inf")
         self._adoption_id = ""
@@ -42,6 +52,11 @@ class Attempt:
         self._lost: set[Life] = set()
         self._refused: set[Life] = set()
         self._refusal: ApiError | None = None
+        self.arrival_s = time.monotonic()
+        self.receipt = Receipt()
+        self._told: RequestKV | None = None
+        self.request_id = ""  # of its present life
+        self._doubted_since_s = float("inf")
 
     @property
     def pinned(self) -> str | None:
@@ -54,18 +69,42 @@ class Attempt:
 
     @property
     def num_tokens_at_most(self) -> int:
-        return len(self._prompt_token_ids) + self._sampling.max_tokens
+        """Whose KV it can ever need (the last sampled token's KV is never computed)."""
+        return len(self._prompt_token_ids) + self._sampling.max_tokens - 1
+
+    @property
+    def rank(self) -> tuple[int, float]:
+        """In a queue: important ones first (a lower priority, as in vLLM), then the oldest."""
+        return self._sampling.priority, self.arrival_s
+
+    @property
+    def lengths(self) -> str:
+        return (
+            f"prompt ({len(self._prompt_token_ids)} tokens) and max_tokens ({self._sampling.max_tokens}) need a "
+            f"context of {self.num_tokens_at_most} tokens"
+        )
+
+    @property
+    def num_tokens_now(self) -> int:
+        """Those that there are, and the next, if that needs KV."""
+        return min(len(self._prompt_token_ids) + self.num_sent + 1, self.num_tokens_at_most)
 
     @property
     def has_lost(self) -> bool:
         return bool(self._lost)
 
+    @property
+    def is_patient(self) -> bool:
+        """It has lost an instance, and others that refuse it now will be asked again."""
+        return time.monotonic() < self._patient_until_s
+
     def request(self, record: InstanceRecord) -> NewRequest:
         """What this instance is asked: to go on from the tokens that are out."""
         adoption_id = self._adoption_id if record.instance == self._heir else ""
         self._heir_until_s = float("-inf")
+        self.request_id = uuid.uuid4().hex[:16]
         return NewRequest(
-            uuid.uuid4().hex[:16],
+            self.request_id,
             self._prompt_token_ids,
             self._sampling,
             eos_token_ids_of(record),
@@ -74,28 +113,57 @@ class Attempt:
         )
 
     def note(self, output: TokenOutput) -> None:
+        """Tokens, and what its instance tells of its part: with the last tokens, or when it gives the request up."""
         self._sent += output.token_ids
+        if output.kv is not None:
+            self._told = output.kv
+
+    def note_part(self, record: InstanceRecord) -> None:
+        """This instance's part is over: the request has ended, or the instance is lost."""
+        self.receipt = self.receipt.add(record.instance, self._told)
+        self._told = None
 
     def may_ask(self, record: InstanceRecord) -> bool:
         return life_of(record) not in self._lost | self._refused
 
+    @property
+    def refusal(self) -> ApiError | None:
+        """The last one."""
+        return self._refusal
+
     def note_lost(self, record: InstanceRecord) -> None:
+        """Whom the client named is gone: anybody may go on."""
+        self._pinned = None
         self._lost.add(life_of(record))
+        self.note_part(record)
+        self._patient_until_s = time.monotonic() + self._patience_s
 
     def note_handed_over(self, record: InstanceRecord, left: HandedElsewhere) -> None:
-        """The heir is asked first; without one, anybody, and who was pinned is gone."""
+        """The heir is asked first, and tells this instance's part with its own; without one, anybody."""
+        self._told = self._told or RequestKV()
         self.note_lost(record)
-        self._pinned = None
         self._heir, self._adoption_id = left.successor, left.adoption_id
         self._heir_until_s = time.monotonic() + (HEIR_PATIENCE_S if left.successor else 0.0)
 
     def note_refused(self, record: InstanceRecord, error: ApiError) -> None:
-        """Raises `error` unless another instance, or a later time, may answer differently."""
-        may_fit_later = self.has_lost and error.code == "context_length_exceeded"
-        if error.status not in (429, 503) and not may_fit_later:
+        """Raises `error` unless another instance, or a later time, may answer differently.
+
+        Too long is too long for the pool as that instance sees it, which may be another than the gateway saw a moment
+        ago. Without any loss it is believed when it is said again after `DOUBT_S`.
+        """
+        is_too_long = error.code == "context_length_exceeded"
+        if error.status not in (429, 503) and not is_too_long:
             raise error
+        if is_too_long and not self._lost:
+            self._doubted_since_s = min(self._doubted_since_s, time.monotonic())
+            if time.monotonic() - self._doubted_since_s > DOUBT_S:
+                raise error
         self._refused.add(life_of(record))
         self._refusal = error
+
+    def doubt_afresh(self) -> None:
+        """Nobody knows the pool now: who calls it too small may just have started."""
+        self._doubted_since_s = float("inf")
 
     def forget_refusals(self) -> None:
         self._refused.clear()

@@ -8,13 +8,14 @@ class ApiError(DistkvError):
 
     def __init__(
         self, status: int, message: str, *, kind: str = "invalid_request_error", param: str | None = None,
-        code: str | None = None,
+        code: str | None = None, retry_after_s: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__(message)
         self.status = status
         self.kind = kind
         self.param = param
         self.code = code
+        self.retry_after_s = retry_after_s
 
     def body(self) -> dict[str, object]:
         return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
@@ -42,7 +43,7 @@ def from_refusal(code: str, message: str) -> ApiError:
     if code == "too_long":
         return ApiError(400, message, param="prompt", code="context_length_exceeded")
     if code == "queue_full":
-        return ApiError(429, message, kind="rate_limit_error", code="queue_full")
+        return ApiError(429, message, kind="rate_limit_error", code="queue_full", retry_after_s=1)
     if code == "bad_request":
         return bad_request(message, "prompt")
     return ApiError(503, message, kind="server_error", code=code)

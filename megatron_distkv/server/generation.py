@@ -5,9 +5,10 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
 from megatron_distkv import metrics
-from megatron_distkv.messages import RequestKV, TokenLogprobs
+from megatron_distkv.messages import TokenLogprobs
 from megatron_distkv.sampling_params import SamplingParams
 from megatron_distkv.server.errors import ApiError
+from megatron_distkv.server.receipt import Receipt
 from megatron_distkv.server.router import Router
 from megatron_distkv.server.stop_strings import StopStrings
 from megatron_distkv.server.tokenizer import Tokenizer
@@ -22,8 +23,7 @@ class Piece:
     token_ids: list[int]
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: str | None = None
-    instance_id: str = ""
-    kv: RequestKV | None = None
+    receipt: Receipt | None = None
 
 
 async def generate(
@@ -41,7 +41,7 @@ async def generate(
     metrics.PROMPT_TOKENS.inc(len(prompt_token_ids))
     outputs = router.generate(prompt_token_ids, sampling, pinned)
     try:
-        async for instance_id, output in outputs:
+        async for output, receipt in outputs:
             clock.note(len(output.token_ids))
             reason = output.finish_reason
             ends_in_stop_token = reason == "stop"
@@ -51,7 +51,7 @@ async def generate(
                 text += stop_strings.add(detokenizer.flush()) + stop_strings.flush()
             if stop_strings.has_stopped:
                 reason = "stop"
-            yield Piece(choice, text, output.token_ids, output.logprobs or [], reason, instance_id, output.kv)
+            yield Piece(choice, text, output.token_ids, output.logprobs or [], reason, receipt)
             if reason is not None:
                 clock.finish(reason)
                 return

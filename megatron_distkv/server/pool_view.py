@@ -19,7 +19,7 @@ class PoolView:
 
     def __init__(self, ledger: DebtLedger) -> None:
         self._ledger = ledger
-        self.when_seen: Callable[[PoolSnapshot], None] = lambda _: None
+        self.when_looked: list[Callable[[], None]] = []  # called after each look, also a vain one
         self._task: asyncio.Task[None] | None = None
         self.snapshot: PoolSnapshot | None = None
         self.ledger_is_away = False
@@ -55,11 +55,12 @@ class PoolView:
         try:
             self.snapshot = await asyncio.to_thread(self._ledger.snapshot)
             self.ledger_is_away = False
-            self.when_seen(self.snapshot)
         except LedgerUnavailable as error:
             if not self.ledger_is_away:
                 logger.warning("the ledger is away: %s", error)
             self.ledger_is_away = True
+        for listener in self.when_looked:
+            listener()
 
 
 def request_socket_of(record: InstanceRecord) -> Path:

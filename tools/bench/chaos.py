@@ -21,6 +21,7 @@ from tqdm import tqdm
 from megatron_distkv.config.cluster import ClusterConfig
 from tests.model.llamas import save_llama
 from tools.bench.chaos_faults import Faults
+from tools.bench.chaos_report import as_markdown
 from tools.bench.chaos_traffic import Traffic, questions, reference_answers, reference_config
 from tools.bench.machine import describe_machine
 
@@ -35,6 +36,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=1.0, help="of faults")
     parser.add_argument("--seed", type=int, default=None, help="of traffic and faults; default: drawn and printed")
     parser.add_argument("--instances", type=int, default=4, help="serving instances")
+    parser.add_argument("--lenders", type=int, default=1, help="memory-only lenders")
     parser.add_argument("--clients", type=int, default=6, help="requests at one time")
     parser.add_argument("--mean-gap-s", type=float, default=2.5, help="mean time between two faults")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report there")
@@ -46,6 +48,7 @@ def main() -> int:
         report = run(args, seed, Path(scratch))
         report["leaks"] += left_behind(Path(scratch))
     print(json.dumps(report, indent=1))
+    print(as_markdown([report]))
     if args.json is not None:
         args.json.write_text(json.dumps(report, indent=1))
     return 1 if report["lost"] or report["mismatches"] or report["leaks"] else 0
@@ -58,11 +61,11 @@ def run(args: argparse.Namespace, seed: int, scratch: Path) -> dict[str, Any]:
     asked = questions(rng, NUM_QUESTIONS, longest)
     answers = reference_answers(asked, reference_config(model, scratch, RBLOCK_SIZE, longest))
     print(f"seed {seed}; {describe_machine()}", flush=True)
-    with LocalCluster(cluster_config(model, args.instances)) as cluster:
+    with LocalCluster(cluster_config(model, args.instances, args.lenders)) as cluster:
         faults = Faults(cluster, rng)
         with Traffic(cluster.base_url, asked, answers, args.clients, seed) as traffic:
             inject(faults, rng, args.minutes * 60, args.mean_gap_s)
-            cluster.wait_for([*cluster.instance_ids, "gmanager"])
+            cluster.wait_for([*cluster.instance_ids, *cluster.lender_ids, "gmanager"])
         leaks = unsettled(cluster)
     return {
         "requests": traffic.tally.requests,
@@ -76,18 +79,21 @@ def run(args: argparse.Namespace, seed: int, scratch: Path) -> dict[str, Any]:
         "tokens": traffic.tally.tokens,
         "left_by_client": traffic.tally.left,
         "refused": dict(traffic.tally.refused),
+        "refused_why": traffic.tally.refusals,
         "lost_why": dict(traffic.tally.lost),
         "seed": seed,
         "minutes": args.minutes,
+        "clients": args.clients,
         "machine": describe_machine(),
         "cluster": cluster.config.model_dump(mode="json", exclude={"model"}),
     }
 
 
-def cluster_config(model: Path, instances: int) -> ClusterConfig:
+def cluster_config(model: Path, instances: int, lenders: int) -> ClusterConfig:
     return ClusterConfig.model_validate(
         {
             "model": model, "instances": instances, "launcher": "python", "port": 0,
+            "lenders": lenders, "lender_rblocks": NUM_RBLOCKS,
             "kv_cache": {"num_rblocks": NUM_RBLOCKS, "rblock_size": RBLOCK_SIZE},
             "scheduler": {"max_batched_tokens": 64},
             "ledger": {"url": "embedded://", "heartbeat_interval_s": 0.1, "lease_s": 3.0},
@@ -107,7 +113,7 @@ def inject(faults: Faults, rng: random.Random, for_s: float, mean_gap_s: float) 
                 faults.break_something()
                 next_s = time.monotonic() + rng.expovariate(1 / mean_gap_s)
             bar.update(round(for_s - (end_s - time.monotonic())) - bar.n)
-    faults.repair(all_of_it=True)
+    faults.finish()
 
 
 def unsettled(cluster: LocalCluster) -> list[str]:
@@ -119,8 +125,9 @@ def unsettled(cluster: LocalCluster) -> list[str]:
         wrong += [
             f"{x.instance} uses {x.local_used}, lends {x.lent}" for x in snapshot.instances if x.local_used or x.lent
         ]
-        if len(snapshot.live) != cluster.config.instances:
-            wrong.append(f"{len(snapshot.live)} instances live, not {cluster.config.instances}")
+        members = [*cluster.instance_ids, *cluster.lender_ids]
+        if sorted(x.instance for x in snapshot.live) != sorted(members):
+            wrong.append(f"{len(snapshot.live)} members live, not {len(members)}")
         wrong += [f"{name} has ended: {cluster.child(name).error_line()}" for name in cluster.dead_parts()]
         if not wrong or time.monotonic() > end_s:
             return wrong

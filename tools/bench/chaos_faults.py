@@ -1,97 +1,180 @@
 """Breaks a running pool at random, and puts it together again."""
 
+import contextlib
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import redis
 from megatron_distkv.launch.local_cluster import LocalCluster
 
-# At least this many instances stay: a request must have somewhere to go.
+from megatron_distkv.cli.pool_arguments import LEDGER_VARIABLE
+
+# At least this many instances serve: a request must have somewhere to go.
 NUM_SPARED = 2
+LEDGER, GMANAGER = "ledger", "gmanager"
+# A part told to leave has ended by then, or is taken for one that stays.
+LEAVES_WITHIN_S = 30.0
+
+
+@dataclass
+class Repair:
+    """Of one part, when its time has come and, for one that was told to leave, when it has left."""
+
+    part: str
+    due_s: float
+    carry_out: Callable[[], None]
+    leaving: "subprocess.Popen[bytes] | None" = None
+
+    def is_due(self, *, now: bool) -> bool:
+        late = time.monotonic() > self.due_s + LEAVES_WITHIN_S
+        has_left = self.leaving is None or self.leaving.poll() is not None
+        return (has_left and (now or time.monotonic() >= self.due_s)) or late
 
 
 @dataclass
 class Faults:
-    """`maybe_break()` and `repair()` from the main thread, which the children are tied to."""
+    """`break_something()` and `repair()` from the main thread, which the children are tied to."""
 
     cluster: LocalCluster
     rng: random.Random
     counts: Counter[str] = field(default_factory=Counter)
-    _due: list[tuple[float, str, Callable[[], None]]] = field(default_factory=list)
+    _repairs: list[Repair] = field(default_factory=list)
     _broken: set[str] = field(default_factory=set)
 
     def break_something(self) -> None:
-        kind = self.rng.choice(
-            (self._kill_instance, self._hang_instance, self._kill_ledger, self._hang_ledger, self._kill_gmanager)
-        )
-        kind()
+        """One of the kinds that this pool can suffer now."""
+        kinds = [self._kill_instance, self._hang_instance, self._drain_instance]
+        if self.cluster.lender_ids:
+            kinds += [self._kill_lender, self._hang_lender, self._send_lender_away]
+        kinds += [self._kill_ledger, self._hang_ledger, self._flush_ledger, self._kill_gmanager, self._hang_gmanager]
+        self.rng.choice(kinds)()
 
-    def repair(self, *, all_of_it: bool = False) -> None:
+    def repair(self, *, now: bool = False) -> None:
         """Carry out the repairs that are due, the ledger's first: nothing starts without it."""
-        for item in sorted(self._due, key=lambda item: item[1] != "ledger"):
-            due_s, part, repair = item
-            if all_of_it or time.monotonic() >= due_s:
-                self._due.remove(item)
-                repair()
-                self._broken.discard(part)
-        if "ledger" not in self._broken:
+        for repair in sorted(self._repairs, key=lambda repair: repair.part != LEDGER):
+            if repair.is_due(now=now):
+                self._repairs.remove(repair)
+                repair.carry_out()
+                self._broken.discard(repair.part)
+        if LEDGER not in self._broken:
             for name in set(self.cluster.dead_parts()) - self._broken:
-                self.cluster.restart(name)  # it could not start while the ledger was away
+                self.cluster.restart(name)  # it could not start while the ledger was away, or has left
 
-    # ------------------------------------------------------------------ kinds
+    def finish(self) -> None:
+        """Repair all, and wait for those that leave."""
+        while self._repairs:
+            self.repair(now=True)
+            time.sleep(0.05)
+        self.repair()
+
+    # ------------------------------------------------------------------ instances and lenders
 
     def _kill_instance(self) -> None:
-        name = self._pick_instance()
-        if name is not None:
-            self.cluster.kill(name)
-            self._note("kill -9 of an instance", name, self.rng.uniform(0.2, 4.0), lambda: self.cluster.restart(name))
+        self._kill("an instance", self._pick_instance())
 
     def _hang_instance(self) -> None:
-        """Shorter or longer than its lease."""
+        self._hang("an instance", self._pick_instance())
+
+    def _drain_instance(self) -> None:
+        """Another one joins under its name when it has left."""
         name = self._pick_instance()
+        if name is not None and LEDGER not in self._broken:
+            within_s = self.rng.uniform(0.0, 6.0)
+            command = [sys.executable, "-m", "megatron_distkv.cli.main", "drain", name, "--within", str(within_s)]
+            draining = subprocess.Popen(
+                [*command, "--pool", self.cluster.config.ledger.pool],
+                env={**os.environ, LEDGER_VARIABLE: self.cluster.ledger_url},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            self._note("drain of an instance, another joins", name, within_s, lambda: None, draining)
+
+    def _kill_lender(self) -> None:
+        self._kill("a lender", self._pick(self.cluster.lender_ids))
+
+    def _hang_lender(self) -> None:
+        self._hang("a lender", self._pick(self.cluster.lender_ids))
+
+    def _send_lender_away(self) -> None:
+        name = self._pick(self.cluster.lender_ids)
         if name is not None:
-            pid = self.cluster.child(name).process.pid
-            os.killpg(pid, signal.SIGSTOP)
-            for_s = self.rng.uniform(0.1, 2.5) * self.cluster.config.ledger.lease_s
-            self._note("SIGSTOP of an instance", name, for_s, lambda: os.killpg(pid, signal.SIGCONT))
+            process = self.cluster.child(name).process
+            process.terminate()
+            self._note("drain of a lender, another joins", name, self.rng.uniform(0.0, 4.0), lambda: None, process)
+
+    # ------------------------------------------------------------------ the control plane
 
     def _kill_ledger(self) -> None:
         server = self.cluster.ledger_server
-        if server is not None and "ledger" not in self._broken:
+        if server is not None and LEDGER not in self._broken:
             server.kill()
-            self._note(
-                "kill -9 of the ledger, back empty",
-                "ledger",
-                self.rng.uniform(0.0, 3.0),
-                lambda: server.start() and None,
-            )
+            back_s = self.rng.uniform(0.0, 3.0)
+            self._note("kill -9 of the ledger, back empty", LEDGER, back_s, lambda: server.start() and None)
 
     def _hang_ledger(self) -> None:
         server = self.cluster.ledger_server
-        if server is not None and "ledger" not in self._broken:
-            pid = server.pid
-            os.kill(pid, signal.SIGSTOP)
-            self._note(
-                "SIGSTOP of the ledger", "ledger", self.rng.uniform(0.1, 3.0), lambda: os.kill(pid, signal.SIGCONT)
-            )
+        if server is not None and LEDGER not in self._broken:
+            self._stop_for("SIGSTOP of the ledger", LEDGER, self.rng.uniform(0.1, 3.0), os.kill, server.pid)
+
+    def _flush_ledger(self) -> None:
+        if LEDGER not in self._broken:
+            with redis.Redis.from_url(self.cluster.ledger_url) as client:
+                client.flushall()
+            self.counts["FLUSHALL of the ledger"] += 1
 
     def _kill_gmanager(self) -> None:
-        if "gmanager" not in self._broken:
-            self.cluster.kill("gmanager")
-            repair_s = self.rng.uniform(0.0, 3.0)
-            self._note("kill -9 of the gManager", "gmanager", repair_s, lambda: self.cluster.restart("gmanager"))
+        if GMANAGER not in self._broken:
+            self._kill("the gManager", GMANAGER)
+
+    def _hang_gmanager(self) -> None:
+        if GMANAGER not in self._broken:
+            self._hang("the gManager", GMANAGER)
 
     # ------------------------------------------------------------------ inside
 
     def _pick_instance(self) -> str | None:
-        whole = [name for name in self.cluster.instance_ids if name not in self._broken]
+        whole = self._whole(self.cluster.instance_ids)
         return self.rng.choice(whole) if len(whole) > NUM_SPARED else None
 
-    def _note(self, kind: str, part: str, repair_after_s: float, repair: Callable[[], None]) -> None:
+    def _pick(self, names: list[str]) -> str | None:
+        whole = self._whole(names)
+        return self.rng.choice(whole) if whole else None
+
+    def _whole(self, names: list[str]) -> list[str]:
+        """Those that serve: one that is started again may take a while on a busy machine."""
+        return [x for x in names if x not in self._broken and self.cluster.child(x).ready_line() is not None]
+
+    def _kill(self, what: str, name: str | None) -> None:
+        if name is not None:
+            self.cluster.kill(name)
+            self._note(f"kill -9 of {what}", name, self.rng.uniform(0.2, 4.0), lambda: None)
+
+    def _hang(self, what: str, name: str | None) -> None:
+        """Shorter or longer than its lease."""
+        if name is not None:
+            for_s = self.rng.uniform(0.1, 2.5) * self.cluster.config.ledger.lease_s
+            self._stop_for(f"SIGSTOP of {what}", name, for_s, os.killpg, self.cluster.child(name).process.pid)
+
+    def _stop_for(self, kind: str, part: str, for_s: float, send: Callable[[int, int], None], pid: int) -> None:
+        def go_on() -> None:
+            with contextlib.suppress(ProcessLookupError):
+                send(pid, signal.SIGCONT)
+
+        with contextlib.suppress(ProcessLookupError):
+            send(pid, signal.SIGSTOP)
+        self._note(kind, part, for_s, go_on)
+
+    def _note(
+        self, kind: str, part: str, repair_after_s: float, carry_out: Callable[[], None],
+        leaving: "subprocess.Popen[bytes] | None" = None,
+    ) -> None:  # fmt: skip
         self.counts[kind] += 1
         self._broken.add(part)
-        self._due.append((time.monotonic() + repair_after_s, part, repair))
+        self._repairs.append(Repair(part, time.monotonic() + repair_after_s, carry_out, leaving))

@@ -61,6 +61,7 @@ class Tally:
     tokens: int = 0
     left: int = 0
     refused: Counter[str] = field(default_factory=Counter)
+    refusals: list[str] = field(default_factory=list)
     lost: Counter[str] = field(default_factory=Counter)
     longest_pause_s: float = 0.0
     recomputed_tokens: int = 0
@@ -97,11 +98,12 @@ class Traffic:
     def _run(self, rng: random.Random) -> None:
         while not self._stop.is_set():
             question, answer = rng.choice(self._asked)
+            start_s = time.monotonic()
             leaves_after = rng.randint(1, 5) if rng.randrange(LEAVES_ONE_IN) == 0 else None
             try:
                 self._ask(question, answer, leaves_after)
             except openai.APIError as error:
-                self._note_error(error)
+                self._note_error(error, time.monotonic() - start_s)
                 time.sleep(0.2)
 
     def _ask(self, question: Question, answer: list[int], leaves_after: int | None) -> None:
@@ -139,12 +141,14 @@ class Traffic:
             tally.recomputed_tokens += kv.get("num_recomputed_tokens", 0)
             tally.full_recompute_tokens += kv.get("num_tokens_at_losses", 0)
 
-    def _note_error(self, error: openai.APIError) -> None:
+    def _note_error(self, error: openai.APIError, after_s: float) -> None:
         code = str(error.code or type(error).__name__)
         with self._lock:
             self.tally.requests += 1
-            is_refusal = code in ("queue_full", "context_length_exceeded", "no_instance")
+            is_refusal = code in ("queue_full", "queue_timeout", "context_length_exceeded", "no_instance")
             (self.tally.refused if is_refusal else self.tally.lost)[code if is_refusal else f"{code}: {error}"] += 1
+            if is_refusal:
+                self.tally.refusals.append(f"after {after_s:.1f} s: {error}")
 
 
 def reference_config(model: Path, run_dir: Path, rblock_size: int, longest: int) -> InstanceConfig:

@@ -1,0 +1,31 @@
+"""How quickly a queue moves, and so how long one more would wait."""
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+
+# Departures longer ago say little of the load now.
+WINDOW_S = 30.0
+# Clients of OpenAI's library take no longer advice than this.
+RETRY_AT_MOST_S = 60
+
+
+class Departures:
+    def __init__(self, clock_s: Callable[[], float] = time.monotonic) -> None:
+        self._clock_s = clock_s
+        self._start_s = clock_s()
+        self._left_s: deque[float] = deque()
+
+    def note(self) -> None:
+        self._left_s.append(self._clock_s())
+
+    def retry_after_s(self, num_queued: int) -> int:
+        """When all that wait now will have left at the rate of the last while, in whole seconds (Little's law)."""
+        now_s = self._clock_s()
+        while self._left_s and self._left_s[0] < now_s - WINDOW_S:
+            self._left_s.popleft()
+        if not self._left_s:
+            return RETRY_AT_MOST_S
+        rate = len(self._left_s) / max(1.0, min(WINDOW_S, now_s - self._start_s))
+        return max(1, min(RETRY_AT_MOST_S, math.ceil((num_queued + 1) / rate)))

@@ -1,0 +1,100 @@
+"""A request whose instance is lost: another goes on; where nobody can, the client hears it and does not wait long."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from megatron_distkv import framing
+from megatron_distkv.config.admission import AdmissionConfig
+from megatron_distkv.messages import NewRequest, RequestKV, RequestRefused, ToInstance, TokenOutput
+from megatron_distkv.sampling_params import SamplingParams
+from megatron_distkv.server.errors import ApiError
+from megatron_distkv.server.router import Routed, Router
+from tests.server.still_view import StillView, member
+
+Answer = Callable[[NewRequest, asyncio.StreamWriter], Awaitable[None]]
+
+
+async def speak_and_die(request: NewRequest, writer: asyncio.StreamWriter) -> None:
+    writer.write(framing.pack(TokenOutput(request.request_id, [65])))
+    await writer.drain()
+    writer.close()
+
+
+async def refuse(request: NewRequest, writer: asyncio.StreamWriter) -> None:
+    writer.write(framing.pack(RequestRefused(request.request_id, "too_long", "not now")))
+
+
+async def leave_in_order(request: NewRequest, writer: asyncio.StreamWriter) -> None:
+    writer.write(framing.pack(TokenOutput(request.request_id, [65])))
+    writer.write(framing.pack(TokenOutput(request.request_id, [], kv=RequestKV(local_rblock_s=1.0))))
+    await writer.drain()
+    writer.close()
+
+
+async def go_on(request: NewRequest, writer: asyncio.StreamWriter) -> None:
+    tokens = [66] if request.output_token_ids == [65] else [0]
+    writer.write(
+        framing.pack(TokenOutput(request.request_id, tokens, finish_reason="length", kv=RequestKV(local_rblock_s=2.0)))
+    )
+
+
+async def ask(
+    directory: Path, first: Answer, second: Answer, patience_s: float = 30.0, pinned: str | None = None
+) -> list[Routed]:
+    """One request to two instances that answer like this."""
+
+    def served(answer: Answer) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]:
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            while not reader.at_eof():
+                try:
+                    message = await framing.read(reader, msgspec.msgpack.Decoder(ToInstance))
+                except (asyncio.IncompleteReadError, ConnectionError):
+                    break
+                if isinstance(message, NewRequest):
+                    await answer(message, writer)
+            writer.close()
+
+        return serve
+
+    sockets = [directory / name for name in ("a", "b")]
+    servers = [
+        await asyncio.start_unix_server(served(answer), path)
+        for answer, path in zip((first, second), sockets, strict=True)
+    ]
+    # Neither holds it alone, so the one with more free memory comes first
+    view = StillView()
+    router = Router(view, AdmissionConfig(), patience_s)
+    view.show(member("a", 6, requests=sockets[0]), member("b", 5, requests=sockets[1]))
+    try:
+        return [routed async for routed in router.generate([1] * 64, SamplingParams(max_tokens=8), pinned)]
+    finally:
+        await router.close()
+        for server in servers:
+            server.close()
+
+
+@pytest.mark.parametrize("pinned", [None, "a"])
+def test_another_goes_on_from_the_tokens_that_are_out(pinned: str | None, tmp_path: Path) -> None:
+    routed = asyncio.run(asyncio.wait_for(ask(tmp_path, speak_and_die, go_on, pinned=pinned), 20))
+    assert [token for x in routed for token in x.output.token_ids] == [65, 66]
+
+
+@pytest.mark.parametrize(("first", "local_rblock_s", "num_untold"), [(speak_and_die, 2.0, 1), (leave_in_order, 3.0, 0)])
+def test_the_receipt_is_of_all_who_could_still_tell(
+    first: Answer, local_rblock_s: float, num_untold: int, tmp_path: Path
+) -> None:
+    begun, *_, ended = asyncio.run(asyncio.wait_for(ask(tmp_path, first, go_on), 20))
+    assert begun.receipt == (RequestKV(), ("a",), 1)
+    receipt = ended.receipt
+    assert (receipt.instances, receipt.num_untold) == (("a", "b"), num_untold)
+    assert receipt.kv.local_rblock_s == local_rblock_s
+
+
+def test_where_nobody_can_go_on_the_patience_ends(tmp_path: Path) -> None:
+    with pytest.raises(ApiError, match=r"lost after 1 tokens .* no other can go on: not now") as caught:
+        asyncio.run(asyncio.wait_for(ask(tmp_path, speak_and_die, refuse, patience_s=0.6), 20))
+    assert (caught.value.status, caught.value.code) == (502, "instance_lost")
