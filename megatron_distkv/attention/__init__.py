@@ -6,12 +6,14 @@ from megatron_distkv.attention.deadlines import Deadlines
 from megatron_distkv.attention.debtor import Debtor
 from megatron_distkv.attention.dist_attention import DistAttention
 from megatron_distkv.attention.forward_context import ForwardContext, forward_context
+from megatron_distkv.attention.head_share import HeadShare
 from megatron_distkv.attention.host_memory import HostMemory
 from megatron_distkv.attention.loan_table import LoanTable
 from megatron_distkv.attention.metadata import AttentionMetadata, RemoteShare, SequenceSlice, build_metadata
 from megatron_distkv.attention.partial import Partial, merge_partials
 from megatron_distkv.attention.rotary import RotaryConfig
 from megatron_distkv.attention.shard_order import ShardOrder
+from megatron_distkv.attention.split_channel import Line, Part, SplitChannel
 from megatron_distkv.attention.step_share import StepShare
 from megatron_distkv.attention.verification import Verification
 
@@ -23,13 +25,17 @@ __all__ = [
     "Debtor",
     "DistAttention",
     "ForwardContext",
+    "HeadShare",
     "HostMemory",
+    "Line",
     "LoanTable",
+    "Part",
     "Partial",
     "RemoteShare",
     "RotaryConfig",
     "SequenceSlice",
     "ShardOrder",
+    "SplitChannel",
     "StepShare",
     "Verification",
     "build_metadata",

@@ -8,8 +8,9 @@ import torch
 
 from megatron_distkv import metrics
 from megatron_distkv.attention.debtor import wire_dtype
+from megatron_distkv.attention.head_share import HeadShare, attend_heads
 from megatron_distkv.attention.loan_table import Access, LoanTable
-from megatron_distkv.attention.shares import ShareIndex, attend_shares, index_shares, measure_query_us
+from megatron_distkv.attention.shares import ShareIndex, index_shares, measure_query_us
 from megatron_distkv.attention.step_share import StepShare
 from megatron_distkv.errors import DistkvError
 from megatron_distkv.log import get_logger
@@ -50,7 +51,13 @@ class Creditor:
         model_dtype: torch.dtype,
         scale: float,
         share: StepShare | None = None,
+        *,
+        rank: int = 0,
+        num_ranks: int = 1,
     ) -> None:
+        """`pool_BLK2ND` holds the heads of rank `rank` of `num_ranks`. Debtors may be cut otherwise."""
+        self._holds = HeadShare(rank, num_ranks, pool_BLK2ND.shape[2] * num_ranks)
+        self._group = num_query_heads // pool_BLK2ND.shape[2]
         self._share = share or StepShare()
         self._pool = pool_BLK2ND
         self._loans = loan_table
@@ -79,10 +86,11 @@ class Creditor:
         prepared = self._prepare(hello, header)
         if isinstance(prepared, Refusal):
             return _acknowledge(prepared)
-        shape = (prepared.index.num_rows, self._num_query_heads, self._pool.shape[-1])
+        heads = self._heads_of(hello)
+        shape = (prepared.index.num_rows, (heads.stop - heads.start) * self._group, self._pool.shape[-1])
         (q_THD,) = read_tensors(request.payload, [TensorSpec(shape, self._model_dtype)])
         with self._share.turn() as held_back_s:
-            out, lse = attend_shares(q_THD, self._pool, header.layer, prepared.index, self._scale)
+            out, lse = attend_heads(q_THD, self._pool, header.layer, prepared.index, self._scale, heads)
         if self._loans.version != prepared.version and not self._may_query(hello, prepared.shares):
             return _acknowledge(Refusal.UNKNOWN_LOAN)  # a loan ended while we computed: the rBlocks may be another's
         return Answer(
@@ -94,29 +102,41 @@ class Creditor:
         header = decode(request.header, StoreHeader)
         if len(set(header.block_ids)) < len(header.block_ids):
             raise DistkvError("a store names an rBlock twice")
-        spec = TensorSpec((len(header.block_ids), *self._pool.shape[1:]), self._pool.dtype)
+        pool = self._pool[:, :, self._heads_of(hello)]
+        spec = TensorSpec((len(header.block_ids), *pool.shape[1:]), pool.dtype)
         (data,) = read_tensors(request.payload, [spec])
         with self._loans.held():
             access = self._loans.access(hello.instance_id, [header.loan_id], header.block_ids)
             if not _is_granted(access, "store", hello):
                 return _acknowledge(Refusal.UNKNOWN_LOAN)
-            scatter_rblocks(data, self._pool, torch.tensor(header.block_ids, dtype=torch.int64))
+            _scatter(data, pool, torch.tensor(header.block_ids, dtype=torch.int64))
         return _acknowledge(None)
 
     def fetch(self, hello: Hello, request: Request) -> Answer:
         """Give borrowed rBlocks back (contract: messages.FetchHeader)."""
         header = decode(request.header, FetchHeader)
+        pool = self._pool[:, :, self._heads_of(hello)]
         with self._loans.held():
             access = self._loans.access(hello.instance_id, [header.loan_id], header.block_ids)
             if not _is_granted(access, "fetch", hello):
                 return _acknowledge(Refusal.UNKNOWN_LOAN)
-            data = gather_rblocks(self._pool, torch.tensor(header.block_ids, dtype=torch.int64))
+            data = _gather(pool, torch.tensor(header.block_ids, dtype=torch.int64))
         return Answer(msgspec.msgpack.encode(Acknowledge()), [data])
 
     def forget(self, hello: Hello) -> None:
         """The debtor's channel is gone."""
         with self._lock:
             self._prepared.pop(hello.nonce, None)
+
+    def _heads_of(self, hello: Hello) -> slice:
+        """This rank's heads that are the debtor rank's too; raises DistkvError where there are none."""
+        num_heads = self._holds.num_kv_heads
+        if num_heads % hello.num_ranks or hello.rank >= hello.num_ranks:
+            raise DistkvError(f"rank {hello.rank} of {hello.num_ranks} has no part of {num_heads} KV heads")
+        heads = self._holds.common_with(HeadShare(hello.rank, hello.num_ranks, num_heads))
+        if heads.start == heads.stop:
+            raise DistkvError(f"rank {hello.rank} of {hello.num_ranks} has no KV heads at this rank")
+        return heads
 
     def _prepare(self, hello: Hello, header: QueryHeader) -> _PreparedQuery | Refusal:
         scoring = header.scoring
@@ -147,6 +167,18 @@ def _is_granted(access: Access, kind: str, hello: Hello) -> bool:
     if access is Access.FOREIGN:
         logger.warning("refusing a %s of %s: it names memory of another", kind, hello.instance_id)
     return False
+
+
+def _gather(pool_BLK2ND: torch.Tensor, block_ids: torch.Tensor) -> torch.Tensor:
+    """Whole rBlocks by the kernel; some of their heads only by torch."""
+    return gather_rblocks(pool_BLK2ND, block_ids) if pool_BLK2ND.is_contiguous() else pool_BLK2ND[block_ids]
+
+
+def _scatter(data_MLK2ND: torch.Tensor, pool_BLK2ND: torch.Tensor, block_ids: torch.Tensor) -> None:
+    if pool_BLK2ND.is_contiguous():
+        scatter_rblocks(data_MLK2ND, pool_BLK2ND, block_ids)
+    else:
+        pool_BLK2ND[block_ids] = data_MLK2ND
 
 
 def _acknowledge(refusal: Refusal | None) -> Answer:

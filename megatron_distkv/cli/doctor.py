@@ -161,8 +161,9 @@ def _optional_packages() -> Iterator[Finding]:
     yield _optional("Transformer Engine", ("transformer_engine",), if_here, if_absent)
     follows = "the kernel backends above serve"
     yield _optional("flash-attn", ("flash_attn",), f"not used yet: {follows}", f"not needed: {follows}")
-    follows = "instances of one host talk over shared memory"
-    yield _optional("NIXL", ("nixl_cu13", "nixl_cu12", "nixl"), f"not used yet: {follows}", f"not needed: {follows}")
+    follows = "instances of one host talk over shared memory, of several over TCP"
+    if_here, modules = "`network.carrier: nixl` uses it", ("nixl_cu13", "nixl_cu12", "nixl")
+    yield _optional("NIXL", modules, if_here, f"not needed: {follows}")
 
 
 def _optional(thing: str, modules: tuple[str, ...], if_here: str, if_absent: str) -> Finding:

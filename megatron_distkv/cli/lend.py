@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run-dir", type=Path, help="where sockets lie")
     parser.add_argument("--threads", type=int, help="CPU threads for each debtor's attention")
     parser.add_argument("--ledger", metavar="URL", help=f"ledger server of the pool; else {default_ledger()}")
+    parser.add_argument("--listen", metavar="tcp://HOST:PORT", help="lend to other hosts too")
     parser.add_argument("--pool", help="name of the pool in the ledger")
     parser.add_argument("--model", type=Path, help="checkpoint that the pool serves; else wait for its first instance")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="with --model: overrides the checkpoint's dtype")
@@ -89,6 +90,8 @@ def _config(args: argparse.Namespace) -> LenderConfig:
     values.setdefault("run_dir", Path(tempfile.gettempdir()) / "distkv")
     ledger = {key: value for key, value in (("url", args.ledger), ("pool", args.pool)) if value is not None}
     values["ledger"] = {**values.get("ledger", {"url": default_ledger()}), **ledger}
+    if args.listen is not None:
+        values["network"] = {**values.get("network", {}), "listen": args.listen}
     config = parse_config(LenderConfig, values, str(args.config or "command line"))
     if config.ledger.url == "memory://":
         raise UserError("a lender shares a ledger server with its pool: give one by --ledger URL")

@@ -24,6 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ledger", metavar="URL", help=f"redis://, rediss:// or unix:// of the ledger server; else {default_ledger()}"
     )
+    parser.add_argument(
+        "--listen", metavar="tcp://HOST:PORT", help="lend to other hosts too; rank r listens at PORT + r"
+    )
     parser.add_argument("--pool", help="name of the pool in the ledger")
     parser.add_argument("--launcher", choices=("deepspeed", "python"), default="deepspeed", help="how ranks start")
 
@@ -48,6 +51,7 @@ def _config(args: argparse.Namespace) -> InstanceConfig:
         "kv_cache": {"num_rblocks": args.num_rblocks, "num_host_rblocks": args.num_host_rblocks},
         "lending": {"verify_one_in": args.verify},
         "ledger": {"url": args.ledger, "pool": args.pool},
+        "network": {"listen": args.listen},
     }
     for room, settings in nested.items():
         given = {key: value for key, value in settings.items() if value is not None}

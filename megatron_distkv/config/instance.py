@@ -6,6 +6,10 @@ from typing import Literal
 from pydantic import Field
 
 from megatron_distkv.config.base import FrozenConfig
+from megatron_distkv.config.network import NetworkConfig
+
+# The ledger of one instance without others, inside of its process.
+LONELY_LEDGER = "memory://"
 
 
 class KVCacheConfig(FrozenConfig):
@@ -57,7 +61,7 @@ class LendingConfig(FrozenConfig):
 
 
 class LedgerConfig(FrozenConfig):
-    url: str = "memory://"
+    url: str = LONELY_LEDGER
     """redis://, rediss:// (TLS) or unix:// with password and database in the URL; memory:// for one lonely instance."""
     pool: str = Field("default", pattern=r"^[A-Za-z0-9_.-]{1,64}$")
     """Instances of one pool lend to each other."""
@@ -87,3 +91,4 @@ class InstanceConfig(FrozenConfig):
     scheduler: SchedulerConfig = SchedulerConfig()
     lending: LendingConfig = LendingConfig()
     ledger: LedgerConfig = LedgerConfig()
+    network: NetworkConfig = NetworkConfig()

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from megatron_distkv.config.base import FrozenConfig
 from megatron_distkv.config.instance import LedgerConfig
 from megatron_distkv.config.memory_size import MemorySize
+from megatron_distkv.config.network import NetworkConfig
 
 
 class LenderConfig(FrozenConfig):
@@ -22,6 +23,7 @@ class LenderConfig(FrozenConfig):
     threads: int = Field(1, ge=1)
     """CPU threads for each debtor's MicroAttention."""
     ledger: LedgerConfig = LedgerConfig()
+    network: NetworkConfig = NetworkConfig()
 
     @model_validator(mode="after")
     def _has_one_size(self) -> Any:

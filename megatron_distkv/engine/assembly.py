@@ -5,10 +5,12 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
+from megatron_distkv.config.instance import LONELY_LEDGER
 from megatron_distkv.engine.addresses import rank_address, request_socket
 from megatron_distkv.engine.admission import Admission
 from megatron_distkv.engine.adopting import Adopting
 from megatron_distkv.engine.departure import Departure
+from megatron_distkv.engine.doors import Doors, advertised_address, warn_of_open_doors
 from megatron_distkv.engine.followers import FollowerRanks
 from megatron_distkv.engine.handover import Handover
 from megatron_distkv.engine.instance_secret import share_instance_secret
@@ -18,7 +20,7 @@ from megatron_distkv.engine.rank import Rank
 from megatron_distkv.engine.reporting import Reporting
 from megatron_distkv.engine.scheduler import Scheduler
 from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
-from megatron_distkv.ledger import HOST_RBLOCKS, DebtLedger
+from megatron_distkv.ledger import HOST_RBLOCKS, WAYS, DebtLedger, write_ways
 from megatron_distkv.rmanager import (
     Adoptions,
     Borrowing,
@@ -29,8 +31,8 @@ from megatron_distkv.rmanager import (
     PoolOutlook,
     RManager,
     SuccessorDesk,
+    Ways,
 )
-from megatron_distkv.transport import Listener
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,9 @@ class Parts:
     reporting: Reporting
     adopting: Adopting
     departure: Departure
-    listener: Listener
+    doors: Doors
     heartbeat: Heartbeat
+    ways: Ways
 
 
 def assemble(rank: Rank, ledger: DebtLedger) -> Parts:
@@ -63,7 +66,8 @@ def assemble(rank: Rank, ledger: DebtLedger) -> Parts:
     membership = _membership(rank, ledger, allocator)
     followers = _connect_followers(rank)
     revoker = followers or NoFollowers()
-    outlook = PoolOutlook(ledger, me, peers, enabled=limits.enabled)
+    ways = _ways(rank, ledger, membership)
+    outlook = PoolOutlook(ledger, me, peers, enabled=limits.enabled, ways=ways)
     late_releases = LateReleases(ledger, me)
     borrowing = Borrowing(ledger, me, peers, outlook, late_releases, limits.deadline_s)
     lending = Lending(allocator, ledger, me, rank.loan_table, revoker, in_debt=lambda: borrowing.num_borrowed > 0)
@@ -76,11 +80,11 @@ def assemble(rank: Rank, ledger: DebtLedger) -> Parts:
     desk = SuccessorDesk(peers, me, limits.deadline_s)
     handover = Handover(ledger, me, desk, borrowing, rmanager, scheduler, limits.max_moved_rblocks_per_step)
     departure = Departure(admission, reporting, lending, rmanager, allocator, scheduler, borrowing, adoptions, handover)
-    listener = _listen(rank, LenderDesk(lending, rank.creditor, adoptions))
+    doors = _open_doors(rank, LenderDesk(lending, rank.creditor, adoptions))
     heartbeat = Heartbeat(ledger, me, config.ledger, lending, late_releases, membership.join, lambda: reporting.report)
     return Parts(
         allocator, host, membership, followers, borrowing, lending, adoptions, rmanager, scheduler, admission,
-        reporting, adopting, departure, listener, heartbeat,
+        reporting, adopting, departure, doors, heartbeat, ways,
     )  # fmt: skip
 
 
@@ -106,14 +110,29 @@ def _membership(rank: Rank, ledger: DebtLedger, allocator: RBlockAllocator) -> M
         "max_context_tokens": str(rank.model.max_context_tokens or ""),
         "eos_token_ids": json.dumps(rank.model.eos_token_ids),
     }
-    address = rank_address(config.run_dir, config.instance_id)
+    address = advertised_address(config.network, config.run_dir, config.instance_id, rank.parallel.size)
     return Membership(ledger, rank.identity, config.ledger, address, allocator, rank.shape, info)
 
 
-def _listen(rank: Rank, desk: LenderDesk) -> Listener:
+def _ways(rank: Rank, ledger: DebtLedger, membership: Membership) -> Ways:
+    return Ways(
+        ledger,
+        rank.identity,
+        rank.shape,
+        rank.peers.dial,
+        lambda ways: membership.describe(**{WAYS: write_ways(ways)}),
+        rank.config.lending.deadline_s,
+    )
+
+
+def _open_doors(rank: Rank, desk: LenderDesk) -> Doors:
     config = rank.config
-    return Listener(
+    if config.ledger.url != LONELY_LEDGER:
+        warn_of_open_doors(config.network, rank.secret, config.ledger.pool)
+    return Doors(
+        config.network,
         rank_address(config.run_dir, config.instance_id, 0),
+        0,
         config.ledger.pool,
         desk.answer,
         secret=rank.secret,

@@ -2,7 +2,7 @@
 
 import time
 
-from megatron_distkv.config.instance import InstanceConfig
+from megatron_distkv.config.instance import LONELY_LEDGER, InstanceConfig
 from megatron_distkv.engine.assembly import assemble
 from megatron_distkv.engine.batch import Slice, StepPlan
 from megatron_distkv.engine.closing import close_in_order
@@ -43,12 +43,15 @@ class Instance:
         self._reporting = parts.reporting
         self._adopting = parts.adopting
         self._departure = parts.departure
-        self._listener = parts.listener
+        self._doors = parts.doors
+        self._ways = parts.ways
         self._heartbeat = parts.heartbeat
         self.rmanager = parts.rmanager
         self.scheduler = parts.scheduler
         self._membership.join()
         self._heartbeat.start()
+        if config.lending.enabled and config.ledger.url != LONELY_LEDGER:
+            self._ways.start()
 
     # ------------------------------------------------------------------ requests
 
@@ -187,10 +190,11 @@ class Instance:
         """Give back what is borrowed, leave the ledger, stop the followers, remove the sockets."""
         close_in_order(
             [
+                self._ways.stop,
                 self._heartbeat.stop,
                 self._finish_all,
                 self._membership.leave,
-                self._listener.close,
+                self._doors.close,
                 *([self._followers.stop] if self._followers is not None else []),
                 self._rank.peers.close,
                 self._ledger.close,

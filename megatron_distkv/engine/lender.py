@@ -8,6 +8,7 @@ from megatron_distkv.attention import Creditor, LoanTable
 from megatron_distkv.config.lender import LenderConfig
 from megatron_distkv.engine.addresses import rank_address
 from megatron_distkv.engine.closing import close_in_order
+from megatron_distkv.engine.doors import Doors, advertised_address, warn_of_open_doors
 from megatron_distkv.engine.lender_desk import LenderDesk
 from megatron_distkv.engine.membership import Membership, published_shape
 from megatron_distkv.errors import LedgerUnavailable, UserError
@@ -16,7 +17,7 @@ from megatron_distkv.kvcache.rblock_shape import RBlockShape
 from megatron_distkv.ledger import LENDER, QUERY_US, ROLE, DebtLedger, InstanceReport, InstanceState
 from megatron_distkv.rblock import InstanceId
 from megatron_distkv.rmanager import Heartbeat, Identity, LateReleases, Lending, NoFollowers
-from megatron_distkv.transport import Listener, read_secret
+from megatron_distkv.transport import read_secret
 
 # How often the main thread, which has nothing else to do, looks for the word to stop.
 WATCH_INTERVAL_S = 0.25
@@ -47,10 +48,9 @@ def num_rblocks_to_lend(config: LenderConfig, shape: RBlockShape) -> int:
 
 
 class Lender:
-    """A creditor like any instance, in one process for all tensor-parallel ranks. It never borrows.
+    """A creditor like any instance, of one rank that holds all heads: it serves debtors of any tensor parallelism.
 
-    Every rank of a debtor finds a listener of its own, over a pool with that rank's heads; physical ids are the same in
-    all pools, so one allocator and one loan table hold for all of them.
+    It never borrows.
     """
 
     def __init__(self, config: LenderConfig, shape: RBlockShape, ledger: DebtLedger) -> None:
@@ -59,13 +59,14 @@ class Lender:
         self.allocator = RBlockAllocator(self.num_rblocks, self.num_rblocks)
         self.loan_table = LoanTable()
         self._identity = identity = Identity(InstanceId(config.lender_id))
-        address = rank_address(config.run_dir, config.lender_id)
+        address = advertised_address(config.network, config.run_dir, config.lender_id, 1)
         self.lending = Lending(self.allocator, ledger, identity, self.loan_table, NoFollowers(), in_debt=lambda: False)
-        creditors = [self._make_creditor(shape) for _ in range(shape.tensor_parallel)]
-        info = {ROLE: LENDER, QUERY_US: f"{max(creditor.warm_up() for creditor in creditors):.1f}"}
+        shape = shape.of_one_rank()
+        creditor = self._make_creditor(shape)
+        info = {ROLE: LENDER, QUERY_US: f"{creditor.warm_up():.1f}"}
         membership = Membership(ledger, identity, config.ledger, address, self.allocator, shape, info)
         self._membership = membership
-        self._listeners = [self._listen(config, rank, creditor) for rank, creditor in enumerate(creditors)]
+        self._doors = self._open_doors(config, creditor)
         self._heartbeat = Heartbeat(
             ledger,
             identity,
@@ -103,7 +104,7 @@ class Lender:
             [
                 self._heartbeat.stop,
                 self._membership.leave,
-                *(listener.close for listener in self._listeners),
+                self._doors.close,
                 self._ledger.close,
             ]
         )
@@ -113,11 +114,15 @@ class Lender:
         scale = shape.head_dim**-0.5
         return Creditor(pool_BLK2ND, self.loan_table, shape.query_heads_per_rank, shape.torch_dtype, scale)
 
-    def _listen(self, config: LenderConfig, rank: int, creditor: Creditor) -> Listener:
-        return Listener(
-            rank_address(config.run_dir, config.lender_id, rank),
+    def _open_doors(self, config: LenderConfig, creditor: Creditor) -> Doors:
+        secret = read_secret(config.ledger.secret_file)
+        warn_of_open_doors(config.network, secret, config.ledger.pool)
+        return Doors(
+            config.network,
+            rank_address(config.run_dir, config.lender_id, 0),
+            0,
             config.ledger.pool,
             LenderDesk(self.lending, creditor).answer,
-            secret=read_secret(config.ledger.secret_file),
+            secret=secret,
             on_disconnect=creditor.forget,
         )

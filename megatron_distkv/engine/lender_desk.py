@@ -38,6 +38,8 @@ class LenderDesk:
                 return self._creditor.store(hello, request)
             case MessageKind.FETCH:
                 return self._creditor.fetch(hello, request)
+            case MessageKind.PROBE:
+                return Answer(b"")
             case MessageKind.LEND:
                 return _answer(self._lending.lend(self._own(hello, request)))
             case MessageKind.RELEASE:

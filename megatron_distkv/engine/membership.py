@@ -72,6 +72,11 @@ class Membership:
                 raise
         self._has_joined = True
 
+    def describe(self, **facts: str) -> None:
+        """Say more of this member than at its registration; raises LedgerUnavailable. Any thread may call it."""
+        self._info = {**self._info, **facts}
+        self._ledger.describe(self._identity.instance, self._identity.epoch, self._info)
+
     def leave(self) -> None:
         self._ledger.deregister(self._identity.instance, self._identity.epoch)
 
@@ -80,9 +85,10 @@ class Membership:
         live = self._ledger.snapshot().live
         for record in (x for x in live if before_epoch is None or x.epoch < before_epoch):
             theirs = published_shape(record)
-            if record.instance != self._identity.instance and theirs not in (None, self._shape):
-                assert theirs is not None
+            if record.instance == self._identity.instance or theirs is None:
+                continue
+            if differences := self._shape.differences(theirs):
                 raise UserError(
                     f"{self._identity.instance} cannot join pool {self._config.pool!r}: its rBlocks have"
-                    f" {'; '.join(self._shape.differences(theirs))} as those of {record.instance}"
+                    f" {'; '.join(differences)} as those of {record.instance}"
                 )

@@ -7,6 +7,7 @@ import torch
 from megatron_distkv.attention import Creditor, Deadlines, Debtor, HostMemory, LoanTable, StepShare, Verification
 from megatron_distkv.config.instance import InstanceConfig
 from megatron_distkv.config.model import ModelConfig
+from megatron_distkv.engine.doors import tls_of
 from megatron_distkv.engine.model_runner import ModelRunner
 from megatron_distkv.kvcache.rblock_shape import RBlockShape
 from megatron_distkv.ledger import HOST_QUERY_US, QUERY_US
@@ -56,7 +57,8 @@ def build_rank(config: InstanceConfig, parallel: TensorParallel) -> Rank:
     identity = Identity(InstanceId(config.instance_id))
     deadline_s = config.lending.deadline_s
     secret = read_secret(config.ledger.secret_file)
-    peers = Peers(config.ledger.pool, identity, parallel.rank, sizes, deadline_s, secret)
+    tls = tls_of(config.network)
+    peers = Peers(config.ledger.pool, identity, parallel.rank, sizes, deadline_s, secret, tls, shape)
     loan_table = LoanTable()
     tensor, scale = pool.tensor_BLK2ND, model.head_dim**-0.5
     num_host = config.kv_cache.num_host_rblocks
@@ -74,7 +76,9 @@ def build_rank(config: InstanceConfig, parallel: TensorParallel) -> Rank:
         verification,
         share,
     )
-    creditor = Creditor(tensor, loan_table, num_query_heads, dtype, scale, share)
+    creditor = Creditor(
+        tensor, loan_table, num_query_heads, dtype, scale, share, rank=parallel.rank, num_ranks=parallel.size
+    )
     costs = {QUERY_US: f"{creditor.warm_up():.1f}"}
     if host is not None:
         costs[HOST_QUERY_US] = f"{host.warm_up(num_query_heads, dtype):.1f}"

@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from megatron_distkv.engine.addresses import control_address, rank_address
 from megatron_distkv.engine.batch import StepPlan, StepReply
+from megatron_distkv.engine.doors import Doors
 from megatron_distkv.engine.instance_secret import share_instance_secret
 from megatron_distkv.engine.rank import Rank
 from megatron_distkv.errors import DistkvError
@@ -28,8 +29,10 @@ class Worker:
         self._replies: queue.SimpleQueue[StepReply] = queue.SimpleQueue()
         self._has_ended = threading.Event()
         config = rank.config
-        self._listener = Listener(
+        self._doors = Doors(
+            config.network,
             rank_address(config.run_dir, config.instance_id, rank.parallel.rank),
+            rank.parallel.rank,
             config.ledger.pool,
             self._answer,
             secret=rank.secret,
@@ -52,7 +55,7 @@ class Worker:
                 self._replies.put(StepReply(result.lost, sorted(result.wrong)))
         finally:
             self._has_ended.set()
-            self._listener.close()
+            self._doors.close()
             self._control.close()
             self._rank.peers.close()
 

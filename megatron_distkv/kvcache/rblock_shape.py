@@ -40,12 +40,22 @@ class RBlockShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         numbers = 2 * self.num_layers * self.num_kv_heads * self.rblock_size * self.head_dim
         return numbers * self.torch_dtype.itemsize
 
+    @property
+    def query_bytes_per_rank(self) -> int:
+        """Of one decode's question to a creditor and its answer, in one layer, for one rank's heads."""
+        answer = 4 if self.torch_dtype == torch.float32 else 2  # attention.debtor.wire_dtype
+        return self.query_heads_per_rank * (self.head_dim * (self.torch_dtype.itemsize + answer) + 4)
+
     def rank_pool(self, num_rblocks: int) -> RBlockPool:
         """One rank's part of `num_rblocks` rBlocks."""
         kv_heads = self.num_kv_heads // self.tensor_parallel
         return RBlockPool(num_rblocks, self.num_layers, kv_heads, self.rblock_size, self.head_dim, self.torch_dtype)
 
+    def of_one_rank(self) -> "RBlockShape":
+        """The same rBlocks, held by one rank."""
+        return msgspec.structs.replace(self, tensor_parallel=1)
+
     def differences(self, other: "RBlockShape") -> list[str]:
-        """What differs, in words: `head_dim 64, not 128`."""
-        ours, theirs = msgspec.structs.asdict(self), msgspec.structs.asdict(other)
+        """What differs, in words: `head_dim 64, not 128`. How many ranks share an rBlock makes no difference."""
+        ours, theirs = (msgspec.structs.asdict(shape.of_one_rank()) for shape in (self, other))
         return [f"{name} {ours[name]}, not {theirs[name]}" for name in ours if ours[name] != theirs[name]]

@@ -25,6 +25,7 @@ from megatron_distkv.ledger.records import (
     RequestPlacementEntry,
 )
 from megatron_distkv.ledger.url import shown
+from megatron_distkv.ledger.way_costs import WAYS, WayCost, read_ways, write_ways
 
 __all__ = [
     "HOST_QUERY_US",
@@ -32,6 +33,7 @@ __all__ = [
     "LENDER",
     "QUERY_US",
     "ROLE",
+    "WAYS",
     "Creditor",
     "DebtLedger",
     "HeartbeatReply",
@@ -46,10 +48,13 @@ __all__ = [
     "Recall",
     "Registration",
     "RequestPlacementEntry",
+    "WayCost",
     "check_instance",
     "check_snapshot",
     "open_ledger",
+    "read_ways",
     "render_debts",
     "render_history",
     "shown",
+    "write_ways",
 ]

@@ -109,6 +109,9 @@ class DebtLedger(Protocol):
     def expire(self, limit: int = 64) -> list[InstanceId]:
         """Bury instances whose lease has ended (debts void, credits returned) and drop overdue reservations."""
 
+    def describe(self, instance: InstanceId, epoch: int, info: Mapping[str, str]) -> bool:
+        """Replace what the registration said of this member; False: a stale epoch asked."""
+
     def deregister(self, instance: InstanceId, epoch: int) -> None:
         """Leave: as if the lease had ended now."""
 

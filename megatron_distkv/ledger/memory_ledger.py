@@ -107,6 +107,14 @@ class MemoryLedger:
                 moves=moves,
             )
 
+    def describe(self, instance: InstanceId, epoch: int, info: Mapping[str, str]) -> bool:
+        with self._lock:
+            if not self._state.is_live(instance, epoch):
+                return False
+            entry = self._state.entries[instance]
+            entry.record = replace(entry.record, info=dict(info))
+            return True
+
     def deregister(self, instance: InstanceId, epoch: int) -> None:
         with self._lock:
             if self._state.is_live(instance, epoch):

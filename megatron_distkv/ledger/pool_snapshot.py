@@ -52,7 +52,20 @@ def render_debts(snapshot: PoolSnapshot) -> str:
     for loan in snapshot.loans:
         name, state = loan_name(loan.loan_id), loan.state.value
         lines.append(f"{loan.debtor} owes {loan.creditor} {loan.num_rblocks} rBlocks  ({name}, {state})")
-    return "\n".join(lines)
+    return "\n".join(lines + _render_ways(snapshot))
+
+
+def _render_ways(snapshot: PoolSnapshot) -> list[str]:
+    """What members have measured of the ways to each other; nothing where nobody has."""
+    ways = [(record.instance, *way) for record in snapshot.live for way in sorted(record.ways.items())]
+    if not ways:
+        return []
+    head = f"{'way':<32}{'round trip':>12}{'MB/s':>8}{'a step asks':>13}{'rBlock home':>13}  breaks even after"
+    return ["", head] + [
+        f"{f'{debtor} to {creditor}':<32}{way.round_trip_us:>9.0f} us{way.megabytes_per_s:>8.0f}{way.ask_us:>10.0f} us"
+        f"{way.home_us:>10.0f} us  {way.break_even_steps:.3g} steps per rBlock"
+        for debtor, creditor, way in ways
+    ]
 
 
 def _cost(query_us: float | None) -> str:

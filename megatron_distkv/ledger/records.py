@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from megatron_distkv.ledger.way_costs import WAYS, WayCost, read_ways
 from megatron_distkv.rblock import InstanceId, LoanId
 
 # In a registration's `info`: what the member is. Instances, which take requests, say nothing.
@@ -144,6 +145,11 @@ class InstanceRecord:
     @property
     def host_query_us(self) -> float | None:
         return _positive(self.info.get(HOST_QUERY_US, ""))
+
+    @property
+    def ways(self) -> dict[str, WayCost]:
+        """What it has measured of its ways to others."""
+        return read_ways(self.info.get(WAYS, ""))
 
     @property
     def lendable_at_most(self) -> int:

@@ -32,7 +32,7 @@ logger = get_logger(__name__)
 _SCRIPTS = Path(__file__).parent / "scripts"
 _OPERATIONS = (
     "register", "heartbeat", "recommend", "borrow", "accept", "release", "reclaim", "restore", "transfer", "loans_of",
-    "expire", "deregister", "snapshot", "lead", "publish_moves",
+    "expire", "deregister", "describe", "snapshot", "lead", "publish_moves",
 )  # fmt: skip
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -133,6 +133,10 @@ class RedisLedger:
             recalls=tuple(Recall(LoanId(loan), instance, int(num)) for loan, num in pairs(recalls)),
             moves=tuple(read_move(instance, text) for text in moves),
         )
+
+    @_reading
+    def describe(self, instance: InstanceId, epoch: int, info: Mapping[str, str]) -> bool:
+        return bool(self._run("describe", instance, epoch, json.dumps(dict(info))))
 
     @_reading
     def deregister(self, instance: InstanceId, epoch: int) -> None:

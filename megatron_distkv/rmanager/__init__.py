@@ -12,6 +12,7 @@ from megatron_distkv.rmanager.peers import MailboxSizes, Peers
 from megatron_distkv.rmanager.pool_outlook import PoolOutlook
 from megatron_distkv.rmanager.rmanager import RManager
 from megatron_distkv.rmanager.successor_desk import SuccessorDesk, new_adoption_id
+from megatron_distkv.rmanager.ways import Ways
 
 __all__ = [
     "Adoption",
@@ -30,6 +31,7 @@ __all__ = [
     "PoolOutlook",
     "RManager",
     "SuccessorDesk",
+    "Ways",
     "adopted_table",
     "new_adoption_id",
 ]

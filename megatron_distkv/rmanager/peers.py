@@ -4,10 +4,12 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from megatron_distkv.errors import DistkvError, PeerLost
+from megatron_distkv.attention import HeadShare, Line, Part, SplitChannel
+from megatron_distkv.errors import PeerLost
+from megatron_distkv.kvcache.rblock_shape import RBlockShape
 from megatron_distkv.log import get_logger
 from megatron_distkv.rmanager.identity import Identity
-from megatron_distkv.transport import OPEN_POOL, Channel, Hello, connect
+from megatron_distkv.transport import OPEN_POOL, Channel, Hello, TensorSpec, Tls, connect, parse_address
 from megatron_distkv.transport.hello import PROTOCOL_VERSION
 
 logger = get_logger(__name__)
@@ -25,8 +27,11 @@ class MailboxSizes:
 _NO_ROOM = MailboxSizes(4096, 4096)
 
 
-class Peers(Mapping[str, Channel]):
-    """Open channels by peer. Only the engine's thread uses them. A peer's address holds the placeholder `{rank}`."""
+class Peers(Mapping[str, Line]):
+    """Open channels by peer. Only the engine's thread uses them.
+
+    A peer of another tensor parallelism is reached at all of its ranks that hold some of this rank's heads.
+    """
 
     def __init__(
         self,
@@ -36,55 +41,93 @@ class Peers(Mapping[str, Channel]):
         sizes: MailboxSizes,
         deadline_s: float,
         secret: bytes = OPEN_POOL,
+        tls: Tls | None = None,
+        shape: RBlockShape | None = None,
     ) -> None:
+        """`shape`: of this instance's rBlocks; without one all members have as many ranks."""
         self._pool = pool
         self._secret = secret
         self._identity = identity
         self._rank = rank
         self._sizes = sizes
+        self._tls = tls
+        self._shape = shape
         self._deadline_s = deadline_s
-        self._channels: dict[str, Channel] = {}
+        self._channels: dict[str, Line] = {}
         self._addresses: dict[str, str] = {}
         self._shunned_until_s: dict[str, float] = {}
 
-    def reach(self, peer: str, address: str) -> Channel:
+    def reach(self, peer: str, address: str) -> Line:
         """The channel to `peer`, opened if there is none; raises PeerLost, at once for a shunned peer."""
         if self.shuns(peer):
             raise PeerLost(peer, "lost a moment ago")
         channel = self._channels.get(peer)
         if channel is not None and channel.is_open:
             return channel
-        channel = self._connect(peer, address, self._sizes, self._deadline_s)
+        channel = self._open(peer, address)
         logger.info("connected to %s", peer)
         self._channels[peer] = channel
         self._addresses[peer] = address
         return channel
 
+    def dial(self, peer: str, address: str, sizes: MailboxSizes) -> Channel:
+        """A new channel to the leader of `peer`, nobody's but the caller's; any thread may call it. Raises PeerLost."""
+        return self._connect(peer, address, 0, sizes, self._deadline_s)
+
     def is_alive(self, peer: str, within_s: float) -> bool:
-        """Whether it greets us, each word of the greeting within this time: on a connection of its own."""
+        """Whether all its ranks greet us, each word of the greeting within this time: on connections of their own."""
         try:
-            self._connect(peer, self._addresses[peer], _NO_ROOM, within_s).close()
+            address = self._addresses[peer]
+            for rank, _ in self._ranks_of(address):
+                self._connect(peer, address, rank, _NO_ROOM, within_s).close()
         except (PeerLost, KeyError):
             return False
         return True
 
-    def _connect(self, peer: str, address: str, sizes: MailboxSizes, timeout_s: float) -> Channel:
+    def _open(self, peer: str, address: str) -> Line:
+        parts: list[Part] = []
+        try:
+            for rank, kv_heads in self._ranks_of(address):
+                parts.append(Part(self._connect(peer, address, rank, self._sizes, self._deadline_s), kv_heads))
+        except BaseException as error:
+            for part in parts:
+                part.channel.close()
+            if isinstance(error, OSError | ValueError):
+                raise PeerLost(peer, f"cannot connect: {error}") from error
+            raise
+        return parts[0].channel if len(parts) == 1 else SplitChannel(parts, self._rblock)
+
+    def _ranks_of(self, address: str) -> Iterator[tuple[int, slice]]:
+        """The peer's ranks that hold some of this rank's KV heads, and which; raises ValueError."""
+        num_ranks, shape = parse_address(address).num_ranks, self._shape
+        if shape is None or num_ranks == shape.tensor_parallel:
+            yield self._rank, slice(0)
+            return
+        if shape.num_kv_heads % num_ranks:
+            raise ValueError(f"{num_ranks} ranks cannot share {shape.num_kv_heads} KV heads")
+        mine = HeadShare(self._rank, shape.tensor_parallel, shape.num_kv_heads)
+        for rank in range(num_ranks):
+            kv_heads = mine.common_with(HeadShare(rank, num_ranks, shape.num_kv_heads))
+            if kv_heads.start < kv_heads.stop:
+                yield rank, kv_heads
+
+    @property
+    def _rblock(self) -> TensorSpec:
+        assert self._shape is not None
+        return TensorSpec(tuple(self._shape.rank_pool(1).tensor_BLK2ND.shape[1:]), self._shape.torch_dtype)
+
+    def _connect(self, peer: str, address: str, rank: int, sizes: MailboxSizes, timeout_s: float) -> Channel:
         hello = Hello(
             protocol_version=PROTOCOL_VERSION,
             pool=self._pool,
             instance_id=self._identity.instance,
             epoch=self._identity.epoch,
             rank=self._rank,
+            num_ranks=1 if self._shape is None else self._shape.tensor_parallel,
             request_bytes=sizes.request_bytes,
             reply_bytes=sizes.reply_bytes,
         )
-        try:
-            mine = address.replace("{rank}", str(self._rank))  # not format(): the ledger's word is not our code
-            return connect(mine, hello, peer=peer, timeout_s=timeout_s, secret=self._secret)
-        except PeerLost:
-            raise
-        except (OSError, DistkvError) as error:
-            raise PeerLost(peer, f"cannot connect: {error}") from error
+        return connect(address, hello, peer=peer, timeout_s=timeout_s, secret=self._secret, tls=self._tls, rank=rank)
 
     def shun(self, peer: str, for_s: float) -> None:
         """Leave a lost peer alone for a while: one that hangs must not cost a deadline at every attempt."""
@@ -103,7 +146,7 @@ class Peers(Mapping[str, Channel]):
         for peer in list(self._channels):
             self._drop(peer)
 
-    def __getitem__(self, peer: str) -> Channel:
+    def __getitem__(self, peer: str) -> Line:
         return self._channels[peer]
 
     def __iter__(self) -> Iterator[str]:

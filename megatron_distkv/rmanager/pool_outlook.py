@@ -4,9 +4,10 @@ import contextlib
 import time
 
 from megatron_distkv.errors import LedgerUnavailable
-from megatron_distkv.ledger import Creditor, DebtLedger, InstanceRecord
+from megatron_distkv.ledger import Creditor, DebtLedger, InstanceRecord, WayCost
 from megatron_distkv.rmanager.identity import Identity
 from megatron_distkv.rmanager.peers import Peers
+from megatron_distkv.rmanager.ways import Ways
 
 # A view of the pool this old is still good enough to admit requests by.
 VIEW_AGE_S = 0.2
@@ -14,6 +15,8 @@ VIEW_AGE_S = 0.2
 RECORDS_AGE_S = 2.0
 # A creditor whose MicroAttention takes this many times as long as the quickest one's is asked last.
 DEAR = 4.0
+# How much is asked of a creditor at a time, for comparisons.
+ASKED_RBLOCKS = 16
 # After a refusal the same question is not asked again at every step.
 RETRY_S = 0.05
 # Debtors need a heartbeat to hear of a reclaim: asking more often only repeats it.
@@ -28,7 +31,10 @@ EVERYTHING = 1 << 40
 class PoolOutlook:
     """Only the engine's thread calls it. With `enabled` False nothing is ever borrowed."""
 
-    def __init__(self, ledger: DebtLedger, identity: Identity, peers: Peers, *, enabled: bool) -> None:
+    def __init__(
+        self, ledger: DebtLedger, identity: Identity, peers: Peers, *, enabled: bool, ways: Ways | None = None
+    ) -> None:
+        self._ways = ways
         self._enabled = enabled
         self._ledger = ledger
         self._identity = identity
@@ -46,8 +52,8 @@ class PoolOutlook:
     def creditors(self) -> list[Creditor]:
         """Who would lend now, best first; none while the ledger is away. Those lost a moment ago are left alone.
 
-        Those whose answers would take much longer than the quickest one's come last; before them lenders, which have no
-        requests of their own to slow down, then instances; the freest of each first.
+        Those whose answers would take much longer than the quickest one's, the way there and back included, come last;
+        before them lenders, which have no requests of their own to slow down, then instances; the freest of each first.
         """
         try:
             recommended = self._ledger.recommend(self._identity.instance, EVERYTHING, MAX_CREDITORS)
@@ -57,7 +63,7 @@ class PoolOutlook:
         left_alone = {name for name, until_s in self._left_alone_until_s.items() if until_s > now_s}
         able = [x for x in recommended if x.instance not in left_alone and not self._peers.shuns(x.instance)]
         records = self._records()
-        costs = {name: record.query_us for name, record in records.items() if record.query_us is not None}
+        costs = {name: self._answer_us(record) for name, record in records.items() if record.query_us is not None}
         dear_us = DEAR * min((costs[x.instance] for x in able if x.instance in costs), default=float("inf"))
 
         def rank(creditor: Creditor) -> tuple[bool, bool]:
@@ -65,6 +71,14 @@ class PoolOutlook:
             return costs.get(name, 0.0) > dear_us, name not in records or records[name].takes_requests
 
         return sorted(able, key=rank)
+
+    def _answer_us(self, record: InstanceRecord) -> float:
+        """Of one decode step, with a few rBlocks there."""
+        way = self.way_to(record.instance)
+        return ASKED_RBLOCKS * (record.query_us or 0.0) + (0.0 if way is None else way.ask_us)
+
+    def way_to(self, creditor: str) -> WayCost | None:
+        return None if self._ways is None else self._ways.of(creditor)
 
     def _records(self) -> dict[str, InstanceRecord]:
         """What members have said of themselves, a while ago at most."""

@@ -103,8 +103,7 @@ class RManager:
 
     def borrow_ahead(self) -> None:
         """Below the watermark, and where running requests will still grow, move rBlocks out before there is need."""
-        growth = sum(self._growth(request, request.max_total_tokens) for request in self._requests.values())
-        target = min(self._watermark, growth)
+        target = min(self._watermark, self._growth_until_the_end())
         if self.num_local_free < target:
             self._make_room(target - self.num_local_free)
 
@@ -115,6 +114,7 @@ class RManager:
         """
         loan = self._homecoming.next_loan()
         if loan is None:
+            self._find_early_homecomings()
             return []
         count = min(self._tables[loan.request_id].num_under(loan.loan_id), self._moves_left)
         if not loan.is_asked_for:
@@ -124,6 +124,24 @@ class RManager:
         self._homecoming.pull(loan, self._tables[loan.request_id], self._take_local(min(count, self._moves_left)))
         is_overdue = loan.overdue_at_s is not None and time.monotonic() > loan.overdue_at_s
         return self._lose(self._borrowing.drop_loans(lambda other: other is loan)) if is_overdue else []
+
+    def _find_early_homecomings(self) -> None:
+        """rBlocks whose creditors do not mind, where asking for them costs more than bringing them home (paper: 5).
+
+        Only where all that runs fits here until its end: what comes home will not have to leave again for it.
+        """
+        for loan in self._borrowing.loans():
+            request, table = self._requests[loan.request_id], self._tables[loan.request_id]
+            count, way = table.num_under(loan.loan_id), self._outlook.way_to(loan.creditor)
+            steps_left = request.max_total_tokens - request.num_tokens
+            if way is None or count == 0 or count * way.break_even_steps > steps_left:
+                continue
+            if count + self._growth_until_the_end() <= self.num_local_free:
+                self._homecoming.bring_when_there_is_room(loan)
+                return
+
+    def _growth_until_the_end(self) -> int:
+        return sum(self._growth(request, request.max_total_tokens) for request in self._requests.values())
 
     def take_moves(self) -> tuple[list[Move], list[Pull]]:
         """What the step must do first, the moves before the pulls."""

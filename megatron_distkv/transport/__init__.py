@@ -1,14 +1,18 @@
-"""Tensors between two processes: one doorbell and one mailbox per pair. Every wait has a deadline."""
+"""Tensors between two processes, over shared memory on one host, over TCP or TLS else. Every wait has a deadline."""
 
+from megatron_distkv.transport.address import Address, parse_address, this_host
 from megatron_distkv.transport.channel import Channel, Reply, connect
 from megatron_distkv.transport.hello import PROTOCOL_VERSION, Hello
 from megatron_distkv.transport.listener import Answer, Handler, Listener, Request
+from megatron_distkv.transport.mailbox import pack_tensors
 from megatron_distkv.transport.pool_secret import OPEN_POOL, read_secret, write_new_secret
 from megatron_distkv.transport.tensors import TensorSpec, read_tensors
+from megatron_distkv.transport.tls import Tls, load_tls
 
 __all__ = [
     "OPEN_POOL",
     "PROTOCOL_VERSION",
+    "Address",
     "Answer",
     "Channel",
     "Handler",
@@ -17,8 +21,13 @@ __all__ = [
     "Reply",
     "Request",
     "TensorSpec",
+    "Tls",
     "connect",
+    "load_tls",
+    "pack_tensors",
+    "parse_address",
     "read_secret",
     "read_tensors",
+    "this_host",
     "write_new_secret",
 ]

@@ -1,8 +1,6 @@
 """The connecting side: ask one question at a time, and never wait beyond a deadline."""
 
 import contextlib
-import mmap
-import select
 import socket
 import time
 from collections.abc import Sequence
@@ -10,14 +8,18 @@ from typing import NamedTuple
 
 import torch
 
+from megatron_distkv.config.endpoint import Endpoint
 from megatron_distkv.errors import DistkvError, PeerLost
-from megatron_distkv.transport.frame import ERROR_KIND, FRAME_BYTES, Frame, unpack
+from megatron_distkv.transport.address import Address, parse_address
+from megatron_distkv.transport.frame import ERROR_KIND
 from megatron_distkv.transport.handshake import introduce
 from megatron_distkv.transport.hello import Hello
-from megatron_distkv.transport.mailbox import Half
+from megatron_distkv.transport.link import Link, Wire
+from megatron_distkv.transport.nixl_link import NixlWire
 from megatron_distkv.transport.pool_secret import OPEN_POOL
-
-UNIX_PREFIX = "unix:"
+from megatron_distkv.transport.shared_link import DatagramWire
+from megatron_distkv.transport.stream_link import StreamWire, set_options
+from megatron_distkv.transport.tls import Tls
 
 
 class Reply(NamedTuple):
@@ -31,32 +33,81 @@ class RequestFailed(DistkvError):
     """The peer lives but could not answer; the sentence is its own."""
 
 
-def connect(address: str, hello: Hello, *, peer: str, timeout_s: float, secret: bytes = OPEN_POOL) -> "Channel":
-    """Open a channel to the listener at `unix:PATH`; raises PeerLost when it is not there, silent, or says no.
+def connect(
+    address: str,
+    hello: Hello,
+    *,
+    peer: str,
+    timeout_s: float,
+    secret: bytes = OPEN_POOL,
+    tls: Tls | None = None,
+    rank: int = 0,
+) -> "Channel":
+    """Open a channel to rank `rank` of an instance (address.py): shared memory on this host, else TCP.
 
-    `timeout_s` holds for each word of the handshake.
+    Raises PeerLost when it is not there, silent, or says no. `timeout_s` holds for each word of the handshake.
     """
-    if not address.startswith(UNIX_PREFIX):
-        raise PeerLost(peer, f"cannot reach {address!r}: only unix:PATH addresses are known")
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    connection.settimeout(timeout_s)
+    connection: socket.socket | None = None
     try:
-        connection.connect(address.removeprefix(UNIX_PREFIX))
-        memory = introduce(connection, hello, secret)
-    except (OSError, ValueError, DistkvError) as error:  # ValueError: a path that no file can have
-        connection.close()
+        connection = _reach(parse_address(address).of_rank(rank), timeout_s, tls)
+        link = introduce(_wire(connection, parse_address(address), timeout_s), hello, secret)
+    except (OSError, ValueError, DistkvError) as error:  # ValueError: no address, or a path that no file can have
+        if connection is not None:
+            connection.close()
         raise PeerLost(peer, f"no channel to {address}: {error}") from error
-    return Channel(peer, connection, memory, hello)
+    return Channel(peer, link)
+
+
+def _wire(connection: socket.socket, address: Address, timeout_s: float) -> Wire:
+    if connection.family is socket.AF_UNIX:
+        return DatagramWire(connection, timeout_s)
+    is_nixl = address.endpoint is not None and address.endpoint.carrier == "nixl"
+    return (NixlWire if is_nixl else StreamWire)(connection, timeout_s)
+
+
+def _reach(address: Address, timeout_s: float, tls: Tls | None) -> socket.socket:
+    if address.unix_path is not None and address.is_here:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        connection.settimeout(timeout_s)
+        try:
+            connection.connect(address.unix_path)
+        except (FileNotFoundError, ConnectionRefusedError, PermissionError):
+            connection.close()
+            if address.endpoint is None:
+                raise
+        except BaseException:
+            connection.close()
+            raise
+        else:
+            return connection
+    if address.endpoint is None:
+        raise ValueError("it shares memory on its own host only, which is not this one")
+    return _reach_host(address.endpoint, timeout_s, tls)
+
+
+def _reach_host(endpoint: Endpoint, timeout_s: float, tls: Tls | None) -> socket.socket:
+    """Neither side falls back to plain TCP: who could change an address could else read everything."""
+    if endpoint.carrier == "tls" and tls is None:
+        raise ValueError("it speaks TLS only, and this member has no certificate (network.certificate_file)")
+    if tls is not None and endpoint.carrier != "tls":
+        raise ValueError("it speaks no TLS, and this member speaks nothing else to other hosts")
+    connection = socket.create_connection((endpoint.host, endpoint.port), timeout_s)
+    try:
+        set_options(connection)
+        if tls is not None:
+            return tls.connecting.wrap_socket(connection, server_hostname=endpoint.host)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
 
 
 class Channel:
     """One outstanding exchange at a time: `post`, then `wait`. A lost peer stays lost: open a new channel."""
 
-    def __init__(self, peer: str, connection: socket.socket, memory: mmap.mmap, hello: Hello) -> None:
+    def __init__(self, peer: str, link: Link) -> None:
         self.peer = peer
-        self._connection = connection
-        self._outbox = Half(memory, 0, hello.request_bytes)
-        self._inbox = Half(memory, hello.request_bytes, hello.reply_bytes)
+        self._link = link
         self._sequence = 0
         self._is_waiting = False
         self.is_open = True
@@ -66,13 +117,11 @@ class Channel:
         self._require_open()
         if self._is_waiting:
             raise RuntimeError(f"a message to {self.peer} still waits for its answer")
-        size = self._outbox.write(header, payload)
-        self._sequence += 1
-        frame = Frame(self._sequence, kind, len(header), size)
         try:
-            self._connection.send(frame.pack())
+            self._link.send(self._sequence + 1, kind, header, payload)
         except OSError as error:
             raise self._lose(str(error)) from error
+        self._sequence += 1
         self._is_waiting = True
 
     def wait(self, deadline_s: float) -> Reply:
@@ -80,18 +129,19 @@ class Channel:
         self._require_open()
         if not self._is_waiting:
             raise RuntimeError(f"nothing was posted to {self.peer}")
-        frame = self._receive(time.monotonic() + deadline_s)
+        kind, reply = self._receive(time.monotonic() + deadline_s)
         self._is_waiting = False
-        header = self._inbox.header(frame.header_bytes)
-        if frame.kind == ERROR_KIND:
-            raise RequestFailed(f"{self.peer}: {header.decode(errors='replace')}")
-        return Reply(header, self._inbox.payload(frame.payload_start, frame.payload_bytes))
+        if kind == ERROR_KIND:
+            raise RequestFailed(f"{self.peer}: {reply.header.decode(errors='replace')}")
+        return reply
 
     def is_answered(self, within_s: float) -> bool:
         """Whether `wait` would return, or raise, at once; nothing is lost by asking."""
         self._require_open()
-        readable, _, _ = select.select([self._connection], [], [], within_s)
-        return bool(readable)
+        try:
+            return self._link.is_audible(within_s)
+        except OSError:
+            return True
 
     def give_up(self, reason: str) -> PeerLost:
         """The peer is lost, as somebody else has found out."""
@@ -103,23 +153,19 @@ class Channel:
 
     def close(self) -> None:
         self.is_open = False
-        self._connection.close()
+        self._link.close()
 
-    def _receive(self, end_s: float) -> Frame:
+    def _receive(self, end_s: float) -> tuple[int, Reply]:
         try:
-            self._connection.settimeout(max(1e-3, end_s - time.monotonic()))
-            frame = unpack(self._connection.recv(FRAME_BYTES + 1) or self._eof())
+            frame = self._link.hear(max(1e-3, end_s - time.monotonic()))
+            if frame.sequence != self._sequence:
+                raise ValueError("it answered out of turn")
+            header, payload = self._link.read(frame, max(1e-3, end_s - time.monotonic()))
         except TimeoutError as error:
             raise self._lose("no answer within the deadline") from error
         except (OSError, ValueError) as error:
             raise self._lose(str(error)) from error
-        if frame.sequence != self._sequence or not frame.fits(self._inbox.size):
-            raise self._lose("it answered out of turn")
-        return frame
-
-    @staticmethod
-    def _eof() -> bytes:
-        raise OSError("it is gone (end of stream)")
+        return frame.kind, Reply(header, payload)
 
     def _lose(self, reason: str) -> PeerLost:
         with contextlib.suppress(OSError):

@@ -1,9 +1,6 @@
 """Both sides of a handshake (the order of words: hello.py). Nothing is allocated or mapped before the proof."""
 
-import fcntl
-import mmap
 import os
-import socket
 from enum import StrEnum
 from typing import TypeVar
 
@@ -13,7 +10,6 @@ from megatron_distkv import metrics
 from megatron_distkv.errors import DistkvError, UnreadableMessage
 from megatron_distkv.messages import decode
 from megatron_distkv.transport.hello import (
-    MAX_HELLO_BYTES,
     PROTOCOL_VERSION,
     Challenge,
     Hello,
@@ -21,7 +17,7 @@ from megatron_distkv.transport.hello import (
     Welcome,
     new_nonce,
 )
-from megatron_distkv.transport.mailbox import SEALS
+from megatron_distkv.transport.link import Link, Wire
 from megatron_distkv.transport.pool_secret import Side, is_proof, proof
 
 _T = TypeVar("_T")
@@ -51,8 +47,8 @@ class HelloRefused(DistkvError):
 class Greeting:
     """The listener's side, one per connection: `receive`, then `welcome`."""
 
-    def __init__(self, connection: socket.socket, secret: bytes) -> None:
-        self._connection = connection
+    def __init__(self, wire: Wire, secret: bytes) -> None:
+        self._wire = wire
         self._secret = secret
         self._hello = b""
         self._challenge = b""
@@ -62,20 +58,21 @@ class Greeting:
         try:
             hello = self._hear(pool, max_mailbox_bytes)
             self._challenge = msgspec.msgpack.encode(Challenge(new_nonce()))
-            self._connection.send(self._challenge)
+            self._wire.say(self._challenge)
             self._demand_proof(hello)
         except HelloRefused as refused:
             metrics.REFUSED_CHANNELS.labels(refused.fault.value).inc()
-            self._connection.send(msgspec.msgpack.encode(Welcome(str(refused))))
+            self._wire.say(msgspec.msgpack.encode(Welcome(str(refused))))
             raise
         return hello
 
-    def welcome(self, mailbox_fd: int) -> None:
+    def welcome(self, hello: Hello) -> Link:
+        """Nothing is allocated for a peer before this."""
         mac = proof(self._secret, Side.LISTENING, self._hello, self._challenge)
-        socket.send_fds(self._connection, [msgspec.msgpack.encode(Welcome(mac=mac))], [mailbox_fd])
+        return self._wire.welcome(msgspec.msgpack.encode(Welcome(mac=mac)), hello)
 
     def _hear(self, pool: str, max_mailbox_bytes: int) -> Hello:
-        self._hello = _receive(self._connection)
+        self._hello = _hear(self._wire)
         try:
             hello = decode(self._hello, Hello)
         except UnreadableMessage as error:
@@ -85,42 +82,33 @@ class Greeting:
 
     def _demand_proof(self, hello: Hello) -> None:
         try:
-            mac = decode(_receive(self._connection), Proof).mac
+            mac = decode(_hear(self._wire), Proof).mac
         except UnreadableMessage:
             mac = b""
         if not is_proof(mac, self._secret, Side.CONNECTING, self._hello, self._challenge):
             raise HelloRefused(Fault.SECRET, "it does not know this pool's secret", hello.instance_id)
 
 
-def introduce(connection: socket.socket, hello: Hello, secret: bytes) -> mmap.mmap:
-    """The connecting side: the mailbox of a listener that has proven itself; raises DistkvError, OSError."""
+def introduce(wire: Wire, hello: Hello, secret: bytes) -> Link:
+    """The connecting side: a link to a listener that has proven itself; raises DistkvError, OSError."""
     said = msgspec.msgpack.encode(hello)
-    connection.send(said)
-    challenge = _receive(connection)
+    wire.say(said)
+    challenge = _hear(wire)
     answer = _decode(challenge, _FIRST_WORD)
     if isinstance(answer, Welcome):
         raise DistkvError(answer.refusal or "it did not ask for a proof")
-    connection.send(msgspec.msgpack.encode(Proof(proof(secret, Side.CONNECTING, said, challenge))))
-    data, fds, _, _ = socket.recv_fds(connection, MAX_HELLO_BYTES, 1)
+    wire.say(msgspec.msgpack.encode(Proof(proof(secret, Side.CONNECTING, said, challenge))))
+    data, fds = wire.hear_welcome()
     try:
         welcome = _decode(data, _LAST_WORD)
         if welcome.refusal:
             raise DistkvError(welcome.refusal)
         if not is_proof(welcome.mac, secret, Side.LISTENING, said, challenge):
             raise DistkvError("the listener does not know this pool's secret")
-        return _map(fds, hello.request_bytes + hello.reply_bytes)
+        return wire.link(fds, hello)
     finally:
         for fd in fds:
             os.close(fd)
-
-
-def _map(fds: list[int], size_bytes: int) -> mmap.mmap:
-    """Only memory that cannot shrink under our feet: reading past a shrunk file's end would kill this process."""
-    if not fds:
-        raise DistkvError("it sent no mailbox")
-    if fcntl.fcntl(fds[0], fcntl.F_GET_SEALS) & SEALS != SEALS or os.fstat(fds[0]).st_size != size_bytes:
-        raise DistkvError("it sent a mailbox of another size, or one that it could shrink")
-    return mmap.mmap(fds[0], size_bytes)
 
 
 def _check(hello: Hello, pool: str, max_mailbox_bytes: int) -> None:
@@ -136,8 +124,8 @@ def _check(hello: Hello, pool: str, max_mailbox_bytes: int) -> None:
         raise HelloRefused(Fault.MAILBOX, f"a mailbox may have at most {max_mailbox_bytes} bytes", name)
 
 
-def _receive(connection: socket.socket) -> bytes:
-    data = connection.recv(MAX_HELLO_BYTES)
+def _hear(wire: Wire) -> bytes:
+    data = wire.hear()
     if not data:
         raise ConnectionError("it closed the connection")
     return data

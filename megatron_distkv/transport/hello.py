@@ -29,6 +29,8 @@ def new_nonce() -> bytes:
 class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`request_bytes` and `reply_bytes`: the two halves of the mailbox that the connecting side needs.
 
+    It is rank `rank` of `num_ranks`, each of which has the same share of all heads.
+
     The nonce makes every hello, and so every channel, one of its own.
     """
 
@@ -39,6 +41,7 @@ class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rank: Count
     request_bytes: Count
     reply_bytes: Count
+    num_ranks: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 1
     nonce: Nonce = msgspec.field(default_factory=new_nonce)
 
 
@@ -53,7 +56,7 @@ class Proof(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
-    """The listener's last word; the mailbox's file descriptor comes with it unless `refusal` says why not."""
+    """The listener's last word; on one host the mailbox's file descriptor comes with it. Or `refusal` says why not."""
 
     refusal: str = ""
     mac: bytes = b""

@@ -1,8 +1,6 @@
 """The listening side: a thread per connection answers its questions, one at a time."""
 
 import contextlib
-import mmap
-import os
 import socket
 import threading
 from collections.abc import Callable, Sequence
@@ -11,18 +9,26 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 
-from megatron_distkv.errors import UserError
+from megatron_distkv.config.endpoint import Endpoint
+from megatron_distkv.errors import DistkvError, UserError
 from megatron_distkv.log import get_logger
-from megatron_distkv.transport.channel import UNIX_PREFIX
-from megatron_distkv.transport.frame import ERROR_KIND, FRAME_BYTES, Frame, unpack
+from megatron_distkv.transport.address import Address, parse_address
+from megatron_distkv.transport.frame import ALIGNMENT, ERROR_KIND, Frame
 from megatron_distkv.transport.handshake import Greeting, HelloRefused
 from megatron_distkv.transport.hello import Hello
-from megatron_distkv.transport.mailbox import Half, create_memory
+from megatron_distkv.transport.link import Link, Wire
+from megatron_distkv.transport.mailbox import MessageTooLong
+from megatron_distkv.transport.nixl_link import NixlWire, nixl_package
 from megatron_distkv.transport.pool_secret import OPEN_POOL
+from megatron_distkv.transport.shared_link import DatagramWire
+from megatron_distkv.transport.stream_link import STALLED_S, StreamWire, set_options
+from megatron_distkv.transport.tls import Tls
 
 logger = get_logger(__name__)
 # A client that connects and says nothing must not hold a thread for ever.
 HELLO_TIMEOUT_S = 5.0
+# Nor may many of them: who is not proven yet is one of so many at most, and one more is turned away.
+MAX_STRANGERS = 64
 # A unix socket's path is at most this long.
 MAX_SOCKET_PATH_BYTES = 107
 
@@ -40,11 +46,19 @@ class Answer(NamedTuple):
     payload: Sequence[torch.Tensor] = ()
 
 
+class _Failed(DistkvError):
+    """A message that cannot be answered; the peer gets the sentence, and may send another message."""
+
+
 Handler: TypeAlias = Callable[[Hello, Request], Answer]
 
 
 class Listener:
-    """Accepts channels at `unix:PATH` from who knows `pool` and its `secret`; each has a thread that runs `handler`."""
+    """Accepts channels from who knows `pool` and its `secret`; each has a thread that runs `handler`.
+
+    `address`: `unix:PATH`; `tcp://HOST:PORT`, which with `tls` speaks nothing but TLS; `nixl://HOST:PORT`. Raises
+    UserError.
+    """
 
     def __init__(
         self,
@@ -53,20 +67,23 @@ class Listener:
         handler: Handler,
         *,
         secret: bytes = OPEN_POOL,
+        tls: Tls | None = None,
         on_disconnect: Callable[[Hello], None] | None = None,
         max_mailbox_bytes: int = 1 << 30,
     ) -> None:
-        self._path = Path(address.removeprefix(UNIX_PREFIX))
+        self._address = parse_address(address)
         self._pool = pool
         self._handler = handler
         self._secret = secret
+        self._tls = tls
         self._on_disconnect = on_disconnect
         self._max_mailbox_bytes = max_mailbox_bytes
         self._connections: set[socket.socket] = set()
+        self._num_strangers = 0
         self._lock = threading.Lock()
         self._is_closed = False
-        self._socket = _bind(self._path)
-        threading.Thread(target=self._accept, name=f"listen {self._path.name}", daemon=True).start()
+        self._socket = _listen(self._address)
+        threading.Thread(target=self._accept, name=f"listen {address}", daemon=True).start()
 
     def close(self) -> None:
         """Drop all channels (their peers see EOF) and remove the socket."""
@@ -77,7 +94,8 @@ class Listener:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
         self._socket.close()
-        self._path.unlink(missing_ok=True)
+        if self._address.unix_path is not None:
+            Path(self._address.unix_path).unlink(missing_ok=True)
 
     def _accept(self) -> None:
         while True:
@@ -89,17 +107,19 @@ class Listener:
                 if self._is_closed:
                     connection.close()
                     return
+                if self._num_strangers >= MAX_STRANGERS:
+                    connection.close()
+                    continue
+                self._num_strangers += 1
                 self._connections.add(connection)
             threading.Thread(target=self._serve, args=(connection,), name="channel", daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:
         hello = None
         try:
-            connection.settimeout(HELLO_TIMEOUT_S)
-            greeting = Greeting(connection, self._secret)
-            hello = greeting.receive(self._pool, self._max_mailbox_bytes)
-            connection.settimeout(None)
-            self._answer_all(connection, hello, greeting)
+            connection, hello, link = self._greet(connection)
+            with contextlib.closing(link):
+                self._answer_all(link, hello)
         except HelloRefused as refused:
             logger.warning("refusing a channel from %s: %s", refused.peer, refused)
         except OSError as error:
@@ -113,33 +133,86 @@ class Listener:
             if hello is not None and self._on_disconnect is not None:
                 self._on_disconnect(hello)
 
-    def _answer_all(self, connection: socket.socket, hello: Hello, greeting: Greeting) -> None:
-        fd = create_memory(hello.request_bytes + hello.reply_bytes)
+    def _greet(self, connection: socket.socket) -> tuple[socket.socket, Hello, Link]:
+        """The connection may be another one afterwards: TLS takes its place."""
         try:
-            memory = mmap.mmap(fd, hello.request_bytes + hello.reply_bytes)
-            greeting.welcome(fd)
+            connection = self._inside_of_tls(connection)
+            greeting = Greeting(self._wire(connection), self._secret)
+            hello = greeting.receive(self._pool, self._max_mailbox_bytes)
+            return connection, hello, greeting.welcome(hello)
+        except BaseException:
+            self._forget(connection)
+            raise
         finally:
-            os.close(fd)
-        inbox, outbox = Half(memory, 0, hello.request_bytes), Half(memory, hello.request_bytes, hello.reply_bytes)
-        while data := connection.recv(FRAME_BYTES + 1):
+            with self._lock:
+                self._num_strangers -= 1
+
+    def _wire(self, connection: socket.socket) -> Wire:
+        if self._address.endpoint is None:
+            return DatagramWire(connection, HELLO_TIMEOUT_S)
+        is_nixl = self._address.endpoint.carrier == "nixl"
+        return (NixlWire if is_nixl else StreamWire)(connection, HELLO_TIMEOUT_S)
+
+    def _inside_of_tls(self, connection: socket.socket) -> socket.socket:
+        if self._address.endpoint is None:
+            return connection
+        connection.settimeout(HELLO_TIMEOUT_S)
+        set_options(connection)
+        if self._tls is None:
+            return connection
+        inside = self._tls.listening.wrap_socket(connection, server_side=True)  # takes the file descriptor over
+        with self._lock:
+            self._connections.discard(connection)
+            self._connections.add(inside)
+        return inside
+
+    def _forget(self, connection: socket.socket) -> None:
+        with self._lock:
+            self._connections.discard(connection)
+        connection.close()
+
+    def _answer_all(self, link: Link, hello: Hello) -> None:
+        while True:
             try:
-                frame = unpack(data)
+                frame = link.hear(None)
             except ValueError as error:
                 logger.warning("closing the channel of %s: %s", hello.instance_id, error)
                 return
-            connection.send(self._answer(hello, frame, inbox, outbox).pack())
+            try:
+                answer = self._answer(hello, frame, link)
+                link.send(frame.sequence, frame.kind, answer.header, answer.payload)
+            except (_Failed, MessageTooLong) as error:
+                logger.exception("message %d of %s failed", frame.kind, hello.instance_id)
+                sentence = str(error).encode()[: hello.reply_bytes // ALIGNMENT * ALIGNMENT]
+                link.send(frame.sequence, ERROR_KIND, sentence)
 
-    def _answer(self, hello: Hello, frame: Frame, inbox: Half, outbox: Half) -> Frame:
+    def _answer(self, hello: Hello, frame: Frame, link: Link) -> Answer:
         try:
-            if not frame.fits(inbox.size):
-                raise ValueError("the message does not fit in the mailbox")
-            payload = inbox.payload(frame.payload_start, frame.payload_bytes)
-            answer = self._handler(hello, Request(frame.kind, inbox.header(frame.header_bytes), payload))
-            return Frame(frame.sequence, frame.kind, len(answer.header), outbox.write(answer.header, answer.payload))
+            header, payload = link.read(frame, STALLED_S)
+        except ValueError as error:
+            raise _Failed(f"{type(error).__name__}: {error}") from error
+        try:
+            return self._handler(hello, Request(frame.kind, header, payload))
         except Exception as error:
-            logger.exception("message %d of %s failed", frame.kind, hello.instance_id)
-            sentence = f"{type(error).__name__}: {error}".encode()[: outbox.size]
-            return Frame(frame.sequence, ERROR_KIND, len(sentence), outbox.write(sentence, ()) * 0)
+            raise _Failed(f"{type(error).__name__}: {error}") from error
+
+
+def _listen(address: Address) -> socket.socket:
+    """Raises UserError, one sentence."""
+    if address.unix_path is not None:
+        return _bind(Path(address.unix_path))
+    assert address.endpoint is not None  # or it would be no address
+    if address.endpoint.carrier == "nixl" and nixl_package() is None:
+        raise UserError("NIXL is not installed here: pip install megatron-distkv[nixl], or leave out network.carrier")
+    return _bind_host(address.endpoint)
+
+
+def _bind_host(endpoint: Endpoint) -> socket.socket:
+    family = socket.AF_INET6 if ":" in endpoint.host else socket.AF_INET
+    try:
+        return socket.create_server((endpoint.host, endpoint.port), family=family, backlog=64)
+    except (OSError, OverflowError) as error:
+        raise UserError(f"cannot listen at {endpoint}: {error}") from None
 
 
 def _bind(path: Path) -> socket.socket:

@@ -94,7 +94,7 @@ def test_it_is_full_before_anything_is_borrowed_and_outlives_a_lost_creditor(
         a.instance._heartbeat.beat()
         assert "6 of 6 used in host memory" in render_debts(a.instance._ledger.snapshot())
         # When the creditor is lost, then only what lay there is computed again
-        b.instance._listener.close()
+        b.instance._doors.close()
         while not a.instance.scheduler.is_idle:
             a.instance.step()
         assert request.num_recomputed_tokens == held["b"] * 8  # type: ignore[index]

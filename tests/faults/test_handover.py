@@ -56,7 +56,7 @@ def test_a_successor_lost_before_it_has_all_costs_nothing(pool: Pool, server: Em
     client = decoding(pool, 60)
     first = begin_to_leave(pool, client)
     # When nobody reaches the successor any more
-    pool[first]._listener.close()
+    pool[first]._doors.close()
     # Then another one gets it
     client.until(lambda: client.farewell is not None)
     assert client.farewell is not None
@@ -110,7 +110,7 @@ def test_a_creditor_lost_before_the_successor_has_its_loan(pool: Pool, server: E
     assert client.farewell is not None
     assert client.farewell.successor == "s"
     # When that one is lost before the successor has taken over the loan
-    pool[third]._listener.close()
+    pool[third]._doors.close()
     assert client.follow()
     client.finish()
     # Then what lay there, and nothing else, is computed again

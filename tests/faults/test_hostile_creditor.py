@@ -1,7 +1,6 @@
 """A creditor that answers anything at all: its debtor notes it as lost, and goes on."""
 
 import contextlib
-import mmap
 import os
 import socket
 import threading
@@ -33,7 +32,7 @@ from megatron_distkv.transport import Answer, Hello, Listener, Request, connect
 from megatron_distkv.transport.frame import FRAME_BYTES, Frame
 from megatron_distkv.transport.handshake import Greeting
 from megatron_distkv.transport.hello import Challenge, Welcome, new_nonce
-from megatron_distkv.transport.mailbox import create_memory
+from megatron_distkv.transport.shared_link import DatagramWire
 from tests.faults.hostile import DEEP, messages, numbers, pack, wild
 from tests.transport.raw_peer import hello
 
@@ -165,13 +164,9 @@ class RawCreditor:
 
     def _serve(self, connection: socket.socket) -> None:
         if self.challenge is None and self.welcome is None:
-            greeting = Greeting(connection, b"")
-            said = greeting.receive("p", 1 << 20)
-            fd = create_memory(said.request_bytes + said.reply_bytes)
-            memory = mmap.mmap(fd, said.request_bytes + said.reply_bytes)
-            memory[:] = b"\xff" * len(memory)
-            greeting.welcome(fd)
-            os.close(fd)
+            greeting = Greeting(DatagramWire(connection, DEADLINE_S), b"")
+            link = greeting.welcome(greeting.receive("p", 1 << 20))
+            link._outbox._view[:] = b"\xff" * link._outbox.size
             connection.recv(FRAME_BYTES)
             connection.send(self.doorbell)
             connection.recv(1)

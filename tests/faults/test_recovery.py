@@ -59,7 +59,7 @@ class Run:
 
     def cut(self, creditor: str) -> None:
         """Break all channels that others have to this instance, for good."""
-        self.pool[creditor].instance._listener.close()
+        self.pool[creditor].instance._doors.close()
 
     def creditors(self) -> list[str]:
         return list(self.a.rmanager.table(self.request).remote_by_creditor())

@@ -188,7 +188,7 @@ class Driver:
     def cut_a_channel(self) -> None:
         """A real end of stream in the middle of somebody's loans."""
         name = self._any_instance()
-        connections = list(self._pool.instances[name]._listener._connections)
+        connections = list(self._pool.instances[name]._doors._listeners[0]._connections)
         if connections:
             self._note(f"cut a channel of {name}")
             self._random.choice(connections).shutdown(socket.SHUT_RDWR)

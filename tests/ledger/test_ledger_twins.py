@@ -165,6 +165,10 @@ class LedgerTwins(RuleBasedStateMachine):
     def deregister(self, instance: InstanceId, off: int) -> None:
         self.both("deregister", instance, self.epoch(instance, off))
 
+    @rule(instance=who, off=stale, said=st.sampled_from(["x", "y"]))
+    def describe(self, instance: InstanceId, off: int, said: str) -> None:
+        assert not self.both("describe", instance, self.epoch(instance, off), {"ways": said}) or off == 0
+
     @rule(passed_ms=st.sampled_from([1, 500, 2_999, 3_000, 5_000, 10_000]))
     def time_passes(self, passed_ms: int) -> None:
         self.now_ms += passed_ms
@@ -180,7 +184,7 @@ class LedgerTwins(RuleBasedStateMachine):
 
     @rule()
     def lose_everything(self) -> None:
-        self.now_ms += 1
+        self.now_ms += 1 + len(self.given_epochs)  # epochs grow by one, and begin at the time: one per ms at most
         before = self.memory.snapshot()
         self.memory.lose_everything()
         self._wipe_redis()

@@ -27,6 +27,7 @@ from megatron_distkv.transport.channel import RequestFailed
 from megatron_distkv.transport.mailbox import MessageTooLong
 from megatron_distkv.transport.tensors import PayloadMismatch
 from tests.transport.raw_peer import RawPeer, hello
+from tests.transport.ways import WAYS, Way, make_way
 
 ECHO, DOUBLE, FAIL = 1, 2, 3
 
@@ -36,6 +37,19 @@ def answer(_: Hello, request: Request) -> Answer:
         raise ValueError("no such thing")
     data = torch.frombuffer(request.payload, dtype=torch.uint8).clone() if len(request.payload) else torch.empty(0)
     return Answer(request.header, [data.view(torch.float32) * 2] if request.kind == DOUBLE else [data])
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest, tmp_path: Path) -> Way:
+    """What every contract here holds for: shared memory, TCP, TLS."""
+    return make_way(request.param, tmp_path)
+
+
+@pytest.fixture
+def listening(way: Way) -> Iterator[Way]:
+    listener = Listener(way.listen, "p", answer, tls=way.tls)
+    yield way
+    listener.close()
 
 
 @pytest.fixture
@@ -59,9 +73,9 @@ time.sleep(60)
 """
 
 
-@pytest.fixture
-def other(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    address = f"unix:{tmp_path}/b.sock"
+@pytest.fixture(params=["unix", "tcp", "nixl"])
+def other(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    address = make_way(request.param, tmp_path).listen
     process = subprocess.Popen([sys.executable, "-c", OTHER_PROCESS, address], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
@@ -107,9 +121,9 @@ def test_a_stopped_peer_is_lost_at_the_deadline(other: tuple[str, subprocess.Pop
     assert not channel.is_open
 
 
-def test_nobody_at_the_address(tmp_path: Path) -> None:
+def test_nobody_at_the_address(way: Way) -> None:
     with pytest.raises(PeerLost, match="no channel"):
-        connect(f"unix:{tmp_path}/nobody.sock", hello(), peer="x", timeout_s=1)
+        way.connect(hello())
 
 
 @pytest.mark.parametrize(
@@ -121,21 +135,21 @@ def test_nobody_at_the_address(tmp_path: Path) -> None:
         ({"reply_bytes": 0}, "at least one byte"),
     ],
 )
-def test_a_wrong_hello_is_refused_with_a_reason(address: str, changes: dict[str, object], reason: str) -> None:
+def test_a_wrong_hello_is_refused_with_a_reason(listening: Way, changes: dict[str, object], reason: str) -> None:
     with pytest.raises(PeerLost, match=reason):
-        connect(address, hello(**changes), peer="a", timeout_s=5)
+        listening.connect(hello(**changes))
 
 
-def test_an_error_of_the_peer_is_a_sentence_and_the_channel_lives_on(address: str) -> None:
-    channel = connect(address, hello(), peer="a", timeout_s=5)
+def test_an_error_of_the_peer_is_a_sentence_and_the_channel_lives_on(listening: Way) -> None:
+    channel = listening.connect(hello())
     with pytest.raises(RequestFailed, match="ValueError: no such thing"):
         channel.call(FAIL, b"", deadline_s=5)
     assert channel.call(ECHO, b"still here", deadline_s=5).header == b"still here"
     channel.close()
 
 
-def test_a_message_that_does_not_fit_is_refused_before_it_is_sent(address: str) -> None:
-    channel = connect(address, hello(), peer="a", timeout_s=5)
+def test_a_message_that_does_not_fit_is_refused_before_it_is_sent(listening: Way) -> None:
+    channel = listening.connect(hello())
     with pytest.raises(MessageTooLong):
         channel.post(ECHO, b"", [torch.zeros(1 << 16)])
     assert channel.call(ECHO, b"next", deadline_s=5).header == b"next"
@@ -147,12 +161,39 @@ def test_a_payload_of_another_size_is_refused() -> None:
         read_tensors(memoryview(b"\0" * 64), [TensorSpec((17,), torch.float32)])
 
 
-def test_a_disconnect_is_told(tmp_path: Path) -> None:
+def test_a_disconnect_is_told(way: Way) -> None:
     gone = threading.Event()
-    listener = Listener(f"unix:{tmp_path}/d.sock", "p", answer, on_disconnect=lambda _: gone.set())
-    connect(f"unix:{tmp_path}/d.sock", hello(), peer="d", timeout_s=5).close()
+    listener = Listener(way.listen, "p", answer, tls=way.tls, on_disconnect=lambda _: gone.set())
+    way.connect(hello()).close()
     assert gone.wait(5)
     listener.close()
+
+
+def test_a_listener_that_closes_is_lost_to_its_peers(way: Way) -> None:
+    listener = Listener(way.listen, "p", answer, tls=way.tls)
+    channel = way.connect(hello())
+    listener.close()
+    with pytest.raises(PeerLost):
+        channel.call(ECHO, b"x", deadline_s=5)
+
+
+def test_large_and_odd_payloads_arrive_byte_by_byte(listening: Way) -> None:
+    # Given tensors of several dtypes and odd sizes, one empty, one not contiguous, larger together than socket buffers
+    channel = listening.connect(hello(request_bytes=24 << 20, reply_bytes=24 << 20))
+    payload = [
+        torch.randn(5 << 20),
+        torch.arange(7, dtype=torch.uint8),
+        torch.empty(0),
+        torch.randn(33, 65).to(torch.bfloat16).T,
+    ]
+    specs = [TensorSpec(tuple(x.shape), x.dtype) for x in payload]
+
+    # When they go there and back, then they are the same
+    for _ in range(2):
+        reply = channel.call(ECHO, b"h" * 1000, payload, deadline_s=30)
+        assert reply.header == b"h" * 1000
+        assert all(torch.equal(x, y) for x, y in zip(payload, read_tensors(reply.payload, specs), strict=True))
+    channel.close()
 
 
 def test_a_socket_path_that_is_too_long_is_one_sentence(tmp_path: Path) -> None:

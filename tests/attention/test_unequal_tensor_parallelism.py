@@ -1,0 +1,189 @@
+"""Debtors and creditors of different tensor parallelism: every rank asks those that hold its heads, for those heads."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+
+from megatron_distkv.attention import Creditor, Debtor, HeadShare, LoanTable, RemoteShare
+from megatron_distkv.errors import PeerLost
+from megatron_distkv.kvcache.rblock_shape import RBlockShape
+from megatron_distkv.messages import Acknowledge, FetchHeader, MessageKind, QueryShare, StoreHeader
+from megatron_distkv.rblock import InstanceId
+from megatron_distkv.rmanager import Identity, MailboxSizes, Peers
+from megatron_distkv.transport import (
+    PROTOCOL_VERSION,
+    Answer,
+    Hello,
+    Listener,
+    Request,
+    TensorSpec,
+    connect,
+    read_tensors,
+)
+from megatron_distkv.transport.channel import RequestFailed
+from tests.ops.dense import dense_attention, relative_error
+
+L, K, H, N, D = 2, 6, 12, 4, 8
+SCALE = D**-0.5
+IDS = [5, 0, 3]
+SIZES = MailboxSizes(1 << 18, 1 << 18)
+
+
+class CreditorRanks:
+    """An instance of `num_ranks` ranks that grants IDS to the debtor."""
+
+    def __init__(self, directory: Path, num_ranks: int) -> None:
+        self.address = f"unix:{directory}/c{num_ranks}.{{rank}}.sock ranks:{num_ranks}"
+        self.loans = LoanTable()
+        self.loans.grant("loan", "me", IDS)
+        self.asked: list[tuple[int, MessageKind]] = []
+        self.listeners = [self._listen(directory, rank, num_ranks) for rank in range(num_ranks)]
+
+    def _listen(self, directory: Path, rank: int, num_ranks: int) -> Listener:
+        pool = shape(num_ranks).rank_pool(8).tensor_BLK2ND
+        creditor = Creditor(pool, self.loans, H // num_ranks, torch.float32, SCALE, rank=rank, num_ranks=num_ranks)
+
+        def answer(hello: Hello, request: Request) -> Answer:
+            kind = MessageKind(request.kind)
+            self.asked.append((rank, kind))
+            if kind is MessageKind.RELEASE:
+                return Answer(msgspec.msgpack.encode(Acknowledge()))
+            return {
+                MessageKind.QUERY: creditor.query,
+                MessageKind.STORE: creditor.store,
+                MessageKind.FETCH: creditor.fetch,
+            }[kind](hello, request)
+
+        return Listener(f"unix:{directory}/c{num_ranks}.{rank}.sock", "p", answer)
+
+    def close(self) -> None:
+        for listener in self.listeners:
+            listener.close()
+
+
+Start = Callable[[int], CreditorRanks]
+
+
+def shape(num_ranks: int) -> RBlockShape:
+    return RBlockShape(L, H, K, D, N, "fp32", num_ranks)
+
+
+def peers(rank: int, num_ranks: int) -> Peers:
+    return Peers("p", Identity(InstanceId("me")), rank, SIZES, 5.0, shape=shape(num_ranks))
+
+
+def heads_of(rank: int, num_ranks: int, num_heads: int) -> slice:
+    return slice(rank * num_heads // num_ranks, (rank + 1) * num_heads // num_ranks)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    started: list[CreditorRanks] = []
+
+    def start(num_ranks: int) -> CreditorRanks:
+        started.append(CreditorRanks(tmp_path, num_ranks))
+        return started[-1]
+
+    yield start
+    for creditor in started:
+        creditor.close()
+
+
+@pytest.mark.parametrize(("debtors", "creditors"), [(1, 1), (2, 1), (1, 2), (2, 2), (2, 3), (3, 2), (1, 6), (6, 1)])
+def test_what_ranks_of_any_number_store_they_ask_and_fetch(debtors: int, creditors: int, start: Start) -> None:
+    # Given the KV of three rBlocks, of which every rank of the debtor has its heads
+    torch.manual_seed(0)
+    creditor = start(creditors)
+    kv_MLK2ND, q_THD = torch.randn(len(IDS), L, K, 2, N, D), torch.randn(5, H, D)
+    outs = torch.full((L, 5, H, D), float("nan"))
+    lent = {rank: peers(rank, debtors) for rank in range(debtors)}
+
+    # When all ranks store, and then each asks for every layer
+    for rank, mine in lent.items():
+        channel = mine.reach("c", creditor.address)
+        data = kv_MLK2ND[:, :, heads_of(rank, debtors, K)].contiguous()
+        channel.call(MessageKind.STORE, msgspec.msgpack.encode(StoreHeader("loan", IDS)), [data], deadline_s=5)
+    for rank, mine in lent.items():
+        debtor, rows = Debtor(mine, deadline_s=5), heads_of(rank, debtors, H)
+        debtor.begin_step(1, {"c": RemoteShare(torch.arange(5), [QueryShare(["loan"], IDS, 5)])})
+        for layer in range(L):
+            debtor.ask(layer, q_THD[:, rows])
+            (partial,) = debtor.answers()
+            outs[layer][:, rows] = partial.out_RHD
+        assert debtor.lost == {}
+
+    # Then the answers together are dense attention
+    for layer in range(L):
+        k, v = (kv_MLK2ND[:, layer, :, i].transpose(1, 2).reshape(-1, K, D) for i in (0, 1))
+        expected, _ = dense_attention(q_THD, k, v, torch.full((5,), len(IDS) * N), SCALE)
+        assert relative_error(outs[layer], expected) < 1e-5
+
+    # And what comes back is what was sent, bit by bit
+    for rank, mine in lent.items():
+        header = msgspec.msgpack.encode(FetchHeader("loan", IDS))
+        reply = mine["c"].call(MessageKind.FETCH, header, deadline_s=5)
+        expected = kv_MLK2ND[:, :, heads_of(rank, debtors, K)]
+        (data,) = read_tensors(reply.payload, [TensorSpec(tuple(expected.shape), torch.float32)])
+        assert torch.equal(data, expected)
+        mine.close()
+
+
+def test_loans_are_the_leaders_business(start: Start) -> None:
+    creditor = start(2)
+    mine = peers(0, 1)
+    mine.reach("c", creditor.address).call(MessageKind.RELEASE, b"", deadline_s=5)
+    assert creditor.asked == [(0, MessageKind.RELEASE)]
+    mine.close()
+
+
+def test_one_lost_rank_is_the_whole_creditor(start: Start) -> None:
+    # Given a debtor of one rank that has stored at two
+    creditor, mine = start(2), peers(0, 1)
+    channel = mine.reach("c", creditor.address)
+    # When one of them goes away
+    creditor.listeners[1].close()
+    # Then the creditor is lost, and no answer of the other is taken for a later question
+    with pytest.raises(PeerLost):
+        channel.call(MessageKind.FETCH, msgspec.msgpack.encode(FetchHeader("loan", IDS)), deadline_s=5)
+    assert not channel.is_open
+    mine.close()
+
+
+def test_a_refusal_of_one_rank_is_that_of_all(start: Start) -> None:
+    creditor, mine = start(2), peers(0, 1)
+    channel = mine.reach("c", creditor.address)
+    reply = channel.call(MessageKind.FETCH, msgspec.msgpack.encode(FetchHeader("another", IDS)), deadline_s=5)
+    assert msgspec.msgpack.decode(reply.header, type=Acknowledge).refusal == "unknown_loan"
+    mine.close()
+
+
+@pytest.mark.parametrize("num_ranks", [4, 5])
+def test_ranks_that_cannot_share_the_heads_are_no_peers(num_ranks: int, start: Start) -> None:
+    creditor = start(2)
+    with pytest.raises(PeerLost, match="cannot share 6 KV heads"):
+        peers(0, 1).reach("c", creditor.address.replace("ranks:2", f"ranks:{num_ranks}"))
+
+
+@pytest.mark.parametrize("wrong", [(2, 2), (0, 4), (5, 5), (1, 2)])
+def test_a_rank_that_has_no_heads_there_gets_an_error(wrong: tuple[int, int], start: Start) -> None:
+    # Given the first of two ranks, which hold 3 of 6 heads each
+    creditor = start(2)
+    hello = Hello(PROTOCOL_VERSION, "p", "me", 1, wrong[0], 1 << 16, 1 << 16, num_ranks=wrong[1])
+    channel = connect(creditor.address, hello, peer="c", timeout_s=5)
+    with pytest.raises(RequestFailed, match=r"has no (part of|KV heads)"):
+        channel.call(MessageKind.FETCH, msgspec.msgpack.encode(FetchHeader("loan", IDS)), deadline_s=5)
+    channel.close()
+
+
+def test_common_heads_are_what_both_hold() -> None:
+    for mine_of, theirs_of in ((2, 1), (1, 2), (2, 3), (3, 2), (6, 3)):
+        for rank in range(mine_of):
+            mine = HeadShare(rank, mine_of, K)
+            found = []
+            for other in range(theirs_of):
+                common = mine.common_with(HeadShare(other, theirs_of, K))
+                found += [mine.heads[i] for i in range(common.start, common.stop)]
+            assert found == list(mine.heads)
