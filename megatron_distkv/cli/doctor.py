@@ -182,9 +182,8 @@ def _apex() -> Finding:
     is_nvidias = any((folder / "normalization").is_dir() for folder in folders)
     has_kernels = importlib.util.find_spec("amp_C") is not None
     found = ("here" if has_kernels else "here, Python only") if is_nvidias else "an impostor"
-    # megatron-core 0.16 takes the final norm from any `apex` that it can import, unless it has Transformer Engine.
-    follows = "Megatron takes the model's last norm from it, which knows no RMSNorm: pip uninstall apex"
-    return Finding("NVIDIA Apex", found, follows, importlib.util.find_spec("transformer_engine") is None)
+    # Megatron would take a block's last norm from any `apex`; ours is named in its spec (model/layer_spec.py).
+    return Finding("NVIDIA Apex", found, "not used: all norms are torch's or our own")
 
 
 def _programs() -> Iterator[Finding]:
