@@ -6,7 +6,7 @@ The driver is seeded; only the heartbeats' timing differs between two runs of on
 import random
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
@@ -16,9 +16,9 @@ import pytest
 from megatron_distkv.config.instance import InstanceConfig
 from megatron_distkv.engine.instance import Instance
 from megatron_distkv.engine.llm import LLM
-from megatron_distkv.ledger import DebtLedger, open_ledger
+from megatron_distkv.ledger import DebtLedger, InstanceState, open_ledger
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
-from megatron_distkv.messages import TokenOutput
+from megatron_distkv.messages import HandedOver, TokenOutput
 from megatron_distkv.rblock import HOST, RemoteSpan
 from megatron_distkv.request import Request
 from megatron_distkv.sampling_params import SamplingParams
@@ -143,8 +143,10 @@ def pool(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool
 class Driver:
     """Does random things to a pool, keeping what came out of each request, and what it did for a failure's message."""
 
-    def __init__(self, pool: Pool, seed: int) -> None:
+    def __init__(self, pool: Pool, seed: int, longest: Sequence[int] = (20, 120, 330)) -> None:
+        """`longest`: how long prompts are at most, in tokens, each as often."""
         self._pool = pool
+        self._longest = longest
         self._seed = seed
         self._random = random.Random(seed)
         self._requests: dict[str, Request] = {}
@@ -152,6 +154,7 @@ class Driver:
         self._tokens: dict[str, list[int]] = {}
         self._aborted: set[str] = set()
         self.history: list[str] = []
+        self.num_handed_over = 0
 
     # ------------------------------------------------------------------ rules
 
@@ -198,6 +201,43 @@ class Driver:
             self.step()
         self._pool.server.start()
 
+    def leave(self) -> None:
+        """One hands over what it can, others take it up, and then it stays after all."""
+        busy = [name for name, instance in self._pool.instances.items() if instance.scheduler.running]
+        if not busy:
+            return
+        name = self._random.choice(busy)
+        self._note(f"leave {name}")
+        instance = self._pool.instances[name]
+        instance.drain(within_s=60)
+        for _ in range(self._random.choice([5, 40])):
+            for other in self._pool.instances:
+                self._step(other)
+        self._stay(instance)
+
+    def _stay(self, instance: Instance) -> None:
+        departure = instance._departure
+        departure._ends_by_s = None
+        instance._admission.draining = instance._lending.draining = instance._adoptions.draining = False
+        instance._reporting.state = InstanceState.UP
+        if departure._handover._passage is not None:
+            departure._handover._give_up()
+        while instance._borrowing.has_bequests:
+            instance._borrowing.settle_bequests()
+            time.sleep(0.02)
+        instance.note_idle()
+
+    def _follow(self, farewell: HandedOver) -> None:
+        """As a gateway does."""
+        old, home = self._requests[farewell.request_id], farewell.successor or self._home[farewell.request_id]
+        tokens = list(self._tokens[old.request_id])
+        new = Request(old.request_id, old.prompt_token_ids, old.sampling, output_token_ids=tokens)
+        self._requests[old.request_id], self._home[old.request_id] = new, home
+        if not self._pool.instances[home].adopt(new, farewell.adoption_id):
+            self._pool.instances[home].add(new)
+        else:
+            self.num_handed_over += 1
+
     # ------------------------------------------------------------------ the whole run
 
     def run(self, num_rules: int, rules: dict[Callable[[], None], int]) -> None:
@@ -233,12 +273,14 @@ class Driver:
         outputs: list[TokenOutput] = self._pool.instances[name].step()
         for output in outputs:
             self._tokens[output.request_id] += output.token_ids
+        for farewell in self._pool.instances[name].take_farewells():
+            self._follow(farewell)
 
     def _any_instance(self) -> str:
         return self._random.choice(sorted(self._pool.instances))
 
     def _prompt(self) -> list[int]:
-        longest = self._random.choice([20, 120, 330])
+        longest = self._random.choice(self._longest)
         return [self._random.randint(3, 130) for _ in range(self._random.randint(1, longest))]
 
     def _sampling(self) -> SamplingParams:
@@ -261,8 +303,8 @@ class Driver:
         )
 
 
-def drive(pool: Pool, seed: int, num_rules: int, *, cuts: int = 0, ledger_losses: int = 0) -> None:
-    driver = Driver(pool, seed)
+def drive(pool: Pool, seed: int, num_rules: int, *, cuts: int = 0, ledger_losses: int = 0, leaves: int = 0) -> Driver:
+    driver = Driver(pool, seed, (20, 60, 120)) if leaves else Driver(pool, seed)
     rules = {
         driver.add: 8,
         driver.step: 20,
@@ -270,6 +312,7 @@ def drive(pool: Pool, seed: int, num_rules: int, *, cuts: int = 0, ledger_losses
         driver.wait: 2,
         driver.cut_a_channel: cuts,
         driver.lose_the_ledger: ledger_losses,
+        driver.leave: leaves,
     }
     try:
         driver.run(num_rules, rules)
@@ -280,11 +323,17 @@ def drive(pool: Pool, seed: int, num_rules: int, *, cuts: int = 0, ledger_losses
     except BaseException:
         print("\n".join(driver.history))
         raise
+    return driver
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_whatever_comes_every_request_ends_with_its_tokens_and_nothing_is_owed(pool: Pool, seed: int) -> None:
     drive(pool, seed, 60)
+
+
+def test_requests_that_are_handed_over_end_like_any(pool: Pool) -> None:
+    drivers = [drive(pool, seed, 30, cuts=seed % 2, leaves=8) for seed in range(300, 303)]
+    assert sum(driver.num_handed_over for driver in drivers) > 0
 
 
 @pytest.mark.parametrize("seed", range(100, 102))
