@@ -26,7 +26,7 @@ AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-wid
 # GCC 12 warns of its own AVX-512 header.
 AVX512 = f"{AVX512} -Wno-uninitialized -Wno-maybe-uninitialized"
 # Only these files may hold instructions beyond the baseline; dispatch.cpp chooses among them at run time.
-ISA_FLAGS = {"isa_avx2": AVX2, "isa_avx512": AVX512, "isa_avx512bf16": f"{AVX512} -mavx512bf16"}
+ISA_FLAGS = {"isa_avx2": AVX2, "isa_avx512": AVX512, "isa_avx512bf16": f"{AVX512} -mavx512bf16 -mavx512vnni"}
 
 
 class BuildKernels(build_ext):

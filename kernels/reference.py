@@ -21,43 +21,51 @@ def micro_attention(
     positions_T: torch.Tensor,
     scale: float,
     causal: bool,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    num_tokens, num_heads, head_dim = q_THD.shape
-    out_THD = torch.zeros(num_tokens, num_heads, head_dim, dtype=torch.float32, device=q_THD.device)
-    lse_TH = torch.full((num_tokens, num_heads), float("-inf"), dtype=torch.float32, device=q_THD.device)
-    blocks, queries = cu_blocks.tolist(), cu_queries.tolist()
+    out_THD, lse_TH = out or (torch.empty_like(x, dtype=torch.float32) for x in (q_THD, q_THD[..., 0]))
+    out_THD.zero_()
+    lse_TH.fill_(float("-inf"))
+    blocks, queries, rblock_size = cu_blocks.tolist(), cu_queries.tolist(), pool_BLK2ND.shape[4]
+    blocks_at_once = max(1, KEY_TOKENS_AT_ONCE // rblock_size)
     for s in range(len(blocks) - 1):
         rows, listed = slice(queries[s], queries[s + 1]), slice(blocks[s], blocks[s + 1])
         if rows.start == rows.stop or listed.start == listed.stop:
             continue
-        positions = positions_T[rows] if causal else None
-        out_THD[rows], lse_TH[rows] = _one_sequence(
-            q_THD[rows], pool_BLK2ND, layer, block_ids_M[listed], block_starts_M[listed], positions, scale
-        )
+        pieces = (x[listed].split(blocks_at_once) for x in (block_ids_M, block_starts_M))
+        for ids, starts in zip(*pieces, strict=True):
+            hidden_TX = _hidden(positions_T[rows], starts, rblock_size, causal, window)
+            kv_MK2ND = pool_BLK2ND[ids, layer].float()
+            if scales is not None:
+                kv_MK2ND[:, :, 0] *= scales[0][ids, layer][:, :, None, :]
+                kv_MK2ND[:, :, 1] *= scales[1][ids, layer][:, :, :, None]
+            piece = _over_blocks(q_THD[rows], kv_MK2ND, hidden_TX, scale, soft_cap)
+            before = (out_THD[rows], lse_TH[rows])
+            out_THD[rows], lse_TH[rows] = merge(*(torch.stack(pair) for pair in zip(before, piece, strict=True)))
     return out_THD, lse_TH
 
 
-def _one_sequence(
-    q_THD: torch.Tensor,
-    pool_BLK2ND: torch.Tensor,
-    layer: int,
-    block_ids: torch.Tensor,
-    block_starts: torch.Tensor,
-    positions: torch.Tensor | None,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    blocks_at_once = max(1, KEY_TOKENS_AT_ONCE // pool_BLK2ND.shape[4])
-    outs, lses = [], []
-    for ids, starts in zip(block_ids.split(blocks_at_once), block_starts.split(blocks_at_once), strict=True):
-        kv_MK2ND = pool_BLK2ND[ids, layer].to(torch.float32)
-        out, lse = _over_blocks(q_THD, kv_MK2ND, starts, positions, scale)
-        outs.append(out)
-        lses.append(lse)
-    return (outs[0], lses[0]) if len(outs) == 1 else merge(torch.stack(outs), torch.stack(lses))
+def _hidden(
+    positions_T: torch.Tensor, starts_M: torch.Tensor, rblock_size: int, causal: bool, window: int | None
+) -> torch.Tensor | None:
+    """Which keys a query does not see, `[T, M * N]`; None where all see all."""
+    if not causal and window is None:
+        return None
+    keys_X = (starts_M[:, None] + torch.arange(rblock_size, device=starts_M.device)).flatten()
+    distance_TX = positions_T[:, None] - keys_X[None, :]
+    hidden_TX = distance_TX < 0 if causal else torch.zeros_like(distance_TX, dtype=torch.bool)
+    return hidden_TX if window is None else hidden_TX | (distance_TX >= window)
 
 
 def _over_blocks(
-    q_THD: torch.Tensor, kv_MK2ND: torch.Tensor, starts: torch.Tensor, positions: torch.Tensor | None, scale: float
+    q_THD: torch.Tensor,
+    kv_MK2ND: torch.Tensor,
+    hidden_TX: torch.Tensor | None,
+    scale: float,
+    soft_cap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     num_tokens, num_heads, head_dim = q_THD.shape
     num_blocks, kv_heads, _, rblock_size, _ = kv_MK2ND.shape
@@ -69,12 +77,12 @@ def _over_blocks(
         kv_MK2ND[:, :, part].transpose(0, 1).reshape(kv_heads, num_blocks * rblock_size, head_dim) for part in (0, 1)
     )
     scores_KRX = torch.bmm(q_KRD, k_KXD.transpose(1, 2)).mul_(scale)
-    if positions is not None:
-        key_positions_X = (starts[:, None] + torch.arange(rblock_size, device=starts.device)).flatten()
-        is_future_TX = key_positions_X[None, :] > positions[:, None]
-        scores_KRX.view(kv_heads, num_tokens, group, -1).masked_fill_(is_future_TX[None, :, None, :], float("-inf"))
-        # Slots that nobody sees yet may hold anything, and 0 * NaN is NaN.
-        v_KXD = v_KXD.masked_fill(is_future_TX.all(dim=0)[None, :, None], 0.0)
+    if soft_cap is not None:
+        scores_KRX = scores_KRX.div_(soft_cap).tanh_().mul_(soft_cap)
+    if hidden_TX is not None:
+        scores_KRX.view(kv_heads, num_tokens, group, -1).masked_fill_(hidden_TX[None, :, None, :], float("-inf"))
+        # Slots that nobody sees may hold anything, and 0 * NaN is NaN.
+        v_KXD = v_KXD.masked_fill(hidden_TX.all(dim=0)[None, :, None], 0.0)
     top_KR1 = scores_KRX.amax(dim=-1, keepdim=True)
     top_KR1 = top_KR1.masked_fill(top_KR1 == float("-inf"), 0.0)  # a row without any key stays empty, not NaN
     weights_KRX = scores_KRX.sub_(top_KR1).exp_()
@@ -114,3 +122,30 @@ def gather_rblocks(pool_BLK2ND: torch.Tensor, block_ids: torch.Tensor) -> torch.
 
 def scatter_rblocks(data_MLK2ND: torch.Tensor, pool_BLK2ND: torch.Tensor, block_ids: torch.Tensor) -> None:
     pool_BLK2ND.index_copy_(0, block_ids, data_MLK2ND)
+
+
+def tile_backward(
+    d_out_SBHD: torch.Tensor,
+    q_SBHD: torch.Tensor,
+    k_XBKD: torch.Tensor,
+    v_XBKD: torch.Tensor,
+    out_SBHD: torch.Tensor,
+    lse_SBH: torch.Tensor,
+    scale: float,
+    is_causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """With the scores of the whole tile in memory."""
+    kv_heads = k_XBKD.shape[2]
+    q, d_out, out = (x.to(lse_SBH.dtype).unflatten(2, (kv_heads, -1)) for x in (q_SBHD, d_out_SBHD, out_SBHD))
+    k, v = (x.to(lse_SBH.dtype) for x in (k_XBKD, v_XBKD))
+    scores = torch.einsum("sbkgd,xbkd->bkgsx", q, k) * scale
+    if is_causal:
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(future, float("-inf"))
+    lse_BKGS = lse_SBH.unflatten(2, (kv_heads, -1)).permute(1, 2, 3, 0)
+    weights = (scores - lse_BKGS[..., None]).exp()
+    delta_BKGS = (d_out * out).sum(-1).permute(1, 2, 3, 0)
+    d_scores = weights * (torch.einsum("sbkgd,xbkd->bkgsx", d_out, v) - delta_BKGS[..., None]) * scale
+    d_q = torch.einsum("bkgsx,xbkd->sbkgd", d_scores, k).flatten(2, 3)
+    d_k = torch.einsum("bkgsx,sbkgd->xbkd", d_scores, q)
+    return d_q, d_k, torch.einsum("bkgsx,sbkgd->xbkd", weights, d_out)

@@ -39,12 +39,19 @@ class Child:
 
     def ready_line(self) -> str | None:
         """What follows READY in its output, once it is there."""
-        return self._line("READY ")
+        return self.line_after("READY ")
 
     def error_line(self) -> str:
         """The sentence that it ended with, or the last line of its output."""
         lines = self.log.read_text(errors="replace").strip().splitlines()
-        return self._line("ERROR ") or (lines[-1] if lines else "no output")
+        return self.line_after("ERROR ") or (lines[-1] if lines else "no output")
+
+    def line_after(self, prefix: str) -> str | None:
+        """The rest of the first line of its output that has `prefix` in it."""
+        for line in self.log.read_text(errors="replace").splitlines():
+            if prefix in line:
+                return line.partition(prefix)[2].strip()
+        return None
 
     def terminate(self) -> None:
         self._signal(signal.SIGTERM)
@@ -56,12 +63,6 @@ class Child:
             time.sleep(0.02)
         self._signal(signal.SIGKILL)
         self.process.wait()
-
-    def _line(self, prefix: str) -> str | None:
-        for line in self.log.read_text(errors="replace").splitlines():
-            if prefix in line:
-                return line.partition(prefix)[2].strip()
-        return None
 
     def _signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):

@@ -171,6 +171,7 @@ class Refusal(StrEnum):
 
 BlockId = Annotated[int, msgspec.Meta(ge=0, le=(1 << 31) - 1)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 31) - 1)]
+Positive = Annotated[float, msgspec.Meta(gt=0)]
 Serial = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]  # epochs, steps
 
 
@@ -250,16 +251,30 @@ class FetchHeader(msgspec.Struct, frozen=True):
     block_ids: list[int]
 
 
-class QueryShare(msgspec.Struct, frozen=True):
-    """One sequence of a query: `num_queries` query rows against these rBlocks (all past: no mask)."""
+class Scoring(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How a layer makes its scores, where it is not the ordinary way (contract: ops.micro_attention)."""
+
+    scale: Positive | None = None  # None: 1 / sqrt(head_dim)
+    window: Annotated[int, msgspec.Meta(ge=1, le=(1 << 31) - 1)] | None = None
+    soft_cap: Positive | None = None
+
+
+class QueryShare(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One sequence of a query: `num_queries` query rows against these rBlocks, which are full and in the past of all.
+
+    For a window also the position of each rBlock's first token, and of the first query; the others follow it.
+    """
 
     loan_ids: list[str]
     block_ids: list[BlockId]
     num_queries: Count
+    block_starts: list[Count] = []
+    first_position: Count = 0
 
 
 class QueryHeader(msgspec.Struct, frozen=True):
-    """MicroAttention of one layer. `shares` come with the step's first layer and hold for its other layers.
+    """MicroAttention of one layer. `shares` come with the step's first layer that makes scores in this way, and hold
+    for its other layers that do: with a window only what some query sees is asked for.
 
     Payload: q `[T, query_heads, head_dim]` in the model's dtype, T = sum of num_queries. Reply payload: the normalised
     output `[T, query_heads, head_dim]` in the wire dtype, then LSE `[T, query_heads]` fp32 (natural log; empty = -inf).
@@ -268,6 +283,7 @@ class QueryHeader(msgspec.Struct, frozen=True):
     step: Serial
     layer: Count
     shares: list[QueryShare] | None = None
+    scoring: Scoring = Scoring()
 
 
 class Acknowledge(msgspec.Struct, frozen=True):

@@ -7,11 +7,8 @@ import ctypes
 
 import torch
 
-from .library import Attention, Rope, Store, check, load_library
-
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-library = load_library()
+from .attention import micro_attention as micro_attention
+from .library import DTYPES, Rope, Store, check, check_indices, library
 
 
 def is_built() -> bool:
@@ -32,73 +29,16 @@ def use_instruction_set(name: str) -> bool:
 
 def can_serve(*tensors: torch.Tensor) -> bool:
     """Whether these may be given to the functions below."""
-    return all(tensor.dtype in _DTYPES and tensor.is_cpu for tensor in tensors)
-
-
-def _check_indices(*tensors: torch.Tensor) -> None:
-    for tensor in tensors:
-        if tensor.dtype is not torch.int64 or not tensor.is_contiguous():
-            raise ValueError("indices must be contiguous int64 tensors")
-
-
-def micro_attention(
-    q_THD: torch.Tensor,
-    pool_BLK2ND: torch.Tensor,
-    layer: int,
-    block_ids_M: torch.Tensor,
-    block_starts_M: torch.Tensor,
-    cu_blocks: torch.Tensor,
-    cu_queries: torch.Tensor,
-    positions_T: torch.Tensor,
-    scale: float,
-    causal: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    if q_THD.stride(2) != 1:
-        q_THD = q_THD.contiguous()
-    num_tokens, num_heads, head_dim = q_THD.shape
-    if positions_T.shape[0] != num_tokens or block_starts_M.shape[0] != block_ids_M.shape[0]:
-        raise ValueError("as many positions as queries and as many starts as rBlocks are needed")
-    _check_indices(block_ids_M, block_starts_M, cu_blocks, cu_queries, positions_T)
-    num_blocks, num_layers, kv_heads, _, rblock_size, _ = pool_BLK2ND.shape
-    out_THD = torch.empty(num_tokens, num_heads, head_dim)
-    lse_TH = torch.empty(num_tokens, num_heads)
-    args = Attention(
-        ctypes.sizeof(Attention),
-        torch.get_num_threads(),
-        _DTYPES[q_THD.dtype],
-        _DTYPES[pool_BLK2ND.dtype],
-        num_heads,
-        kv_heads,
-        head_dim,
-        rblock_size,
-        layer,
-        num_layers,
-        causal,
-        scale,
-        num_tokens,
-        cu_queries.shape[0] - 1,
-        block_ids_M.shape[0],
-        num_blocks,
-        q_THD.data_ptr(),
-        q_THD.stride(0),
-        q_THD.stride(1),
-        pool_BLK2ND.data_ptr(),
-        block_ids_M.data_ptr(),
-        block_starts_M.data_ptr(),
-        cu_blocks.data_ptr(),
-        cu_queries.data_ptr(),
-        positions_T.data_ptr(),
-        out_THD.data_ptr(),
-        lse_TH.data_ptr(),
-    )
-    check(library.distkv_micro_attention(ctypes.byref(args)))
-    return out_THD, lse_TH
+    for tensor in tensors:  # noqa: SIM110 (a generator costs half a microsecond, and this stands before every call)
+        if tensor.dtype not in DTYPES or not tensor.is_cpu:
+            return False
+    return True
 
 
 def merge(outs_PTHD: torch.Tensor, lses_PTH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     outs_PTHD, lses_PTH = outs_PTHD.contiguous(), lses_PTH.contiguous()
     num_parts, num_tokens, num_heads, head_dim = outs_PTHD.shape
-    out_THD, lse_TH = torch.empty(num_tokens, num_heads, head_dim), torch.empty(num_tokens, num_heads)
+    out_THD, lse_TH = outs_PTHD.new_empty(num_tokens, num_heads, head_dim), lses_PTH.new_empty(num_tokens, num_heads)
     status = library.distkv_merge(
         outs_PTHD.data_ptr(),
         lses_PTH.data_ptr(),
@@ -120,12 +60,12 @@ def store_kv(
     num_blocks, num_layers, kv_heads, _, rblock_size, head_dim = pool_BLK2ND.shape
     if not k_TKD.shape == v_TKD.shape == (slot_mapping_T.shape[0], kv_heads, head_dim) or k_TKD.dtype != v_TKD.dtype:
         raise ValueError("K and V must be of one dtype and shape: a row per slot, the pool's heads and head size")
-    _check_indices(slot_mapping_T)
+    check_indices(slot_mapping_T)
     args = Store(
         ctypes.sizeof(Store),
         torch.get_num_threads(),
-        _DTYPES[k_TKD.dtype],
-        _DTYPES[pool_BLK2ND.dtype],
+        DTYPES[k_TKD.dtype],
+        DTYPES[pool_BLK2ND.dtype],
         kv_heads,
         head_dim,
         rblock_size,
@@ -155,7 +95,7 @@ def apply_rope(x_THD: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor) 
     args = Rope(
         ctypes.sizeof(Rope),
         torch.get_num_threads(),
-        _DTYPES[x_THD.dtype],
+        DTYPES[x_THD.dtype],
         num_heads,
         head_dim,
         cos_TR.shape[-1],
@@ -172,7 +112,7 @@ def apply_rope(x_THD: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor) 
 
 
 def gather_rblocks(pool_BLK2ND: torch.Tensor, block_ids: torch.Tensor) -> torch.Tensor:
-    _check_indices(block_ids)
+    check_indices(block_ids)
     data_MLK2ND = pool_BLK2ND.new_empty((block_ids.shape[0], *pool_BLK2ND.shape[1:]))
     status = library.distkv_gather(
         pool_BLK2ND.data_ptr(),
@@ -190,7 +130,7 @@ def gather_rblocks(pool_BLK2ND: torch.Tensor, block_ids: torch.Tensor) -> torch.
 def scatter_rblocks(data_MLK2ND: torch.Tensor, pool_BLK2ND: torch.Tensor, block_ids: torch.Tensor) -> None:
     if data_MLK2ND.dtype != pool_BLK2ND.dtype or data_MLK2ND.shape != (len(block_ids), *pool_BLK2ND.shape[1:]):
         raise ValueError("the rBlocks are not of the pool's dtype and shape, one per id")
-    _check_indices(block_ids)
+    check_indices(block_ids)
     data_MLK2ND = data_MLK2ND.contiguous()
     status = library.distkv_scatter(
         data_MLK2ND.data_ptr(),

@@ -8,7 +8,7 @@
 #pragma GCC visibility push(default)
 extern "C" {
 
-enum DistkvDtype : int32_t { DISTKV_FP32 = 0, DISTKV_BF16 = 1, DISTKV_FP16 = 2 };
+enum DistkvDtype : int32_t { DISTKV_FP32 = 0, DISTKV_BF16 = 1, DISTKV_FP16 = 2, DISTKV_INT8 = 3 };
 
 enum DistkvStatus : int32_t {
   DISTKV_OK = 0,
@@ -27,10 +27,13 @@ struct DistkvAttention {
   int32_t layer, num_layers;
   int32_t causal;
   float scale;
+  float soft_cap;  // 0: none
+  int64_t window;  // 0: none
   int64_t num_tokens, num_sequences, num_listed, num_blocks;
   const void* q;
   int64_t q_token_stride, q_head_stride;
   const void* pool;
+  const float *k_scales, *v_scales;  // of int8 pools: [B, L, K, D] and [B, L, K, N]
   const int64_t *block_ids, *block_starts, *cu_blocks, *cu_queries, *positions;
   float *out, *lse;
 };

@@ -39,16 +39,17 @@ bool is_sound(const DistkvAttention& a) {
 class Plan {
  public:
   explicit Plan(const DistkvAttention& a) : a_(a), group_(a.num_heads / a.kv_heads) {
-    const int64_t kv_bytes = 2 * a.kv_heads * a.rblock_size * a.head_dim * (a.kv_dtype == DISTKV_FP32 ? 4 : 2);
+    const int64_t kv_bytes = 2 * a.kv_heads * a.rblock_size * a.head_dim * (a.kv_dtype == DISTKV_FP32 ? 4 : a.kv_dtype == DISTKV_INT8 ? 1 : 2);
     few_blocks_ = BYTES_PER_ITEM / kv_bytes > 0 ? BYTES_PER_ITEM / kv_bytes : 1;
     many_blocks_ = KEYS_PER_ITEM / a.rblock_size > 0 ? KEYS_PER_ITEM / a.rblock_size : 1;
     call_bytes_ = a.num_listed * kv_bytes;
   }
 
   int32_t run() {
+    const Isa& isa = isa_in_use();
+    most_few_rows_ = isa.most_few_rows(a_);
     for (int64_t s = 0; s < a_.num_sequences; ++s) add(s);
     if (!place_parts()) return DISTKV_OUT_OF_MEMORY;
-    const Isa& isa = isa_in_use();
     const int64_t scratch = static_cast<int64_t>(isa.scratch_bytes(a_));
     std::atomic<bool> has_memory{true};
     const int threads = call_bytes_ < BYTES_WORTH_A_THREAD && many_.empty() ? 1 : a_.num_threads;
@@ -71,7 +72,7 @@ class Plan {
     const int64_t rows = tokens_of(s) * group_, blocks = a_.cu_blocks[s + 1] - a_.cu_blocks[s];
     if (rows == 0) return;
     if (blocks == 0) return clear(s);
-    if (rows <= FEW_ROWS) return cut(few_, s, rows, few_blocks_, a_.kv_heads);
+    if (rows <= most_few_rows_) return cut(few_, s, rows, few_blocks_, a_.kv_heads);
     if (rows <= ROW_TILE) return cut(many_, s, rows, many_blocks_, 1);
     for (int32_t h = 0; h < a_.kv_heads; ++h)
       for (int64_t r = 0; r < rows; r += ROW_TILE) {
@@ -141,7 +142,7 @@ class Plan {
 
   const DistkvAttention& a_;
   const int64_t group_;
-  int64_t few_blocks_, many_blocks_, call_bytes_;
+  int64_t few_blocks_, many_blocks_, call_bytes_, most_few_rows_ = 0;
   std::vector<Item> few_, many_;
   std::vector<Parts> parts_;
   std::vector<Parted> parted_;
@@ -154,6 +155,9 @@ extern "C" int32_t distkv_micro_attention(const DistkvAttention* args) {
   if (args->struct_size != sizeof *args) return DISTKV_OTHER_ABI;
   if (args->kv_heads <= 0 || args->num_heads % args->kv_heads || args->head_dim <= 0 || args->rblock_size <= 0)
     return DISTKV_UNSUPPORTED;
+  if (args->kv_dtype == DISTKV_INT8 && (args->k_scales == nullptr || args->v_scales == nullptr))
+    return DISTKV_UNSUPPORTED;
+  if (args->layer < 0 || args->layer >= args->num_layers) return DISTKV_BAD_INDEX;
   if (!distkv::is_sound(*args)) return DISTKV_BAD_INDEX;
   return distkv::Plan(*args).run();
 }

@@ -19,7 +19,7 @@ const Isa* first_that(F suits) {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const Candidate fast[] = {
-      {isa_avx512bf16(), avx512 && __builtin_cpu_supports("avx512bf16")},
+      {isa_avx512bf16(), avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")},
       {isa_avx512(), avx512},
       {isa_avx2(), avx2},
   };

@@ -61,6 +61,17 @@ struct Bf16 {
   }
 };
 
+// Only ever read: what an element is worth, its scale says.
+struct Int8 {
+  using Type = int8_t;
+  static vf load(const Type* p) {
+    typedef int8_t vb __attribute__((vector_size(W)));
+    vb bytes;
+    memcpy(&bytes, p, sizeof bytes);
+    return __builtin_convertvector(bytes, vf);
+  }
+};
+
 struct Fp16 {
   using Type = uint16_t;
   static vf load(const Type* p) {
@@ -100,7 +111,7 @@ inline void store_first(typename E::Type* p, vf x, int64_t n) {
   memcpy(p, few, n * sizeof *p);
 }
 
-inline int64_t element_bytes(int32_t dtype) { return dtype == DISTKV_FP32 ? 4 : 2; }
+inline int64_t element_bytes(int32_t dtype) { return dtype == DISTKV_FP32 ? 4 : dtype == DISTKV_INT8 ? 1 : 2; }
 
 // `n` elements as floats.
 template <class E>

@@ -1,11 +1,13 @@
-// MicroAttention for at most FEW_ROWS query rows per KV head (decode): bound by reading K and V once.
+// MicroAttention for few query rows per KV head (decode): bound by reading K and V once.
 //
-// rBlock by rBlock, head by head, K then V: the order in which they lie in memory. Up to four query rows share each
-// load of K and V; what lies AHEAD_BYTES further on this walk is prefetched meanwhile.
+// rBlock by rBlock, head by head, K then V: the order in which they lie in memory. Four query rows share each
+// load of K (quads.h: up to sixteen) and of V; what lies AHEAD_BYTES further on this walk is prefetched meanwhile.
 #pragma once
 
+#include "int8_quads.h"
 #include "isa.h"
 #include "kinds.h"
+#include "quads.h"
 
 namespace {
 
@@ -126,16 +128,16 @@ inline void few_all_values(const typename X::Weight* p, const typename X::Elemen
 // Scores of one row to weights 2^(score - top); keeps the row's running top and its sums (one per lane), gives what to
 // shrink acc by. Most chunks hold no new top: then nothing is reduced across lanes.
 template <class X>
-inline void few_weights(const float* s, int64_t num_seen, int64_t num_keys, float scale, float* top, float* sums,
+inline void few_weights(const float* s, Seen seen, int64_t num_keys, float scale, float* top, float* sums,
                         float* shrink, typename X::Weight* p) {
   constexpr int64_t MOST = CHUNK_TOKENS / W;
-  const vi lanes = lane_numbers();
+  const vi lanes = lane_numbers(), begin = vi{} + (int32_t)seen.begin, end = vi{} + (int32_t)seen.end;
   const int64_t vectors = (num_keys + W - 1) / W;
   vf scores[MOST], most = splat(*top);
 #pragma GCC unroll 4
   for (int64_t i = 0; i < vectors; ++i) {
-    const vi seen = lanes + (int32_t)(i * W) < vi{} + (int32_t)num_seen;
-    scores[i] = seen ? load(s + i * W) * splat(scale) : splat(NO_SCORE);
+    const vi keys = lanes + (int32_t)(i * W);
+    scores[i] = ((keys >= begin) & (keys < end)) ? load(s + i * W) * splat(scale) : splat(NO_SCORE);
     most = vmax(most, scores[i]);
   }
   const float old_top = *top;
@@ -149,8 +151,8 @@ inline void few_weights(const float* s, int64_t num_seen, int64_t num_keys, floa
   const vf base = splat(*top == NO_SCORE ? 0.f : *top);
 #pragma GCC unroll 4
   for (int64_t i = 0; i < vectors; ++i) {
-    const vi seen = lanes + (int32_t)(i * W) < vi{} + (int32_t)num_seen;
-    const vf weights = seen ? exp2_of(scores[i] - base) : vf{};
+    const vi keys = lanes + (int32_t)(i * W);
+    const vf weights = ((keys >= begin) & (keys < end)) ? exp2_of(scores[i] - base) : vf{};
     X::store_weights(p + i * W, weights);
     total = total + weights;
   }
@@ -164,13 +166,21 @@ struct FewRows {
   const DistkvAttention& a;
   const Item& item;
   const int64_t rows = item.row_end - item.row_begin;
-  const int64_t held = rows == 3 || rows == 7 ? rows + 1 : rows;  // with the empty row that fills a tile
+  const bool is_quads = X::IS_DOTS || (X::IS_PAIRS && rows >= 3 && a.head_dim % 8 == 0);
+  const int64_t held = is_quads ? round_up(rows, 4) : rows + (rows % 4 == 3);  // with the empty rows that fill a tile
   const int64_t padded = round_up(a.head_dim, X::CHUNK);
   const int64_t slab = (int64_t)a.rblock_size * a.head_dim;           // elements of one head's K, or V
   const int64_t stretch = (item.head_end - item.head_begin) * 2 * slab;  // what of an rBlock this item reads
   float *acc, *tops, *sums, *scores, *shrinks;
   typename X::Query* queries;
   typename X::Weight* weights;
+  // Only for int8:
+  float* scaled;                 // one KV head's queries times K's scales
+  const float* v_scales;         // of the rBlock and KV head at hand
+  int32_t* offsets;              // what int8_quads.h keeps
+  float* units;
+  int8_t* query_bytes;
+  uint8_t* weight_bytes;         // high, then low
 
   FewRows(const DistkvAttention& attention, const Item& work, char* scratch) : a(attention), item(work) {
     const int64_t heads = item.head_end - item.head_begin, all = heads * held;
@@ -181,6 +191,12 @@ struct FewRows {
     shrinks = scores + FEW_ROWS * CHUNK_TOKENS;
     weights = (typename X::Weight*)(shrinks + FEW_ROWS);
     queries = (typename X::Query*)((float*)weights + FEW_ROWS * CHUNK_TOKENS);
+    scaled = (float*)queries + all * padded;
+    units = scaled + FEW_ROWS * padded;
+    offsets = (int32_t*)(units + 4 * FEW_ROWS);
+    query_bytes = (int8_t*)(offsets + 4 * FEW_ROWS);
+    weight_bytes = (uint8_t*)(query_bytes + 2 * FEW_ROWS * padded);
+    if (X::IS_INT8) memset(scaled, 0, FEW_ROWS * padded * sizeof(float));
     memset(acc, 0, all * padded * sizeof(float));
     memset(sums, 0, all * W * sizeof(float));
     memset((void*)queries, 0, all * padded * sizeof(typename X::Query));
@@ -189,9 +205,7 @@ struct FewRows {
 
   void run() {
     for (int64_t h = item.head_begin; h < item.head_end; ++h)
-      for (int64_t r = 0; r < rows; ++r)
-        X::load_queries(a.q, a.q_dtype, query_offset(a, item, h, item.row_begin + r), a.head_dim,
-                        queries + ((h - item.head_begin) * held + r) * padded);
+      for (int64_t r = 0; r < rows; ++r) load_row(h, r);
     for (int64_t b = item.block_begin; b < item.block_end; ++b) over_block(b);
     for (int64_t h = item.head_begin; h < item.head_end; ++h)
       for (int64_t r = 0; r < rows; ++r) {
@@ -201,18 +215,48 @@ struct FewRows {
       }
   }
 
+  void load_row(int64_t h, int64_t r) {
+    const int64_t offset = query_offset(a, item, h, item.row_begin + r);
+    typename X::Query* to = queries + (h - item.head_begin) * held * padded;
+    if constexpr (X::IS_PAIRS)
+      if (is_quads) {
+        const uint16_t* q = (const uint16_t*)a.q + offset;
+        for (int64_t d = 0; d < a.head_dim; d += 8) memcpy(to + place_in_quads(r, d, a.head_dim), q + d, 16);
+        return;
+      }
+    X::load_queries(a.q, a.q_dtype, offset, a.head_dim, to + r * padded);
+  }
+
   void over_block(int64_t b) {
-    int64_t seen[FEW_ROWS], most = 0;
+    Seen seen[FEW_ROWS];
+    int64_t first = a.rblock_size, most = 0;
     for (int64_t r = 0; r < rows; ++r) {
-      seen[r] = num_visible(a, position_of(a, item, item.row_begin + r), a.block_starts[b]);
-      most = larger(most, seen[r]);
+      seen[r] = seen_of_rblock(a, position_of(a, item, item.row_begin + r), a.block_starts[b]);
+      if (seen[r].begin == seen[r].end) continue;
+      first = smaller(first, seen[r].begin);
+      most = larger(most, seen[r].end);
     }
     const Element* base = (const Element*)a.pool + slab_offset(a, a.block_ids[b], item.head_begin);
-    for (int64_t h = 0; h < item.head_end - item.head_begin; ++h)
-      for (int64_t from = 0; from < most; from += CHUNK_TOKENS) {
+    for (int64_t h = 0; first < most && h < item.head_end - item.head_begin; ++h) {
+      if constexpr (X::IS_INT8) take_scales(a.block_ids[b], h);
+      for (int64_t from = first; from < most; from += CHUNK_TOKENS) {
         const int64_t n = smaller(CHUNK_TOKENS, most - from), place = h * 2 * slab + from * a.head_dim;
         over_chunk(h, base + place, n, from, seen, ahead_of(b, base, place), ahead_of(b, base, place + slab));
       }
+    }
+  }
+
+  // The rBlock's scales of K into a copy of the queries of KV head h; those of V into reach.
+  void take_scales(int64_t id, int64_t h) {
+    const float* k_scales = scales_of(a, a.k_scales, id, item.head_begin + h, a.head_dim);
+    v_scales = scales_of(a, a.v_scales, id, item.head_begin + h, a.rblock_size);
+    const float* q = (const float*)queries + h * held * padded;
+    for (int64_t r = 0; r < held; ++r)
+      for (int64_t d = 0; d < a.head_dim; ++d) scaled[r * padded + d] = q[r * padded + d] * k_scales[d];
+#if defined(__AVX512VNNI__)
+    if constexpr (X::IS_DOTS)
+      for (int64_t r = 0; r < held; ++r) bytes().pack(scaled, padded, r, held, a.head_dim);
+#endif
   }
 
   // The distance in bytes from element `place` of rBlock b's stretch to what the walk reads AHEAD_BYTES later.
@@ -229,26 +273,62 @@ struct FewRows {
     return (const char*)(other + target) - (const char*)(base + place);
   }
 
-  void over_chunk(int64_t h, const Element* k, int64_t n, int64_t from, const int64_t* seen, ptrdiff_t k_ahead,
+  void over_chunk(int64_t h, const Element* k, int64_t n, int64_t from, const Seen* seen, ptrdiff_t k_ahead,
                   ptrdiff_t v_ahead) {
     const int64_t state = h * held;
-    for_tiles([&](auto tile, int64_t r) {
-      constexpr int R = decltype(tile)::ROWS;
-      const typename X::Query* q = queries + (state + r) * padded;
-      float* s = scores + r * CHUNK_TOKENS;
-      if (r == 0) few_scores<X, R, true>(q, padded, k, a.head_dim, n, k_ahead, s);
-      else few_scores<X, R, false>(q, padded, k, a.head_dim, n, 0, s);
-      for (int64_t i = r; i < r + R; ++i)
-        few_weights<X>(scores + i * CHUNK_TOKENS, i < rows ? larger(0, smaller(n, seen[i] - from)) : 0, n,
-                       a.scale * 1.44269504089f, tops + state + i, sums + (state + i) * W, shrinks + i,
-                       weights + i * CHUNK_TOKENS);
-    });
+    score(state, k, n, k_ahead);
+    bend_scores(a, scores, held * CHUNK_TOKENS);
+    for (int64_t r = 0; r < held; ++r)
+      few_weights<X>(scores + r * CHUNK_TOKENS, r < rows ? seen[r].within(from, n) : Seen{0, 0}, n, score_scale(a),
+                     tops + state + r, sums + (state + r) * W, shrinks + r, weights + r * CHUNK_TOKENS);
+    if constexpr (X::IS_INT8)
+      for (int64_t r = 0; r < held; ++r)
+        for (int64_t t = 0; t < n; ++t) ((float*)weights)[r * CHUNK_TOKENS + t] *= v_scales[from + t];
+    add_values(state, k + slab, n, v_ahead);
+  }
+
+  void add_values(int64_t state, const Element* v, int64_t n, ptrdiff_t ahead) {
+#if defined(__AVX512VNNI__)
+    if constexpr (X::IS_DOTS) return add_int8_values(state, v, n, ahead);
+#endif
     for_tiles([&](auto tile, int64_t r) {
       constexpr int R = decltype(tile)::ROWS;
       const typename X::Weight* p = weights + r * CHUNK_TOKENS;
       float* out = acc + (state + r) * padded;
-      if (r == 0) few_all_values<X, R, true>(p, k + slab, a.head_dim, n, v_ahead, shrinks + r, out, padded);
-      else few_all_values<X, R, false>(p, k + slab, a.head_dim, n, 0, shrinks + r, out, padded);
+      if (r == 0) few_all_values<X, R, true>(p, v, a.head_dim, n, ahead, shrinks + r, out, padded);
+      else few_all_values<X, R, false>(p, v, a.head_dim, n, 0, shrinks + r, out, padded);
+    });
+  }
+
+#if defined(__AVX512VNNI__)
+  Int8Queries bytes() const { return {query_bytes, offsets, units}; }
+
+  void add_int8_values(int64_t state, const int8_t* v, int64_t n, ptrdiff_t ahead) {
+    uint8_t *high = weight_bytes, *low = high + FEW_ROWS * CHUNK_TOKENS;
+    float worth[FEW_ROWS];
+    for (int64_t r = 0; r < held; ++r) {
+      float* p = (float*)weights + r * CHUNK_TOKENS;
+      for (int64_t t = n; t < CHUNK_TOKENS; ++t) p[t] = 0;
+      worth[r] = pack_weights(p, high + r * CHUNK_TOKENS, low + r * CHUNK_TOKENS);
+    }
+    for (int64_t r = 0; r < held; r += 4)
+      int8_values(high + r * CHUNK_TOKENS, low + r * CHUNK_TOKENS, worth + r, v, a.head_dim, n, r == 0 ? ahead : 0,
+                  shrinks + r, acc + (state + r) * padded, padded);
+  }
+#endif
+
+  void score(int64_t state, const Element* k, int64_t n, ptrdiff_t ahead) {
+    const typename X::Query* q = X::IS_INT8 ? (const typename X::Query*)scaled : queries + state * padded;
+#if defined(__AVX512VNNI__)
+    if constexpr (X::IS_DOTS) return int8_scores(bytes(), held, k, a.head_dim, n, ahead, scores);
+#endif
+    if constexpr (X::IS_PAIRS)
+      if (is_quads) return all_quad_scores(held / 4, q, k, a.head_dim, n, ahead, scores);
+    for_tiles([&](auto tile, int64_t r) {
+      constexpr int R = decltype(tile)::ROWS;
+      float* s = scores + r * CHUNK_TOKENS;
+      if (r == 0) few_scores<X, R, true>(q, padded, k, a.head_dim, n, ahead, s);
+      else few_scores<X, R, false>(q + r * padded, padded, k, a.head_dim, n, 0, s);
     });
   }
 

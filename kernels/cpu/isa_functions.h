@@ -13,10 +13,19 @@ inline bool takes_pairs(const DistkvAttention& a) {
   return a.q_dtype == DISTKV_BF16 && a.kv_dtype == DISTKV_BF16 && a.head_dim % 2 == 0 && a.head_dim >= 32;
 }
 
+// Up to 256 dims: the sums of integer products must fit 32 bits.
+inline bool takes_dots(const DistkvAttention& a) {
+  return a.kv_dtype == DISTKV_INT8 && a.head_dim % 64 == 0 && a.head_dim <= 256;
+}
+
 void few_rows(const DistkvAttention& a, const Item& item, char* scratch) {
 #if defined(__AVX512BF16__)
   if (takes_pairs(a)) return FewRows<Pairs>(a, item, scratch).run();
 #endif
+#if defined(__AVX512VNNI__)
+  if (takes_dots(a)) return FewRows<Dots>(a, item, scratch).run();
+#endif
+  if (a.kv_dtype == DISTKV_INT8) return FewRows<Widened<Int8>>(a, item, scratch).run();
   if (a.kv_dtype == DISTKV_FP32) return FewRows<Widened<Fp32>>(a, item, scratch).run();
   if (a.kv_dtype == DISTKV_BF16) return FewRows<Widened<Bf16>>(a, item, scratch).run();
   FewRows<Widened<Fp16>>(a, item, scratch).run();
@@ -45,15 +54,28 @@ void many_rows(const DistkvAttention& a, const Item& item, char* scratch) {
     }
 #endif
     if (a.kv_dtype == DISTKV_FP32) many_rows_of<Widened<Fp32>, Fp32>(a, part, scratch);
+    else if (a.kv_dtype == DISTKV_INT8) many_rows_of<Widened<Fp32>, Int8>(a, part, scratch);
     else if (a.kv_dtype == DISTKV_BF16) many_rows_of<Widened<Fp32>, Bf16>(a, part, scratch);
     else many_rows_of<Widened<Fp32>, Fp16>(a, part, scratch);
   }
 }
 
+int64_t most_few_rows(const DistkvAttention& a) {
+#if defined(__AVX512BF16__)
+  if (takes_pairs(a) && a.head_dim % 8 == 0) return FEW_ROWS;
+#endif
+#if defined(__AVX512VNNI__)
+  if (takes_dots(a)) return FEW_ROWS;
+#endif
+  (void)a;
+  return 8;
+}
+
 // Enough for either engine at any kind.
 size_t scratch_bytes(const DistkvAttention& a) {
   const int64_t padded = round_up(a.head_dim, 32), states = a.kv_heads * FEW_ROWS;
-  const int64_t few = states * (2 * padded + 1 + W) + 2 * FEW_ROWS * CHUNK_TOKENS + FEW_ROWS;
+  const int64_t int8 = FEW_ROWS * (2 * padded + CHUNK_TOKENS + 8);
+  const int64_t few = states * (2 * padded + 1 + W) + 2 * FEW_ROWS * CHUNK_TOKENS + FEW_ROWS + int8;
   constexpr int64_t LANES = MOST_VECTORS * W;
   const int64_t many = 2 * LANES * padded + 3 * LANES + 2 * CHUNK_TOKENS * LANES + 2 * CHUNK_TOKENS * padded;
   return larger(few, many) * sizeof(float);
@@ -68,7 +90,7 @@ size_t scratch_bytes(const DistkvAttention& a) {
 
 const distkv::Isa& distkv::DISTKV_TABLE(DISTKV_ISA)() {
   static constexpr Isa table = {
-      DISTKV_STRING(DISTKV_ISA), few_rows, many_rows, scratch_bytes, merge_rows, rope_tokens, cast, read_once,
+      DISTKV_STRING(DISTKV_ISA), few_rows, many_rows, most_few_rows, scratch_bytes, merge_rows, rope_tokens, cast, read_once,
   };
   return table;
 }

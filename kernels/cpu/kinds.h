@@ -1,4 +1,5 @@
 // How products of queries and keys, and of weights and values, are formed: the two engines are templates over this.
+// int8 K and V carry scales: those of K are multiplied into the queries, rBlock by rBlock, those of V into the weights.
 //
 // Widened: elements become floats as they are loaded, one fused multiply-add per vector.
 // Pairs:   bf16 x bf16 two at a time into fp32 (AVX512_BF16); tokens of V are taken in pairs.
@@ -19,6 +20,8 @@ struct Widened {
   static constexpr int PARTS = 1;  // vectors of accumulators per chunk of V's dims
   static constexpr int STEP = 1;   // tokens of V per multiplication
   static constexpr bool IS_PAIRS = false;
+  static constexpr bool IS_INT8 = sizeof(Element) == 1;
+  static constexpr bool IS_DOTS = false;
 
   static Operand load(const Element* p) { return E::load(p); }
   static Operand load_first(const Element* p, int64_t n) { return ::load_first<E>(p, n); }
@@ -39,6 +42,14 @@ struct Widened {
   }
 };
 
+#if defined(__AVX512VNNI__)
+// int8 by integer products (int8_quads.h), for heads of 64, 128, 192 or 256 dims.
+struct Dots : Widened<Int8> {
+  static constexpr bool IS_DOTS = true;
+  static int64_t place(int64_t d) { return d / 64 * 64 + d % 16 / 4 * 16 + d % 64 / 16 * 4 + d % 4; }
+};
+#endif
+
 #if defined(__AVX512BF16__)
 struct Pairs {
   using Element = uint16_t;
@@ -49,6 +60,8 @@ struct Pairs {
   static constexpr int PARTS = 2;
   static constexpr int STEP = 2;
   static constexpr bool IS_PAIRS = true;
+  static constexpr bool IS_INT8 = false;
+  static constexpr bool IS_DOTS = false;
 
   static __mmask32 first(int64_t n) { return (__mmask32)((1ull << n) - 1); }
   static Operand load(const Element* p) { return (Operand)_mm512_loadu_si512(p); }
@@ -91,10 +104,35 @@ inline int64_t slab_offset(const DistkvAttention& a, int64_t id, int64_t head) {
   return ((id * a.num_layers + a.layer) * a.kv_heads + head) * 2 * a.rblock_size * a.head_dim;
 }
 
-// How many of an rBlock's keys from position `start` on a query at `position` sees.
-inline int64_t num_visible(const DistkvAttention& a, int64_t position, int64_t start) {
-  if (!a.causal) return a.rblock_size;
-  return larger(0, smaller(a.rblock_size, position - start + 1));
+// Where the scales of one KV head of one layer of rBlock `id` start; each `width` numbers.
+inline const float* scales_of(const DistkvAttention& a, const float* scales, int64_t id, int64_t head, int64_t width) {
+  return scales + ((id * a.num_layers + a.layer) * a.kv_heads + head) * width;
+}
+
+// Which of some neighbouring keys a query sees: [begin, end), with begin <= end.
+struct Seen {
+  int64_t begin, end;
+
+  // The same of the `n` keys from key `from` on, counted from there.
+  Seen within(int64_t from, int64_t n) const {
+    const int64_t last = larger(0, smaller(n, end - from));
+    return {smaller(last, larger(0, begin - from)), last};
+  }
+};
+
+// What a query at `position` sees of the rBlock that holds positions from `start` on.
+inline Seen seen_of_rblock(const DistkvAttention& a, int64_t position, int64_t start) {
+  const int64_t end = a.causal ? position - start + 1 : a.rblock_size;
+  return Seen{a.window ? position - start - a.window + 1 : 0, end}.within(0, a.rblock_size);
+}
+
+// Scores are bent, where there is a soft cap, and then scaled to be exponents of two.
+inline float score_scale(const DistkvAttention& a) { return (a.soft_cap > 0 ? a.soft_cap : a.scale) * 1.44269504089f; }
+
+inline void bend_scores(const DistkvAttention& a, float* s, int64_t count) {
+  if (!(a.soft_cap > 0)) return;
+  const vf inner = splat(a.scale / a.soft_cap);
+  for (int64_t i = 0; i < count; i += W) store(s + i, tanh_of(load(s + i) * inner));
 }
 
 // A row of an item: its position, and where its query of KV head `head` starts in q.

@@ -4,6 +4,10 @@ import ctypes
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_uint32, c_void_p
 from pathlib import Path
 
+import torch
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+KV_DTYPES = {**DTYPES, torch.int8: 3}
 PATH = Path(__file__).with_name("libdistkv_cpu.so")
 
 _FAULTS = {
@@ -22,11 +26,12 @@ class Attention(Structure):
     _fields_ = _fields(
         ("struct_size", c_uint32),
         ("num_threads q_dtype kv_dtype num_heads kv_heads head_dim rblock_size layer num_layers causal", c_int32),
-        ("scale", c_float),
+        ("scale soft_cap", c_float),
+        ("window", c_int64),
         ("num_tokens num_sequences num_listed num_blocks", c_int64),
         ("q", c_void_p),
         ("q_token_stride q_head_stride", c_int64),
-        ("pool block_ids block_starts cu_blocks cu_queries positions out lse", c_void_p),
+        ("pool k_scales v_scales block_ids block_starts cu_blocks cu_queries positions out lse", c_void_p),
     )
 
 
@@ -77,3 +82,12 @@ def check(status: int) -> None:
     if status:
         kind, sentence = _FAULTS[status]
         raise kind(sentence)
+
+
+def check_indices(*tensors: torch.Tensor) -> None:
+    for tensor in tensors:
+        if tensor.dtype is not torch.int64 or not tensor.is_contiguous():
+            raise ValueError("indices must be contiguous int64 tensors")
+
+
+library = load_library()

@@ -87,7 +87,10 @@ struct ManyRows {
   uint32_t *queries, *weights, *wide_keys, *packed_values;
   float *scores, *acc, *tops, *sums, *shrinks;
   int64_t positions[LANES];
-  int32_t seen[LANES];
+  int32_t seen_begin[LANES], seen_end[LANES];  // of the chunk, by row
+  bool is_masked = false;
+  // Only for int8: of the rBlock and KV head at hand, and of the chunk's first key.
+  const float *k_scales = nullptr, *rblock_v_scales = nullptr, *v_scales = nullptr;
 
   ManyRows(const DistkvAttention& attention, const Item& work, char* scratch) : a(attention), item(work) {
     acc = (float*)scratch;
@@ -129,22 +132,43 @@ struct ManyRows {
 
   void over_block(int64_t h, int64_t b) {
     const Element* k = (const Element*)a.pool + slab_offset(a, a.block_ids[b], h);
+    if (sizeof(Element) == 1) {
+      k_scales = scales_of(a, a.k_scales, a.block_ids[b], h, a.head_dim);
+      rblock_v_scales = scales_of(a, a.v_scales, a.block_ids[b], h, a.rblock_size);
+    }
     for (int64_t from = 0; from < a.rblock_size; from += CHUNK_TOKENS) {
       const int64_t n = smaller(CHUNK_TOKENS, a.rblock_size - from);
-      int64_t least = n, most = 0;
-      for (int64_t r = 0; r < rows; ++r) {
-        seen[r] = (int32_t)larger(0, smaller(n, num_visible(a, positions[r], a.block_starts[b]) - from));
-        least = smaller(least, seen[r]);
-        most = larger(most, seen[r]);
-      }
-      if (most == 0) continue;
-      for (int64_t r = rows; r < LANES; ++r) seen[r] = (int32_t)most;
-      over_chunk(k + from * a.head_dim, most, least < most);
+      const Seen any = look(a.block_starts[b], from, n);
+      v_scales = rblock_v_scales + from + any.begin;
+      if (any.begin < any.end) over_chunk(k + (from + any.begin) * a.head_dim, any.end - any.begin);
     }
   }
 
-  void over_chunk(const Element* k, int64_t n, bool is_masked) {
+  // Which of the `n` keys from key `from` of the rBlock on anyone sees; `seen_*` then count from the first of these.
+  Seen look(int64_t start, int64_t from, int64_t n) {
+    Seen any{n, 0}, every{0, n};
+    for (int64_t r = 0; r < rows; ++r) {
+      const Seen seen = seen_of_rblock(a, positions[r], start).within(from, n);
+      seen_begin[r] = (int32_t)seen.begin;
+      seen_end[r] = (int32_t)seen.end;
+      every = {larger(every.begin, seen.begin), smaller(every.end, seen.end)};
+      if (seen.begin < seen.end) any = {smaller(any.begin, seen.begin), larger(any.end, seen.end)};
+    }
+    for (int64_t r = rows; r < LANES; ++r) {
+      seen_begin[r] = 0;
+      seen_end[r] = (int32_t)n;
+    }
+    is_masked = every.begin > any.begin || every.end < any.end;
+    for (int64_t r = 0; is_masked && r < LANES; ++r) {
+      seen_begin[r] -= (int32_t)any.begin;
+      seen_end[r] -= (int32_t)any.begin;
+    }
+    return any;
+  }
+
+  void over_chunk(const Element* k, int64_t n) {
     score_keys(k, n);
+    bend_scores(a, scores, n * LANES);
     if (is_masked) weigh<true>(n);
     else weigh<false>(n);
     add_values(k + slab, n);
@@ -152,9 +176,12 @@ struct ManyRows {
 
   void score_keys(const Element* k, int64_t n) {
     const uint32_t* keys = (const uint32_t*)k;
-    if (!X::IS_PAIRS && sizeof(Element) == 2) {
+    if (!X::IS_PAIRS && sizeof(Element) < 4) {
       widen<E>(k, n * a.head_dim, (float*)wide_keys);
       keys = wide_keys;
+      if (sizeof(Element) == 1)
+        for (int64_t t = 0; t < n; ++t)
+          for (int64_t d = 0; d < a.head_dim; ++d) ((float*)wide_keys)[t * a.head_dim + d] *= k_scales[d];
     }
     int64_t t = 0;
     for (; t + KEYS <= n; t += KEYS)
@@ -165,17 +192,18 @@ struct ManyRows {
   // scores -> weights 2^(score - top), row by row of lanes; keeps tops and sums, leaves what to shrink acc by.
   template <bool MASKED>
   void weigh(int64_t n) {
-    const vf scale = splat(a.scale * 1.44269504089f);
+    const vf scale = splat(score_scale(a));
 #pragma GCC unroll 4
     for (int i = 0; i < NV; ++i) {
       float* s = scores + i * W;
-      vi limit;
-      memcpy(&limit, seen + i * W, sizeof limit);
+      vi begin, end;
+      memcpy(&begin, seen_begin + i * W, sizeof begin);
+      memcpy(&end, seen_end + i * W, sizeof end);
       vf top = load(tops + i * W);
       const vf old_top = top;
       for (int64_t t = 0; t < n; ++t) {
         vf x = load(s + t * LANES) * scale;
-        if (MASKED) x = (vi{} + (int32_t)t < limit) ? x : splat(NO_SCORE);
+        if (MASKED) x = ((vi{} + (int32_t)t >= begin) & (vi{} + (int32_t)t < end)) ? x : splat(NO_SCORE);
         store(s + t * LANES, x);
         top = vmax(x, top);
       }
@@ -244,6 +272,8 @@ struct ManyRows {
         pack_pair(value, t + 1 < n ? value + a.head_dim : nullptr, unit);
       else
         widen<E>(value, a.head_dim, (float*)unit);
+      if (sizeof(Element) == 1)
+        for (int64_t d = 0; d < a.head_dim; ++d) ((float*)unit)[d] *= v_scales[t];
     }
   }
 

@@ -13,7 +13,16 @@ from megatron_distkv.attention.shares import ShareIndex, attend_shares, index_sh
 from megatron_distkv.attention.step_share import StepShare
 from megatron_distkv.errors import DistkvError
 from megatron_distkv.log import get_logger
-from megatron_distkv.messages import Acknowledge, FetchHeader, QueryHeader, QueryShare, Refusal, StoreHeader, decode
+from megatron_distkv.messages import (
+    Acknowledge,
+    FetchHeader,
+    QueryHeader,
+    QueryShare,
+    Refusal,
+    Scoring,
+    StoreHeader,
+    decode,
+)
 from megatron_distkv.ops import gather_rblocks, scatter_rblocks
 from megatron_distkv.transport import Answer, Hello, Request, TensorSpec, read_tensors
 
@@ -22,7 +31,7 @@ logger = get_logger(__name__)
 
 @dataclass
 class _PreparedQuery:
-    """A step's question, checked once and used by all its layers."""
+    """A step's question, checked once and used by all its layers that score alike."""
 
     step: int
     shares: list[QueryShare]
@@ -48,7 +57,8 @@ class Creditor:
         self._num_query_heads = num_query_heads
         self._model_dtype = model_dtype
         self._scale = scale
-        self._prepared: dict[bytes, _PreparedQuery] = {}  # by the nonce of a channel's hello
+        # By the nonce of a channel's hello, and by how scores are made.
+        self._prepared: dict[bytes, dict[Scoring, _PreparedQuery]] = {}
         self._lock = threading.Lock()
 
     def warm_up(self) -> float:
@@ -109,17 +119,19 @@ class Creditor:
             self._prepared.pop(hello.nonce, None)
 
     def _prepare(self, hello: Hello, header: QueryHeader) -> _PreparedQuery | Refusal:
+        scoring = header.scoring
         with self._lock:
-            prepared = self._prepared.get(hello.nonce)
+            of_step = {way: x for way, x in self._prepared.get(hello.nonce, {}).items() if x.step == header.step}
         if header.shares is None:
-            is_known = prepared is not None and prepared.step == header.step
-            return prepared if is_known and prepared is not None else Refusal.UNKNOWN_LOAN
+            return of_step.get(scoring, Refusal.UNKNOWN_LOAN)
+        if scoring not in of_step and len(of_step) >= self._pool.shape[1]:
+            raise DistkvError(f"{len(of_step) + 1} ways of scoring in {self._pool.shape[1]} layers")
         version = self._loans.version
         if not self._may_query(hello, header.shares):
             return Refusal.UNKNOWN_LOAN
-        prepared = _PreparedQuery(header.step, header.shares, version, index_shares(header.shares))
+        prepared = _PreparedQuery(header.step, header.shares, version, index_shares(header.shares, scoring))
         with self._lock:
-            self._prepared[hello.nonce] = prepared
+            self._prepared[hello.nonce] = {**of_step, scoring: prepared}
         return prepared
 
     def _may_query(self, hello: Hello, shares: list[QueryShare]) -> bool:

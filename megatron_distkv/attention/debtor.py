@@ -11,9 +11,10 @@ from megatron_distkv.attention.deadlines import Deadlines
 from megatron_distkv.attention.host_memory import HostMemory
 from megatron_distkv.attention.metadata import RemoteShare
 from megatron_distkv.attention.partial import Partial
+from megatron_distkv.attention.shares import ORDINARY
 from megatron_distkv.attention.verification import Question, Verification
 from megatron_distkv.errors import DistkvError, PeerLost
-from megatron_distkv.messages import Acknowledge, MessageKind, QueryHeader, decode
+from megatron_distkv.messages import Acknowledge, MessageKind, QueryHeader, Scoring, decode
 from megatron_distkv.rblock import HOST
 from megatron_distkv.transport import Reply, TensorSpec, read_tensors
 
@@ -57,6 +58,8 @@ class Debtor:
         self._verification = verification
         self._step = 0
         self._remote: dict[str, RemoteShare] = {}
+        self._seen: dict[int | None, dict[str, RemoteShare]] = {}  # by window: what its layers see of `_remote`
+        self._told: dict[Scoring, int] = {}  # the layer that tells the shares to those that score alike
         self._posted: list[str] = []
         self._spec: tuple[TensorSpec, ...] = ()
         self.lost: dict[str, str] = {}
@@ -68,20 +71,22 @@ class Debtor:
         self._remote = {creditor: share for creditor, share in remote.items() if creditor != HOST}
         if self._host is not None:
             self._host.begin_step(remote.get(HOST))
+        self._seen, self._told = {}, {}
         self.lost = {}
         self.waited_s = 0.0
         self.held_back_s = {}
 
-    def ask(self, layer: int, q_THD: torch.Tensor) -> None:
-        """Send each creditor its query rows."""
+    def ask(self, layer: int, q_THD: torch.Tensor, scoring: Scoring = ORDINARY) -> None:
+        """Send each creditor its query rows; none to whom the layer's window has left behind."""
         self._posted = []
-        self._asked = (layer, q_THD)
+        self._asked = (layer, q_THD, scoring)
         self._heads = q_THD.shape[1:]
         self._dtype = wire_dtype(q_THD.dtype)
-        for creditor, remote in self._remote.items():
+        tells = self._told.setdefault(scoring, layer) == layer
+        for creditor, remote in self._within(scoring.window).items():
             if creditor in self.lost:
                 continue
-            header = QueryHeader(self._step, layer, remote.shares if layer == 0 else None)
+            header = QueryHeader(self._step, layer, remote.shares if tells else None, scoring)
             try:
                 channel = self._channels[creditor]
                 channel.post(MessageKind.QUERY, msgspec.msgpack.encode(header), [q_THD[remote.rows_R]])
@@ -90,6 +95,12 @@ class Debtor:
                 self.lost[creditor] = "no channel"
             except DistkvError as error:
                 self._note_lost(creditor, error)
+
+    def _within(self, window: int | None) -> dict[str, RemoteShare]:
+        if window not in self._seen:
+            left = {creditor: remote.within(window) for creditor, remote in self._remote.items()}
+            self._seen[window] = {creditor: remote for creditor, remote in left.items() if remote is not None}
+        return self._seen[window]
 
     def answers(self) -> list[Partial]:
         """The partials of own host memory, computed while creditors compute theirs, and of all that answered."""
@@ -107,7 +118,8 @@ class Debtor:
         if done.refusal is not None:
             raise PeerLost(creditor, f"refused a query: {done.refusal.value}")
         self.held_back_s[creditor] = self.held_back_s.get(creditor, 0.0) + done.held_back_s
-        rows_R = self._remote[creditor].rows_R
+        layer, q_THD, scoring = self._asked
+        rows_R, shares = self._within(scoring.window)[creditor].rows_R, self._within(scoring.window)[creditor].shares
         num_heads, head_dim = self._heads
         out, lse = read_tensors(
             reply.payload,
@@ -119,8 +131,7 @@ class Debtor:
         partial = Partial(rows_R, out.to(torch.float32), lse.clone())
         if self._verification is None:
             return partial
-        layer, q_THD = self._asked
-        question = Question(creditor, layer, q_THD[rows_R], self._remote[creditor].shares, self._dtype)
+        question = Question(creditor, layer, q_THD[rows_R], shares, self._dtype, scoring)
         return self._verification.verified(self._channels[creditor], question, partial)
 
     def _wait(self, creditor: str) -> Reply:

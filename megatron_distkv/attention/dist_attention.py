@@ -4,17 +4,19 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from megatron_distkv.attention.context_parallel import ContextShard, context_attention
+from megatron_distkv.attention.dense import dense_attention
 from megatron_distkv.attention.forward_context import ForwardContext, current_context
 from megatron_distkv.attention.partial import merge_partials
 from megatron_distkv.attention.rotary import RotaryConfig, RotaryTable, rotary_table, sequence_table
+from megatron_distkv.errors import ConfigError
+from megatron_distkv.messages import Scoring
 from megatron_distkv.ops import apply_rope, micro_attention, store_kv
 
 
 class DistAttention(torch.nn.Module):
-    """Built by Megatron's SelfAttention with these keywords; `rotary` is bound by our layer spec.
+    """Built by Megatron's SelfAttention with these keywords; `rotary`, `window` and `soft_cap` are bound by our spec.
 
     Inside a forward context: packed tokens of many requests, over rBlocks here and at creditors. Outside: dense causal
     attention with autograd, over whole sequences or, with a `shard`, over this rank's share of them.
@@ -32,15 +34,33 @@ class DistAttention(torch.nn.Module):
         pg_collection: Any = None,
         *,
         rotary: RotaryConfig,
+        window: int | None = None,
+        soft_cap: float | None = None,
     ) -> None:
         super().__init__()
         if attention_type != "self":
             raise ValueError(f"DistAttention is self-attention, not {attention_type!r}")
         self.layer = layer_number - 1
         self.rotary = rotary
-        self.shard: ContextShard | None = None
+        self._shard: ContextShard | None = None
         self.head_dim: int = config.kv_channels
         self.scale = softmax_scale if softmax_scale is not None else self.head_dim**-0.5
+        self.scoring = Scoring(softmax_scale, window, soft_cap)
+
+    @property
+    def shard(self) -> ContextShard | None:
+        """This rank's share of the sequences of training; None: all of them."""
+        return self._shard
+
+    @shard.setter
+    def shard(self, shard: ContextShard | None) -> None:
+        """Raises ConfigError, before anything is computed, for a layer that context parallelism does not know."""
+        if shard is not None and (self.scoring.window is not None or self.scoring.soft_cap is not None):
+            raise ConfigError(
+                f"context parallelism knows no sliding window ({self.scoring.window}) and no soft-cap"
+                f" ({self.scoring.soft_cap}) yet: train this model with context_parallel 1"
+            )
+        self._shard = shard
 
     def forward(
         self,
@@ -71,7 +91,7 @@ class DistAttention(torch.nn.Module):
             q_THD, k_TKD = apply_rope(q_THD, *table), apply_rope(k_TKD, *table)
         store_kv(k_TKD, v_TKD, pool, self.layer, metadata.slot_mapping_T)
         if debtor is not None:
-            debtor.ask(self.layer, q_THD)
+            debtor.ask(self.layer, q_THD, self.scoring)
         out_THD, lse_TH = micro_attention(
             q_THD,
             pool,
@@ -83,25 +103,21 @@ class DistAttention(torch.nn.Module):
             metadata.positions_T,
             self.scale,
             causal=True,
+            window=self.scoring.window,
+            soft_cap=self.scoring.soft_cap,
         )
         return out_THD if debtor is None else merge_partials(out_THD, lse_TH, debtor.answers())
 
     def _dense(self, q_SBHD: torch.Tensor, k_SBKD: torch.Tensor, v_SBKD: torch.Tensor) -> torch.Tensor:
-        num_tokens, batch, num_heads, _ = q_SBHD.shape
+        num_tokens, batch = q_SBHD.shape[:2]
         if self.rotary.rotated_dims(self.head_dim):
             table = self._table(num_tokens, q_SBHD.device)
             q_SBHD, k_SBKD = _rotate(q_SBHD, table), _rotate(k_SBKD, table)
-        if self.shard is not None:
+        if self.shard is None:
+            out_SBHD = dense_attention(q_SBHD, k_SBKD, v_SBKD, self.scale, self.scoring)
+        else:
             out_SBHD = context_attention(q_SBHD, k_SBKD, v_SBKD, self.shard, self.scale)
-            return out_SBHD.reshape(num_tokens, batch, -1)
-        # torch's CPU flash kernel is ten times as fast on repeated heads as with enable_gqa.
-        group = num_heads // k_SBKD.shape[2]
-        q, k, v = (
-            x.permute(1, 2, 0, 3)
-            for x in (q_SBHD, k_SBKD.repeat_interleave(group, 2), v_SBKD.repeat_interleave(group, 2))
-        )
-        out_BHSD = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
-        return out_BHSD.permute(2, 0, 1, 3).reshape(num_tokens, batch, -1)
+        return out_SBHD.reshape(num_tokens, batch, -1)
 
     def _table(self, num_tokens: int, device: torch.device) -> RotaryTable:
         if self.shard is None:

@@ -6,7 +6,8 @@ import torch
 
 from megatron_distkv.attention.metadata import RemoteShare
 from megatron_distkv.attention.partial import Partial
-from megatron_distkv.attention.shares import ShareIndex, attend_shares, index_shares, measure_query_us
+from megatron_distkv.attention.shares import ORDINARY, ShareIndex, attend_shares, index_shares, measure_query_us
+from megatron_distkv.messages import Scoring
 from megatron_distkv.ops import gather_rblocks, scatter_rblocks
 
 
@@ -16,8 +17,8 @@ class HostMemory:
     def __init__(self, pool_BLK2ND: torch.Tensor, scale: float) -> None:
         self._pool = pool_BLK2ND
         self._scale = scale
-        self._rows_R = torch.empty(0, dtype=torch.int64)
-        self._index: ShareIndex | None = None
+        self._share: RemoteShare | None = None
+        self._seen: dict[Scoring, tuple[torch.Tensor, ShareIndex] | None] = {}  # query rows, and the rBlocks they see
 
     def store(self, data_MLK2ND: torch.Tensor, block_ids: Sequence[int]) -> None:
         scatter_rblocks(data_MLK2ND.to(self._pool.device), self._pool, torch.tensor(block_ids, dtype=torch.int64))
@@ -32,14 +33,21 @@ class HostMemory:
 
     def begin_step(self, share: RemoteShare | None) -> None:
         """None: this step has no rBlocks here."""
-        self._index = index_shares(share.shares) if share is not None else None
-        if share is not None:
-            self._rows_R = share.rows_R
+        self._share = share
+        self._seen = {}
 
-    def partials(self, layer: int, q_THD: torch.Tensor) -> list[Partial]:
-        """The partial of the rows that have rBlocks here, if there are any."""
-        if self._index is None:
+    def partials(self, layer: int, q_THD: torch.Tensor, scoring: Scoring = ORDINARY) -> list[Partial]:
+        """The partial of the rows that see rBlocks here, if there are any."""
+        if scoring not in self._seen:
+            self._seen[scoring] = self._seen_by(scoring)
+        seen = self._seen[scoring]
+        if seen is None:
             return []
-        q_RHD = q_THD[self._rows_R].to(self._pool.device)
-        out, lse = attend_shares(q_RHD, self._pool, layer, self._index, self._scale)
-        return [Partial(self._rows_R, out.to(q_THD.device), lse.to(q_THD.device))]
+        rows_R, index = seen
+        q_RHD = q_THD[rows_R].to(self._pool.device)
+        out, lse = attend_shares(q_RHD, self._pool, layer, index, self._scale)
+        return [Partial(rows_R, out.to(q_THD.device), lse.to(q_THD.device))]
+
+    def _seen_by(self, scoring: Scoring) -> tuple[torch.Tensor, ShareIndex] | None:
+        share = None if self._share is None else self._share.within(scoring.window)
+        return None if share is None else (share.rows_R, index_shares(share.shares, scoring))

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -23,12 +23,53 @@ class SequenceSlice(Protocol):
     def spans(self) -> Sequence[Span]: ...
 
 
+class RemoteSlice(NamedTuple):
+    """One sequence of a share: queries one after the other from `first_position` on, and where their keys lie."""
+
+    spans: list[RemoteSpan]
+    first_position: int
+    num_queries: int
+
+    def within(self, window: int, rblock_size: int) -> QueryShare | None:
+        """The rBlocks that some query sees, and the queries that see one; None: the window has left them all."""
+        oldest_seen = self.first_position - window + 1
+        loans: set[str] = set()
+        block_ids: list[int] = []
+        starts: list[int] = []
+        for span in self.spans:
+            hidden = min(max(oldest_seen // rblock_size - span.first, 0), len(span.block_ids))
+            if hidden == len(span.block_ids):
+                continue
+            loans.add(span.loan_id)
+            block_ids.extend(span.block_ids[hidden:])
+            starts.extend((span.first + index) * rblock_size for index in range(hidden, len(span.block_ids)))
+        if not block_ids:
+            return None
+        num_queries = min(self.num_queries, max(starts) + rblock_size - 1 + window - self.first_position)
+        return QueryShare(sorted(loans), block_ids, num_queries, starts, self.first_position)
+
+
 @dataclass
 class RemoteShare:
     """What one creditor is asked: which of the batch's query rows, and the rBlocks of each sequence among them."""
 
     rows_R: torch.Tensor
     shares: list[QueryShare]
+    slices: Sequence[RemoteSlice] = ()
+    rblock_size: int = 0
+
+    def within(self, window: int | None) -> "RemoteShare | None":
+        """What is left of it for layers with such a window. Every row that is left sees a key there."""
+        if window is None:
+            return self
+        rows, shares, first_row = [], [], 0
+        for piece in self.slices:
+            share = piece.within(window, self.rblock_size)
+            if share is not None:
+                rows.append(self.rows_R[first_row : first_row + share.num_queries])
+                shares.append(share)
+            first_row += piece.num_queries
+        return RemoteShare(torch.cat(rows), shares) if shares else None
 
 
 @dataclass
@@ -73,7 +114,10 @@ def build_metadata(
         block_ids_M=int64(build.block_ids),
         block_starts_M=int64(build.block_starts),
         cu_blocks=int64(build.cu_blocks),
-        remote={name: RemoteShare(int64(build.rows[name]), build.shares[name]) for name in build.shares},
+        remote={
+            name: RemoteShare(int64(build.rows[name]), [_share(piece) for piece in slices], slices, rblock_size)
+            for name, slices in build.slices.items()
+        },
     )
 
 
@@ -87,7 +131,7 @@ class _Build:
         self.block_starts: list[int] = []
         self.cu_blocks = [0]
         self.rows: dict[str, list[int]] = {}
-        self.shares: dict[str, list[QueryShare]] = {}
+        self.slices: dict[str, list[RemoteSlice]] = {}
 
     def add(self, piece: SequenceSlice) -> None:
         first_row, num_queries = len(self.positions), piece.end - piece.start
@@ -105,7 +149,7 @@ class _Build:
         self.cu_queries.append(len(self.positions))
         for creditor, spans in remote.items():
             self.rows.setdefault(creditor, []).extend(range(first_row, first_row + num_queries))
-            self.shares.setdefault(creditor, []).append(_share(spans, num_queries))
+            self.slices.setdefault(creditor, []).append(RemoteSlice(spans, piece.start, num_queries))
 
     def _add_tokens(self, piece: SequenceSlice, local: dict[int, int]) -> None:
         size = self._rblock_size
@@ -116,6 +160,6 @@ class _Build:
             self.slots.append(local[position // size] * size + position % size)
 
 
-def _share(spans: list[RemoteSpan], num_queries: int) -> QueryShare:
-    block_ids = [block_id for span in spans for block_id in span.block_ids]
-    return QueryShare(sorted({span.loan_id for span in spans}), block_ids, num_queries)
+def _share(piece: RemoteSlice) -> QueryShare:
+    block_ids = [block_id for span in piece.spans for block_id in span.block_ids]
+    return QueryShare(sorted({span.loan_id for span in piece.spans}), block_ids, piece.num_queries)

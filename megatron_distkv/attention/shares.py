@@ -6,44 +6,67 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_distkv.messages import QueryShare
+from megatron_distkv.errors import DistkvError
+from megatron_distkv.messages import QueryShare, Scoring
 from megatron_distkv.ops import micro_attention
 
+ORDINARY = Scoring()
 # A measurement is the best of so many, each over so many rBlocks (a smaller pool's are read again: a call has a price
 # of its own, and figures must be comparable).
 MEASUREMENTS, MEASURED_RBLOCKS = 5, 32
 
 
 class ShareIndex(NamedTuple):
-    """Made once per step, used by all its layers (int64; contract: ops.micro_attention)."""
+    """Made once per step and way of scoring, used by all its layers (int64; contract: ops.micro_attention)."""
 
     block_ids_M: torch.Tensor
     cu_blocks: torch.Tensor
     cu_queries: torch.Tensor
+    block_starts_M: torch.Tensor
+    positions_T: torch.Tensor
+    scoring: Scoring
 
     @property
     def num_rows(self) -> int:
         return int(self.cu_queries[-1])
 
 
-def index_shares(shares: Sequence[QueryShare]) -> ShareIndex:
+def index_shares(shares: Sequence[QueryShare], scoring: Scoring = ORDINARY) -> ShareIndex:
+    """Raises DistkvError when a window needs positions that are not there."""
+    window = scoring.window
     cu_blocks, cu_queries, block_ids = [0], [0], []
+    starts: list[int] = []
+    positions: list[int] = []
     for share in shares:
+        if window is not None and len(share.block_starts) != len(share.block_ids):
+            raise DistkvError(f"{len(share.block_starts)} positions for {len(share.block_ids)} rBlocks of a window")
         block_ids.extend(share.block_ids)
         cu_blocks.append(len(block_ids))
         cu_queries.append(cu_queries[-1] + share.num_queries)
-    return ShareIndex(*(torch.tensor(x, dtype=torch.int64) for x in (block_ids, cu_blocks, cu_queries)))
+        if window is not None:
+            starts.extend(share.block_starts)
+            positions.extend(range(share.first_position, share.first_position + share.num_queries))
+    if window is None:  # they are not looked at
+        starts, positions = [0] * len(block_ids), [0] * cu_queries[-1]
+
+    def int64(values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64)
+
+    return ShareIndex(int64(block_ids), int64(cu_blocks), int64(cu_queries), int64(starts), int64(positions), scoring)
 
 
 def attend_shares(
-    q_THD: torch.Tensor, pool_BLK2ND: torch.Tensor, layer: int, index: ShareIndex, scale: float
+    q_THD: torch.Tensor,
+    pool_BLK2ND: torch.Tensor,
+    layer: int,
+    index: ShareIndex,
+    scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Out `[T, H, D]` and lse `[T, H]`, fp32, where the pool lies."""
-    starts_M = torch.zeros_like(index.block_ids_M)
-    positions_T = torch.zeros(len(q_THD), dtype=torch.int64, device=q_THD.device)
+    """Out `[T, H, D]` and lse `[T, H]`, fp32, where the pool lies. `scale` is the ordinary one."""
+    scoring = index.scoring
     return micro_attention(
-        q_THD, pool_BLK2ND, layer, index.block_ids_M, starts_M, index.cu_blocks, index.cu_queries, positions_T, scale,
-        causal=False,
+        q_THD, pool_BLK2ND, layer, index.block_ids_M, index.block_starts_M, index.cu_blocks, index.cu_queries,
+        index.positions_T, scoring.scale or scale, causal=False, window=scoring.window, soft_cap=scoring.soft_cap,
     )  # fmt: skip
 
 

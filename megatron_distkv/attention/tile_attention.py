@@ -1,4 +1,4 @@
-"""Attention of one tile with its LSE, forward and backward: torch's flash kernel on CPUs, plain torch elsewhere.
+"""Attention of one tile with its LSE, forward and backward: torch's flash kernel on CPUs, our own backward on GPUs.
 
 Legend: S query tokens, X key tokens, B sequences, H query heads, K KV heads, D head dim. A tile is causal (S = X, the
 same tokens) or full. The backward pass of each tile of the same queries takes their global out and LSE, and is then
@@ -8,6 +8,8 @@ exact: the sum over tiles is the gradient.
 from typing import NamedTuple
 
 import torch
+
+from megatron_distkv.ops import tile_backward
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -46,6 +48,8 @@ def attend_backward(
     is_causal: bool,
 ) -> Gradients:
     """This tile's share of the gradients; `out` and `lse` are those over all keys, not over the tile's."""
+    if q_SBHD.device.type != "cpu":
+        return Gradients(*tile_backward(d_out_SBHD, q_SBHD, k_XBKD, v_XBKD, out_SBHD, lse_SBH, scale, is_causal))
     q, k, v, out, d_out = (x.permute(1, 2, 0, 3) for x in (q_SBHD, k_XBKD, v_XBKD, out_SBHD, d_out_SBHD))
     lse = lse_SBH.permute(1, 2, 0)
     kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
@@ -53,8 +57,7 @@ def attend_backward(
         k, v = (x.repeat_interleave(group, 1) for x in (k, v))
     else:
         q, out, d_out, lse = (*(_fold(x, group) for x in (q, out, d_out)), _fold(lse.unsqueeze(-1), group).squeeze(-1))
-    backward = _flash_backward if q.device.type == "cpu" else _plain_backward
-    d_q, d_k, d_v = backward(d_out, q, k, v, out, lse, 0.0, is_causal, scale=scale)
+    d_q, d_k, d_v = _flash_backward(d_out, q, k, v, out, lse, 0.0, is_causal, scale=scale)
     if is_causal:
         d_k, d_v = (x.unflatten(1, (kv_heads, group)).sum(2, dtype=lse.dtype) for x in (d_k, d_v))
     else:
@@ -78,24 +81,6 @@ def _plain(
     scores, lse_type = _scores(q, k, is_causal, scale), _lse_type(q)
     lse = scores.logsumexp(-1)
     return ((scores - lse[..., None]).exp() @ v.to(lse_type)).to(q.dtype), lse
-
-
-def _plain_backward(
-    d_out: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    dropout: float,
-    is_causal: bool,
-    *,
-    scale: float,
-) -> tuple[torch.Tensor, ...]:
-    weights = (_scores(q, k, is_causal, scale) - lse[..., None]).exp()
-    d_out, q, k, v, out = (x.to(weights.dtype) for x in (d_out, q, k, v, out))
-    d_scores = weights * (d_out @ v.mT - (d_out * out).sum(-1, keepdim=True)) * scale
-    return d_scores @ k, d_scores.mT @ q, weights.mT @ d_out
 
 
 def _scores(q: torch.Tensor, k: torch.Tensor, is_causal: bool, scale: float) -> torch.Tensor:

@@ -11,10 +11,11 @@ import torch
 from megatron_distkv import metrics
 from megatron_distkv.attention.partial import Partial
 from megatron_distkv.attention.sent_rblocks import SentRBlocks
+from megatron_distkv.attention.shares import ORDINARY, attend_shares, index_shares
 from megatron_distkv.errors import PeerLost, PeerWrong
 from megatron_distkv.log import get_logger
-from megatron_distkv.messages import Acknowledge, FetchHeader, MessageKind, QueryShare, decode
-from megatron_distkv.ops import merge, micro_attention
+from megatron_distkv.messages import Acknowledge, FetchHeader, MessageKind, QueryShare, Scoring, decode
+from megatron_distkv.ops import merge
 from megatron_distkv.transport import Reply, TensorSpec, read_tensors
 
 logger = get_logger(__name__)
@@ -44,6 +45,7 @@ class Question(NamedTuple):
     q_RHD: torch.Tensor
     shares: list[QueryShare]
     wire_dtype: torch.dtype
+    scoring: Scoring = ORDINARY
 
 
 class Verification:
@@ -102,8 +104,8 @@ class Verification:
         for share in question.shares:
             q_THD = question.q_RHD[first : first + share.num_queries]
             parts = [
-                self._attend(q_THD, copy, question.layer)
-                for copy in self._copies(asker, question.creditor, share.block_ids)
+                self._attend(q_THD, copy, question, share, block_ids)
+                for block_ids, copy in self._copies(asker, question.creditor, share.block_ids)
             ]
             out, lse = merge(torch.stack([part[0] for part in parts]), torch.stack([part[1] for part in parts]))
             outs.append(out)
@@ -111,8 +113,10 @@ class Verification:
             first += share.num_queries
         return torch.cat(outs), torch.cat(lses)
 
-    def _copies(self, asker: Asker, creditor: str, block_ids: Sequence[int]) -> Iterator[torch.Tensor]:
-        """The rBlocks, a message at a time; each valid until the next."""
+    def _copies(
+        self, asker: Asker, creditor: str, block_ids: Sequence[int]
+    ) -> Iterator[tuple[Sequence[int], torch.Tensor]]:
+        """The rBlocks, a message at a time, with their ids there; each valid until the next."""
         for loan_id, ids in self._sent.by_loan(creditor, block_ids).items():
             for start in range(0, len(ids), self._rblocks_per_message):
                 some = ids[start : start + self._rblocks_per_message]
@@ -124,17 +128,15 @@ class Verification:
                 shape = (len(some), *self._rblock.shape)
                 (copy,) = read_tensors(reply.payload, [TensorSpec(shape, self._rblock.dtype)])
                 self.check_returned(creditor, some, copy)
-                yield copy
+                yield some, copy
 
-    def _attend(self, q_THD: torch.Tensor, copy: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        num_rblocks, num_queries = len(copy), len(q_THD)
-        zeros_M, zeros_T = torch.zeros(num_rblocks, dtype=torch.int64), torch.zeros(num_queries, dtype=torch.int64)
-        cu_blocks, cu_queries = torch.tensor([0, num_rblocks]), torch.tensor([0, num_queries])
-        out, lse = micro_attention(
-            q_THD, copy, layer, torch.arange(num_rblocks), zeros_M, cu_blocks, cu_queries, zeros_T, self._scale,
-            causal=False,
-        )  # fmt: skip
-        return out, lse
+    def _attend(
+        self, q_THD: torch.Tensor, copy: torch.Tensor, question: Question, share: QueryShare, block_ids: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        start_of = dict(zip(share.block_ids, share.block_starts, strict=False))  # none without a window
+        starts = [start_of.get(block_id, 0) for block_id in block_ids]
+        copied = QueryShare([], list(range(len(copy))), len(q_THD), starts, share.first_position)
+        return attend_shares(q_THD, copy, question.layer, index_shares([copied], question.scoring), self._scale)
 
     def _alarm(self, creditor: str, what: Wrong, sentence: str) -> PeerWrong:
         self.wrong.add(creditor)

@@ -14,7 +14,7 @@ from megatron_distkv.launch.processes import run_until_end
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, help="YAML or JSON file of an InstanceConfig; the options below win")
-    parser.add_argument("--model", type=Path, help="checkpoint: Hugging Face safetensors or Megatron torch_dist")
+    parser.add_argument("--model", type=Path, help="checkpoint: Hugging Face, Megatron torch_dist or legacy, DeepSpeed")
     parser.add_argument("--instance-id", help="unique in the pool")
     parser.add_argument("--run-dir", type=Path, help="where sockets lie; shared by the instances of a host")
     parser.add_argument("--tensor-parallel", type=int, help="ranks of this instance")

@@ -12,9 +12,9 @@ from megatron_distkv.launch.processes import run_until_end
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, required=True, help="YAML file of a TrainConfig")
-    parser.add_argument("--output", type=Path, required=True, help="directory for checkpoints and log.jsonl")
+    parser.add_argument("--output", type=Path, required=True, help="directory for checkpoints, log.jsonl, loss.png")
     parser.add_argument("--ranks", type=int, default=2, help="processes: tensor x context x data parallel")
-    parser.add_argument("--text", type=Path, help="prose to train on, instead of the configuration's")
+    parser.add_argument("--text", type=Path, help="text to train on, instead of the configuration's")
     parser.add_argument("--resume", action="store_true", help="go on from the latest checkpoint in the output")
 
 

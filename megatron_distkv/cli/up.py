@@ -19,7 +19,7 @@ WATCH_INTERVAL_S = 0.5
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, help="YAML file of a ClusterConfig; the options below win")
-    parser.add_argument("--model", type=Path, help="checkpoint: Hugging Face safetensors or Megatron torch_dist")
+    parser.add_argument("--model", type=Path, help="checkpoint: Hugging Face, Megatron torch_dist or legacy, DeepSpeed")
     parser.add_argument("--instances", type=int, help="serving instances")
     parser.add_argument("--tensor-parallel", type=int, help="ranks of each instance")
     parser.add_argument("--num-rblocks", type=int, help="rBlocks in each instance's pool")
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     with LocalCluster(config) as cluster:
-        print(f"{config.instances} instances serve {config.model} at {cluster.base_url} (Ctrl-C ends all)")
+        print(f"{config.instances} instances serve {_found(cluster)} at {cluster.base_url} (Ctrl-C ends all)")
         print(f"ledger: distkv ledger --ledger {shown(cluster.ledger_url)} --pool {config.ledger.pool}")
         if cluster.secret_file is not None:
             print(f"who joins must know its secret: DISTKV_SECRET=$(cat {cluster.secret_file})")
@@ -52,6 +52,11 @@ def run(args: argparse.Namespace) -> int:
             if len(reported) == len(cluster.instance_ids) + len(cluster.lender_ids) + 2:
                 raise UserError("every part of the pool has ended")
     return 0
+
+
+def _found(cluster: LocalCluster) -> str:
+    """What the first instance says that it loaded: format, family, parallelism and step."""
+    return cluster.child(cluster.instance_ids[0]).line_after(" loading ") or str(cluster.config.model)
 
 
 def _config(args: argparse.Namespace) -> ClusterConfig:

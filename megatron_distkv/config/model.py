@@ -57,11 +57,25 @@ class MixtureConfig(FrozenConfig):
         return self
 
 
-Family = Literal["llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe"]
+class GemmaConfig(FrozenConfig):
+    """What Gemma 2 and 3 do otherwise, always together: norms multiply by 1 + weight and also follow attention and MLP,
+    the MLP's gate is a GELU (tanh), embeddings are multiplied by sqrt(hidden_size)."""
+
+    score_scale_dims: float = Field(gt=0)
+    """Scores are divided by the square root of this (query_pre_attn_scalar), not of head_dim."""
+    score_soft_cap: float | None = Field(None, gt=0)
+    """Scores x become cap * tanh(x / cap); None: as they are."""
+    logit_soft_cap: float | None = Field(None, gt=0)
+    """The same of the output's logits."""
+    window_rotary_base: float | None = Field(None, gt=0)
+    """RoPE's theta in layers with a sliding window, whose frequencies are not stretched; None: as in all layers."""
+
+
+Family = Literal["llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "gemma2", "gemma3_text"]
 
 
 class ModelConfig(FrozenConfig):
-    """A Llama-style GPT: RMSNorm, SwiGLU, grouped-query attention, rotary or no position embedding."""
+    """A Llama-style GPT: RMSNorm, a gated MLP, grouped-query attention, rotary or no position embedding."""
 
     num_layers: int = Field(ge=1)
     """Transformer layers."""
@@ -90,8 +104,11 @@ class ModelConfig(FrozenConfig):
     qk_layernorm: bool = False
     """Each head's queries and keys are RMS-normalised before RoPE (Qwen3)."""
     sliding_window: int | None = Field(None, ge=1)
-    """A token sees no more than this many of the last ones (Mistral). Attention here has no such mask: contexts end
-    where it would begin to matter."""
+    """A token sees no more than this many of the last ones, itself included; None: all."""
+    windowed_layers: tuple[bool, ...] | None = None
+    """Which layers have the sliding window, one entry a layer; None: all, if there is a window."""
+    gemma: GemmaConfig | None = None
+    """Gemma's own ways; None: Llama's."""
     norm_epsilon: float = Field(1e-5, gt=0)
     """RMSNorm's epsilon."""
     tie_embeddings: bool = False
@@ -110,19 +127,21 @@ class ModelConfig(FrozenConfig):
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_kv_heads"
                 f" ({self.num_kv_heads})"
             )
-        if (
-            self.sliding_window is not None
-            and (self.max_context_tokens or self.sliding_window + 1) > self.sliding_window
-        ):
-            raise ValueError(
-                f"attention has no sliding window yet: max_context_tokens ({self.max_context_tokens}) must not exceed"
-                f" sliding_window ({self.sliding_window})"
-            )
+        if self.windowed_layers is not None and len(self.windowed_layers) != self.num_layers:
+            raise ValueError(f"windowed_layers has {len(self.windowed_layers)} entries for {self.num_layers} layers")
         return self
+
+    def window_of(self, layer: int) -> int | None:
+        """The sliding window of layer 0, 1 ..."""
+        if self.sliding_window is None or (self.windowed_layers is not None and not self.windowed_layers[layer]):
+            return None
+        return self.sliding_window
 
     @property
     def family(self) -> Family:
         """The first family that has these layers: a Mistral without a window is a Llama."""
+        if self.gemma is not None:
+            return "gemma3_text" if self.qk_layernorm else "gemma2"
         if self.mixture is not None:
             return "qwen3_moe" if self.qk_layernorm else "mixtral"
         if self.qk_layernorm:

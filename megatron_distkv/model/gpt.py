@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_distkv.attention import RotaryConfig
 from megatron_distkv.config.model import MixtureConfig, ModelConfig
 from megatron_distkv.errors import ConfigError
-from megatron_distkv.model.layer_spec import layer_spec
+from megatron_distkv.model.gemma import gated_activation, scale_and_cap
+from megatron_distkv.model.layer_spec import block_spec
 from megatron_distkv.model.parallel import TensorParallel, gather_vocabulary
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -35,18 +35,17 @@ def build_gpt(config: ModelConfig, parallel: TensorParallel, *, init_std: float 
         )
     gpt = GPTModel(
         config=_transformer_config(config, parallel, init_std),
-        transformer_layer_spec=layer_spec(
-            RotaryConfig(config.rotary_percent, config.rotary_base, config.rope_scaling),
-            qk_layernorm=config.qk_layernorm,
-            num_experts=None if config.mixture is None else config.mixture.num_experts,
-        ),
+        transformer_layer_spec=block_spec(config),
         vocab_size=padded_vocab_size(config, parallel.size),
         max_sequence_length=config.max_context_tokens or 1,  # read by learned positions only
         position_embedding_type="none",
         parallel_output=True,
         share_embeddings_and_output_weights=config.tie_embeddings,
     )
-    return gpt.to(TORCH_DTYPES[config.dtype])  # params_dtype alone leaves the norms in fp32
+    dtype = TORCH_DTYPES[config.dtype]
+    if config.gemma is not None:
+        scale_and_cap(gpt, config.gemma, config.hidden_size, dtype)
+    return gpt.to(dtype)  # params_dtype alone leaves the norms in fp32
 
 
 def padded_vocab_size(config: ModelConfig, tensor_parallel: int) -> int:
@@ -65,7 +64,8 @@ def _transformer_config(config: ModelConfig, parallel: TensorParallel, init_std:
         normalization="RMSNorm",
         layernorm_epsilon=config.norm_epsilon,
         gated_linear_unit=True,
-        activation_func=F.silu,
+        activation_func=F.silu if config.gemma is None else gated_activation,
+        softmax_scale=None if config.gemma is None else config.gemma.score_scale_dims**-0.5,
         add_bias_linear=False,
         add_qkv_bias=config.qkv_bias,
         qk_layernorm=config.qk_layernorm,

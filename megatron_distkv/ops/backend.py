@@ -1,9 +1,14 @@
 """Which kernels run: chosen once per process; `auto` takes the best that can serve the tensors of a call.
 
+triton       kernels for GPUs, where Triton and a GPU (or Triton's interpreter, for tests) are at hand
 cpu          C++ for CPUs, where the package was installed with a compiler
 reference    plain torch, anywhere
 """
 
+import importlib
+import importlib.util
+import os
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -11,18 +16,20 @@ import torch
 from megatron_distkv.errors import ConfigError
 from megatron_distkv.kernels import cpu, reference
 
-_BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference} if cpu.is_built() else {"reference": reference}
+_CPU_IS_BUILT = cpu.is_built()
 _chosen = "auto"
 
 
-def available_backends() -> list[str]:
+@cache
+def available_backends() -> tuple[str, ...]:
     """Best first."""
-    return list(_BACKENDS)
+    triton = ["triton"] if _has_triton() else []
+    return (*triton, *(["cpu"] if cpu.is_built() else []), "reference")
 
 
 def backend_in_use() -> str:
     """What serves tensors on the CPU, of the dtypes that models and KV have."""
-    return available_backends()[0] if _chosen == "auto" else _chosen
+    return _chosen if _chosen != "auto" else "cpu" if cpu.is_built() else "reference"
 
 
 def instruction_set() -> str | None:
@@ -33,13 +40,32 @@ def instruction_set() -> str | None:
 def use_backend(name: str) -> None:
     """Switch this process to backend `name` or `auto`; raises ConfigError, naming those that this machine has."""
     global _chosen
-    if name != "auto" and name not in _BACKENDS:
-        raise ConfigError(f"no kernel backend {name!r} here; available: auto, {', '.join(_BACKENDS)}")
+    if name not in ("auto", *available_backends()):
+        raise ConfigError(f"no kernel backend {name!r} here; available: auto, {', '.join(available_backends())}")
     _chosen = name
 
 
 def kernels(*tensors: torch.Tensor) -> ModuleType:
     """The module with the functions that serve `tensors`: all of a call that are not indices."""
     if _chosen == "auto":
-        return cpu if cpu.is_built() and cpu.can_serve(*tensors) else reference
-    return _BACKENDS[_chosen]
+        if _CPU_IS_BUILT and cpu.can_serve(*tensors):
+            return cpu
+        return _module("triton") if tensors[0].is_cuda and _triton_can_serve(*tensors) else reference
+    return _module(_chosen)
+
+
+def _triton_can_serve(*tensors: torch.Tensor) -> bool:
+    return _has_triton() and bool(_module("triton").can_serve(*tensors))
+
+
+@cache
+def _has_triton() -> bool:
+    if importlib.util.find_spec("triton") is None:
+        return False
+    return torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def _module(name: str) -> ModuleType:
+    """Triton is imported where it is used, not before: it takes its time."""
+    return importlib.import_module(f"megatron_distkv.kernels.{name}")

@@ -24,45 +24,44 @@ def micro_attention(
     positions_T: torch.Tensor,
     scale: float,
     causal: bool,
+    window: int | None = None,
+    soft_cap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of S packed sequences, each over its own list of rBlocks of one layer.
 
     Sequence s has query rows `cu_queries[s] : cu_queries[s + 1]` and rBlocks `cu_blocks[s] : cu_blocks[s + 1]` of
     `block_ids_M` (indices into the pool); rBlock i holds positions from `block_starts_M[i]` on. All index tensors are
-    int64. With `causal` a query at `positions_T` sees keys at its own position and before; without, all of them (then
-    every listed rBlock must be full). H is a multiple of K; query heads of one KV head are neighbours.
+    int64. H is a multiple of K; query heads of one KV head are neighbours.
+
+    A query at position p = `positions_T[t]` sees keys at positions
+
+        <= p             with `causal`; without, every listed rBlock must be full
+        > p - window     with a `window` (> 0), with `causal` or without: so a window counts the query's own token
+
+    and starts and positions are not looked at where neither is given. `soft_cap` (> 0) makes a score x of what is
+    seen, scaled by `scale`, soft_cap * tanh(x / soft_cap), before the softmax (Gemma 2).
 
     Returns out `[T, H, D]` and lse `[T, H]`, fp32, natural log; a query without any key gets (0, -inf).
     """
-    args = (q_THD, pool_BLK2ND, layer, block_ids_M, block_starts_M, cu_blocks, cu_queries, positions_T, scale, causal)
+    args = (
+        q_THD, pool_BLK2ND, layer, block_ids_M, block_starts_M, cu_blocks, cu_queries, positions_T, scale, causal,
+        window, soft_cap,
+    )  # fmt: skip
     if torch.compiler.is_compiling():
-        return torch.ops.distkv.micro_attention(*args)
-    return _micro_attention(*args)  # the op itself costs 20 us a call
-
-
-def _micro_attention(
-    q_THD: torch.Tensor,
-    pool_BLK2ND: torch.Tensor,
-    layer: int,
-    block_ids_M: torch.Tensor,
-    block_starts_M: torch.Tensor,
-    cu_blocks: torch.Tensor,
-    cu_queries: torch.Tensor,
-    positions_T: torch.Tensor,
-    scale: float,
-    causal: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse = kernels(q_THD, pool_BLK2ND).micro_attention(
-        q_THD, pool_BLK2ND, layer, block_ids_M, block_starts_M, cu_blocks, cu_queries, positions_T, scale, causal
-    )
+        return torch.ops.distkv.micro_attention(*args)  # not otherwise: it costs 20 us a call
+    out, lse = kernels(q_THD, pool_BLK2ND).micro_attention(*args)
     return out, lse
 
 
-torch.library.custom_op("distkv::micro_attention", _micro_attention, mutates_args=())
+torch.library.custom_op("distkv::micro_attention", micro_attention, mutates_args=())
 
 
 @torch.library.register_fake("distkv::micro_attention")
-def _(
+def _(q_THD: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
+    return q_THD.new_empty(q_THD.shape, dtype=torch.float32), q_THD.new_empty(q_THD.shape[:2], dtype=torch.float32)
+
+
+def micro_attention_out(
     q_THD: torch.Tensor,
     pool_BLK2ND: torch.Tensor,
     layer: int,
@@ -73,23 +72,39 @@ def _(
     positions_T: torch.Tensor,
     scale: float,
     causal: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return q_THD.new_empty(q_THD.shape, dtype=torch.float32), q_THD.new_empty(q_THD.shape[:2], dtype=torch.float32)
+    window: int | None,
+    soft_cap: float | None,
+    out_THD: torch.Tensor,
+    lse_TH: torch.Tensor,
+) -> None:
+    """The same into tensors at hand (fp32, contiguous): the way that costs least per call, and one for CUDA graphs."""
+    args = (
+        q_THD, pool_BLK2ND, layer, block_ids_M, block_starts_M, cu_blocks, cu_queries, positions_T, scale, causal,
+        window, soft_cap,
+    )  # fmt: skip
+    if torch.compiler.is_compiling():
+        torch.ops.distkv.micro_attention_out(*args, out_THD, lse_TH)
+        return
+    kernels(q_THD, pool_BLK2ND).micro_attention(*args, out=(out_THD, lse_TH))
+
+
+torch.library.custom_op("distkv::micro_attention_out", micro_attention_out, mutates_args=("out_THD", "lse_TH"))
+
+
+@torch.library.register_fake("distkv::micro_attention_out")
+def _(*_: object) -> None:
+    return None
 
 
 def merge(outs_PTHD: torch.Tensor, lses_PTH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """One partial out of P (fp32): out `[T, H, D]` and lse `[T, H]`."""
     if torch.compiler.is_compiling():
         return torch.ops.distkv.merge(outs_PTHD, lses_PTH)
-    return _merge(outs_PTHD, lses_PTH)
-
-
-def _merge(outs_PTHD: torch.Tensor, lses_PTH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse = kernels(outs_PTHD, lses_PTH).merge(outs_PTHD, lses_PTH)
     return out, lse
 
 
-torch.library.custom_op("distkv::merge", _merge, mutates_args=())
+torch.library.custom_op("distkv::merge", merge, mutates_args=())
 
 
 @torch.library.register_fake("distkv::merge")

@@ -5,30 +5,38 @@ import torch
 from megatron_distkv.ops.backend import kernels
 
 
-@torch.library.custom_op("distkv::store_kv", mutates_args={"pool_BLK2ND"})
 def store_kv(
     k_TKD: torch.Tensor, v_TKD: torch.Tensor, pool_BLK2ND: torch.Tensor, layer: int, slot_mapping_T: torch.Tensor
 ) -> None:
     """Token t goes to slot `slot_mapping_T[t]` = physical rBlock id * N + offset, cast to the pool's dtype."""
+    if torch.compiler.is_compiling():
+        torch.ops.distkv.store_kv(k_TKD, v_TKD, pool_BLK2ND, layer, slot_mapping_T)
+        return
     kernels(k_TKD, v_TKD, pool_BLK2ND).store_kv(k_TKD, v_TKD, pool_BLK2ND, layer, slot_mapping_T)
 
 
-@store_kv.register_fake
-def _(
-    k_TKD: torch.Tensor, v_TKD: torch.Tensor, pool_BLK2ND: torch.Tensor, layer: int, slot_mapping_T: torch.Tensor
-) -> None:
+torch.library.custom_op("distkv::store_kv", store_kv, mutates_args=("pool_BLK2ND",))
+
+
+@torch.library.register_fake("distkv::store_kv")
+def _(*_: object) -> None:
     return None
 
 
-@torch.library.custom_op("distkv::apply_rope", mutates_args=())
 def apply_rope(x_THD: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor) -> torch.Tensor:
     """Rotate the first R of D dims of every head by each token's angles (rotate-half, as Hugging Face's Llama).
 
     `cos_TR` and `sin_TR` are fp32, their two halves equal; the other D - R dims pass (partial RoPE).
     """
-    return kernels(x_THD).apply_rope(x_THD, cos_TR, sin_TR)
+    if torch.compiler.is_compiling():
+        return torch.ops.distkv.apply_rope(x_THD, cos_TR, sin_TR)
+    turned: torch.Tensor = kernels(x_THD).apply_rope(x_THD, cos_TR, sin_TR)
+    return turned
 
 
-@apply_rope.register_fake
-def _(x_THD: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor) -> torch.Tensor:
+torch.library.custom_op("distkv::apply_rope", apply_rope, mutates_args=())
+
+
+@torch.library.register_fake("distkv::apply_rope")
+def _(x_THD: torch.Tensor, *_: object) -> torch.Tensor:
     return torch.empty_like(x_THD)

@@ -44,8 +44,13 @@ def init_distributed() -> None:
     deepspeed.init_distributed(verbose=False)
 
 
-def build_engine(model: torch.nn.Module, config: OptimizerConfig, zero_stage: int, *, bf16: bool) -> Any:
-    """A DeepSpeedEngine with torch's AdamW: DeepSpeed's own CPU Adam compiles for minutes."""
+def build_engine(
+    model: torch.nn.Module, config: OptimizerConfig, zero_stage: int, *, bf16: bool, num_micro_batches: int = 1
+) -> Any:
+    """A DeepSpeedEngine with torch's AdamW: DeepSpeed's own CPU Adam compiles for minutes.
+
+    With bf16, weights, moments and sums of gradients are kept in fp32 as well.
+    """
     matrices = [p for p in model.parameters() if p.dim() > 1]
     norms = [p for p in model.parameters() if p.dim() <= 1]
     optimizer = torch.optim.AdamW(
@@ -55,11 +60,13 @@ def build_engine(model: torch.nn.Module, config: OptimizerConfig, zero_stage: in
     )
     settings = {
         "train_micro_batch_size_per_gpu": 1,  # rows vary with the curriculum; the loss is a mean over them
-        "gradient_accumulation_steps": 1,
+        "gradient_accumulation_steps": num_micro_batches,
         "gradient_clipping": config.gradient_clipping,
         "zero_optimization": {"stage": zero_stage},
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": bf16},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
         "steps_per_print": 10**9,
     }
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, mpu=ModelParallelUnit())

@@ -1,35 +1,30 @@
 """The training loop: `deepspeed launch/train.py` runs it on every rank."""
 
-import json
-from collections.abc import Iterator
+import time
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from tqdm import tqdm
 
 from megatron_distkv.attention import ContextShard, DistAttention, ShardOrder
 from megatron_distkv.config.train import TrainConfig
-from megatron_distkv.errors import CheckpointError
-from megatron_distkv.model import build_gpt, init_tensor_parallel
-from megatron_distkv.model.weights import torch_dist
-from megatron_distkv.training.data import Batch, PasskeyData
-from megatron_distkv.training.deepspeed_engine import build_engine, init_distributed, whole_parameters
-from megatron_distkv.training.loss import token_weights
-from megatron_distkv.training.passkey import load_prose
-from megatron_distkv.training.recall import num_inputs, recall
+from megatron_distkv.model import build_gpt, find_checkpoint, init_tensor_parallel, load_weights
+from megatron_distkv.training.batch import MicroBatch
+from megatron_distkv.training.checkpoint import find_run, load_states, save_run
+from megatron_distkv.training.deepspeed_engine import build_engine, init_distributed
+from megatron_distkv.training.recompute import recompute_layers
+from megatron_distkv.training.run_log import RunLog
 from megatron_distkv.training.schedule import learning_rate
-
-NUM_EVALUATION_PROMPTS = 16
-EVALUATION_SEED = 20_000
+from megatron_distkv.training.sources import open_sources
+from megatron_distkv.training.throughput import keys_seen, measure_peak_flops, train_flops
 
 
 class Trainer:
-    """One rank. `output` gets `log.jsonl`, `deepspeed/` (to resume from) and the torch_dist checkpoint (to serve)."""
+    """One rank. `output` gets checkpoints (to serve, and to resume from), `log.jsonl` and `loss.png`."""
 
-    def __init__(self, config: TrainConfig, output: Path) -> None:
+    def __init__(self, config: TrainConfig, output: Path, *, resume: bool = False) -> None:
+        """With `resume` from the latest checkpoint in the output; raises CheckpointError when there is none."""
         torch.set_num_threads(config.threads)
         init_distributed()
         self.config = config
@@ -37,100 +32,117 @@ class Trainer:
         parallel = init_tensor_parallel(config.tensor_parallel, config.context_parallel)
         self._dp_rank = parallel_state.get_data_parallel_rank()
         self._dp_size = parallel_state.get_data_parallel_world_size()
-        self._is_first = dist.get_rank() == 0
+        saved = find_run(output, config) if resume else None
+        output.mkdir(parents=True, exist_ok=True)
+        self._data, self._measure = open_sources(config, output)
+        self._num_micro_batches = self._data.num_micro_batches(self._dp_size)
         torch.manual_seed(config.seed)
         gpt = build_gpt(config.model, parallel, init_std=config.init_std)
+        if saved is not None:
+            load_weights(gpt, find_checkpoint(saved.directory), config.model)
         self._attentions = [module for module in gpt.modules() if isinstance(module, DistAttention)]
         self._scale = self._attentions[0].scale
-        self.engine = build_engine(gpt, config.optimizer, config.zero_stage, bf16=config.model.dtype == "bf16")
-        prose = load_prose(config.data.text)
-        self._held_out = prose.held_out
-        self._data = PasskeyData(config.data, prose.training, config.seed)
-        self.step = 0
-        if self._is_first:
-            output.mkdir(parents=True, exist_ok=True)
-
-    def resume(self) -> None:
-        """Go on from the latest DeepSpeed checkpoint below the output; raises CheckpointError when there is none."""
-        path, state = self.engine.load_checkpoint(str(self._output / "deepspeed"))
-        if path is None:
-            raise CheckpointError(f"nothing to resume from: no DeepSpeed checkpoint in {self._output / 'deepspeed'}")
-        self.step = int(state["step"])
+        if config.recompute == "layers":
+            recompute_layers(gpt)
+        is_bf16 = config.model.dtype == "bf16"
+        self.engine = build_engine(
+            gpt, config.optimizer, config.zero_stage, bf16=is_bf16, num_micro_batches=self._num_micro_batches
+        )
+        if saved is not None:
+            load_states(self.engine, config, saved)
+        self.step = 0 if saved is None else saved.step
+        self._saved_step = self.step if saved is not None else None
 
     def run(self) -> list[float]:
-        """Train to the last step, save; returns this run's losses (mean over ranks), one per step."""
+        """Train to the last step, save; returns this run's losses, one per step."""
+        peak_flops = self._peak_flops()
+        log = RunLog(self._output, self.step, self.config.steps, is_first=dist.get_rank() == 0)
         losses = []
-        for step in self._progress():
-            losses.append(self._train_step(step))
+        for step in log.steps():
+            start_s = time.perf_counter()
+            figures = self._train_step(step)
+            seconds = time.perf_counter() - start_s
+            losses.append(figures["loss"])
             self.step = step + 1
-            if self.step % self.config.evaluate_every == 0 or self.step == self.config.steps:
-                self._log(step=self.step, loss=losses[-1], recall=self._recall())
+            figures["tokens_per_s"] = figures["tokens"] / seconds
+            figures["mfu"] = figures.pop("flops") / seconds / peak_flops
+            if self._measure is not None and self._is_due(self.config.evaluate_every):
+                figures |= self._evaluate()
+            log.write(self.step, **figures)
             if self.config.save_every and self.step % self.config.save_every == 0:
                 self.save()
         self.save()
+        log.close()
         return losses
 
     def save(self) -> None:
-        state = {"step": self.step, "model": self.config.model.model_dump(mode="json")}
-        self.engine.save_checkpoint(str(self._output / "deepspeed"), client_state=state)
-        with whole_parameters(self.engine):
-            torch_dist.save(self.engine.module, self.config.model, self._output, self.step)
+        if self._saved_step != self.step:
+            save_run(self.engine, self.config, self._output, self.step)
+            self._saved_step = self.step
 
-    def _train_step(self, step: int) -> float:
-        batch = self._data.batch(step, self._dp_rank, self._dp_size)
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = learning_rate(step, self.config.steps, self.config.optimizer)
-        loss = self._loss(batch)
-        self.engine.backward(loss)
-        self.engine.step()
-        total = loss.detach().float().clone()
-        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        dist.all_reduce(total, group=group)
-        return float(total) / group.size()
-
-    def _loss(self, batch: Batch) -> torch.Tensor:
-        """This rank's tokens' share of the loss; the mean over data and context ranks is the whole batch's loss."""
-        shard = self._shard(batch.inputs_BT.shape[1])
-        self._set_attention(batch.temperature, shard)
-        weights_BT = token_weights(batch.is_answer_BT, self.config.data.prose_weight)
-        inputs, labels = batch.inputs_BT, batch.labels_BT
-        if shard is not None:
-            tokens = shard.order.tokens(shard.rank)
-            inputs, labels, weights_BT = (x[:, tokens] for x in (inputs, labels, weights_BT))
+    def weighted_loss(self, batch: MicroBatch) -> torch.Tensor:
+        """This rank's tokens' share of the step's loss: all ranks' sum, over all micro-batches, is the loss."""
+        num_tokens = batch.inputs_BT.shape[1]
+        shard = self.set_attention(num_tokens, batch.document_starts, batch.temperature)
+        tokens = slice(None) if shard.order.size == 1 else shard.order.tokens(shard.rank)
+        inputs, labels, weights = (x[:, tokens] for x in (batch.inputs_BT, batch.labels_BT, batch.weights_BT))
         nll_BT = self.engine(inputs, None, None, labels=labels)
-        return (nll_BT * weights_BT).sum() * self.config.context_parallel
+        return (nll_BT.float() * weights).sum()
 
-    def _shard(self, num_tokens: int) -> ContextShard | None:
-        if self.config.context_parallel == 1:
-            return None
-        return ContextShard(
-            ShardOrder(num_tokens, self.config.context_parallel),
-            parallel_state.get_context_parallel_rank(),
-            parallel_state.get_context_parallel_group(),
-        )
-
-    def _set_attention(self, temperature: float, shard: ContextShard | None) -> None:
+    def set_attention(self, num_tokens: int, document_starts: tuple[int, ...], temperature: float) -> ContextShard:
+        """How the next forward pass, and its backward pass, attend; returns this rank's share of the sequence."""
+        order = ShardOrder(num_tokens, self.config.context_parallel, document_starts)
+        shard = ContextShard(order)
+        if order.size > 1:
+            rank, group = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_group()
+            shard = ContextShard(order, rank, group)
+        is_plain = order.size == 1 and len(document_starts) == 1
         for attention in self._attentions:
             attention.scale = self._scale * temperature
-            attention.shard = shard
+            attention.shard = None if is_plain else shard
+        return shard
 
-    def _recall(self) -> float:
-        """Every rank takes part: with ZeRO-3 and tensor parallelism a forward pass has collectives."""
-        length = self.config.evaluation_length
-        shard = self._shard(num_inputs(length))
-        self._set_attention(1.0, shard)
+    def _train_step(self, step: int) -> dict[str, float]:
+        """Figures of the whole step, over all ranks."""
+        rate = learning_rate(step, self.config.steps, self.config.optimizer)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = rate
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        sums = torch.zeros(3, dtype=torch.float64)  # loss, tokens, keys seen
+        for batch in self._data.micro_batches(step, self._dp_rank, self._dp_size):
+            loss = self.weighted_loss(batch)
+            # DeepSpeed takes means over micro-batches and over ranks where we have sums.
+            self.engine.backward(loss * (group.size() * self._num_micro_batches))
+            self.engine.step()
+            num_rows, num_tokens = batch.inputs_BT.shape
+            shared = num_rows / self.config.context_parallel
+            seen = keys_seen(num_tokens, batch.document_starts)
+            sums += torch.tensor([float(loss.detach()), num_tokens * shared, seen * shared], dtype=torch.float64)
+        dist.all_reduce(sums, group=group)
+        loss_sum, tokens, seen = sums.tolist()
+        figures = {"loss": loss_sum, "learning_rate": rate, "tokens": tokens}
+        norm = self.engine.get_global_grad_norm()
+        if norm is not None:
+            figures["gradient_norm"] = float(norm)
+        return {**figures, "flops": train_flops(self.config.model, int(tokens), int(seen))}
+
+    def _peak_flops(self) -> float:
+        """Of all ranks' devices together."""
+        if self.config.peak_tflops is not None:
+            return self.config.peak_tflops * 1e12 * dist.get_world_size()
+        total = torch.tensor(measure_peak_flops(self.config.model.dtype), dtype=torch.float64)
+        dist.all_reduce(total)
+        return float(total)
+
+    def _is_due(self, interval: int) -> bool:
+        return self.step % interval == 0 or self.step == self.config.steps
+
+    @torch.no_grad()
+    def _evaluate(self) -> dict[str, float]:
+        assert self._measure is not None
         try:
-            return recall(self.engine, self._held_out, length, NUM_EVALUATION_PROMPTS, EVALUATION_SEED, shard)
+            return self._measure(self)
         finally:
-            self._set_attention(1.0, None)
-
-    def _progress(self) -> Iterator[int]:
-        steps = range(self.step, self.config.steps)
-        self._bar: Any = tqdm(steps, "training", disable=not self._is_first, unit="step", mininterval=1.0)
-        return iter(self._bar)
-
-    def _log(self, **values: float) -> None:
-        if self._is_first:
-            self._bar.set_postfix(loss=f"{values['loss']:.3f}", recall=f"{values['recall']:.2f}")
-            with (self._output / "log.jsonl").open("a") as file:
-                file.write(json.dumps(values) + "\n")
+            self.set_attention(1, (0,), 1.0)
+            for attention in self._attentions:
+                attention.shard = None

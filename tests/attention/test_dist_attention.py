@@ -6,27 +6,32 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import msgspec
 import pytest
 import torch
 
 from megatron_distkv.attention import (
+    ContextShard,
     Creditor,
     Debtor,
     DistAttention,
     ForwardContext,
     LoanTable,
     RotaryConfig,
+    ShardOrder,
+    Verification,
     build_metadata,
     forward_context,
 )
-from megatron_distkv.errors import IntegrityError
-from megatron_distkv.messages import MessageKind, StoreHeader
+from megatron_distkv.errors import ConfigError, DistkvError, IntegrityError
+from megatron_distkv.messages import MessageKind, QueryHeader, QueryShare, Scoring, StoreHeader, decode
 from megatron_distkv.rblock import InstanceId, LoanId, LocalSpan, RemoteSpan, Span
-from megatron_distkv.transport import PROTOCOL_VERSION, Answer, Channel, Hello, Listener, Request, connect
+from megatron_distkv.transport import PROTOCOL_VERSION, Answer, Channel, Hello, Listener, Request, TensorSpec, connect
 from tests.ops.dense import dense_attention, relative_error
 
-H, K, D, N, L, SCALE = 4, 2, 16, 8, 1, 16**-0.5
+H, K, D, N, L, SCALE = 4, 2, 16, 8, 3, 16**-0.5
 NO_ROTARY = RotaryConfig(percent=0.0)
 
 
@@ -37,8 +42,8 @@ class Slice:
     spans: list[Span]
 
 
-def attention(rotary: RotaryConfig = NO_ROTARY) -> DistAttention:
-    return DistAttention(SimpleNamespace(kv_channels=D), layer_number=1, rotary=rotary)
+def attention(rotary: RotaryConfig = NO_ROTARY, **scoring: Any) -> DistAttention:
+    return DistAttention(SimpleNamespace(kv_channels=D), layer_number=1, rotary=rotary, **scoring)
 
 
 def pool(count: int = 16, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -51,12 +56,19 @@ class Lender:
     def __init__(self, path: Path, dtype: torch.dtype = torch.float32) -> None:
         self.pool = pool(dtype=dtype)
         self.loans = LoanTable()
+        self.asked: list[QueryHeader] = []
         self.creditor = Creditor(self.pool, self.loans, H, dtype, SCALE)
         self.address = f"unix:{path}"
         self.listener = Listener(self.address, "p", self._answer)
 
     def _answer(self, hello: Hello, request: Request) -> Answer:
-        kind = {MessageKind.QUERY: self.creditor.query, MessageKind.STORE: self.creditor.store}
+        kind = {
+            MessageKind.QUERY: self.creditor.query,
+            MessageKind.STORE: self.creditor.store,
+            MessageKind.FETCH: self.creditor.fetch,
+        }
+        if request.kind == MessageKind.QUERY:
+            self.asked.append(decode(request.header, QueryHeader))
         return kind[MessageKind(request.kind)](hello, request)
 
     def channel(self, debtor: str = "me") -> Channel:
@@ -73,19 +85,33 @@ def lenders(tmp_path: Path) -> Iterator[dict[str, Lender]]:
 
 
 def store(lender: Lender, channel: Channel, loan: str, block_ids: list[int], data: torch.Tensor) -> bytes:
-    import msgspec
-
     header = msgspec.msgpack.encode(StoreHeader(loan, block_ids))
     return channel.call(MessageKind.STORE, header, [data], deadline_s=5).header
 
 
-@pytest.mark.parametrize("rotary", [NO_ROTARY, RotaryConfig(0.5, 100.0), RotaryConfig()])
-def test_a_mixed_batch_over_three_holders_is_dense_attention(lenders: dict[str, Lender], rotary: RotaryConfig) -> None:
+@pytest.mark.parametrize(
+    ("rotary", "scoring"),
+    [
+        (NO_ROTARY, {}),
+        (RotaryConfig(0.5, 100.0), {}),
+        (RotaryConfig(), {}),
+        (NO_ROTARY, {"window": 40}),  # a's query sees the last three tokens of x's first rBlock
+        (NO_ROTARY, {"window": 21}),  # a's query sees y's second rBlock alone
+        (NO_ROTARY, {"window": 14}),  # and of that one token
+        (NO_ROTARY, {"window": 8}),  # only b's first rows see anything elsewhere
+        (RotaryConfig(), {"window": 27, "soft_cap": 1.5, "softmax_scale": 0.7}),
+        (NO_ROTARY, {"soft_cap": 2.0}),
+    ],
+)
+def test_a_mixed_batch_over_three_holders_is_dense_attention(
+    lenders: dict[str, Lender], rotary: RotaryConfig, scoring: dict[str, Any]
+) -> None:
     # Given two requests whose tokens are computed in chunks, on one pool
     torch.manual_seed(0)
     lengths = {"a": 45, "b": 20}
     qkv = {name: [torch.randn(n, h, D) for h in (H, K, K)] for name, n in lengths.items()}
-    mine, layer = pool(), attention(rotary)
+    mine, layer = pool(), attention(rotary, **scoring)
+    window, soft_cap = scoring.get("window"), scoring.get("soft_cap")
     tables: dict[str, list[Span]] = {
         "a": [LocalSpan(0, (3, 1, 4, 15, 9, 2))],
         "b": [LocalSpan(0, (6, 5, 8))],
@@ -105,12 +131,14 @@ def test_a_mixed_batch_over_three_holders_is_dense_attention(lenders: dict[str, 
     run({"a": (24, 44)}, None)
 
     # When the first full rBlocks of `a` move to x and y, those of `b` to y
+    verification = Verification(1, TensorSpec((L, K, 2, N, D), torch.float32), SCALE, 1, 5)
     with ExitStack() as stack:
         channels = {name: lender.channel() for name, lender in lenders.items()}
         for channel in channels.values():
             stack.callback(channel.close)
         for lender, loan, ids, local in (("x", "1", [0, 7], [3, 1]), ("y", "2", [5, 2], [4, 15]), ("y", "3", [9], [6])):
             lenders[lender].loans.grant(loan, "me", ids)
+            verification.note_sent(lender, loan, ids, mine[local])
             store(lenders[lender], channels[lender], loan, ids, mine[local])
             mine[local] = float("nan")
         tables["a"] = [
@@ -119,17 +147,94 @@ def test_a_mixed_batch_over_three_holders_is_dense_attention(lenders: dict[str, 
             LocalSpan(4, (9, 2)),
         ]
         tables["b"] = [RemoteSpan(0, (9,), InstanceId("y"), LoanId("3")), LocalSpan(1, (5, 8))]
-        debtor = Debtor(channels, deadline_s=5)
+        debtor = Debtor(channels, deadline_s=5, verification=verification)
         outs = run({"a": (44, 45), "b": (10, 20)}, debtor)
 
     # Then a decode of `a` and a chunk of `b` in one step are dense attention
     assert debtor.lost == {}
+    assert verification.wrong == set()
     for name, (start, end) in {"a": (44, 45), "b": (10, 20)}.items():
         q, k, v = qkv[name]
         if rotary.percent:
             q, k = rotate(q, rotary), rotate(k, rotary)
-        expected, _ = dense_attention(q[start:end], k[:end], v[:end], torch.arange(start, end), SCALE)
+        scale = scoring.get("softmax_scale", SCALE)
+        expected, _ = dense_attention(q[start:end], k[:end], v[:end], torch.arange(start, end), scale, window, soft_cap)
         assert relative_error(outs[name], expected) < 1e-5
+    # And creditors were asked for what some query sees, and for no more
+    asked = {
+        name: [share.block_ids for x in lender.asked for share in x.shares or []] for name, lender in lenders.items()
+    }
+    assert asked == ASKED.get(window, {"x": [[0, 7]], "y": [[5, 2], [9]]})
+
+
+# With a window: rBlocks that are seen. a's query is at 44, its rBlocks at x begin at 0 and 8, at y at 16 and 24; b's
+# queries are at 10 to 19, its rBlock at y begins at 0.
+ASKED = {
+    40: {"x": [[0, 7]], "y": [[5, 2], [9]]},
+    27: {"x": [], "y": [[5, 2], [9]]},
+    21: {"x": [], "y": [[2], [9]]},
+    14: {"x": [], "y": [[2], [9]]},
+    8: {"x": [], "y": [[9]]},
+}
+
+
+def test_layers_of_other_windows_tell_only_what_they_see_and_once(lenders: dict[str, Lender]) -> None:
+    # Given a query at 16, x's rBlock at 0 and y's at 8
+    debtor, q, channels = prepared_question(lenders)
+    # When layers with several windows ask
+    answers = {}
+    for layer, window in ((0, None), (1, 12), (2, None), (2, 12), (0, 3), (1, 3), (0, 1)):
+        debtor.ask(layer, q, Scoring(window=window))
+        answers[layer, window] = len(debtor.answers())
+    # Then only those who have something to say were asked, and each heard of its rBlocks once for each window
+    assert list(answers.values()) == [2, 2, 2, 2, 1, 1, 0]
+    told = {name: [x.scoring.window for x in lender.asked if x.shares] for name, lender in lenders.items()}
+    assert told == {"x": [None, 12], "y": [None, 12, 3]}
+    assert debtor.lost == {}
+    for channel in channels:
+        channel.close()
+
+
+@pytest.mark.parametrize(
+    ("share", "sentence"),
+    [
+        (QueryShare(["loan-0"], [3], 1), "0 positions for 1 rBlocks of a window"),
+        (QueryShare(["loan-0"], [3], 1, [0, 8]), "2 positions for 1 rBlocks of a window"),
+    ],
+)
+def test_a_window_without_positions_is_refused(lenders: dict[str, Lender], share: QueryShare, sentence: str) -> None:
+    _, q, channels = prepared_question(lenders)
+    header = QueryHeader(1, 0, [share], Scoring(window=5))
+    with pytest.raises(DistkvError, match=sentence):
+        channels[0].call(MessageKind.QUERY, msgspec.msgpack.encode(header), [q], deadline_s=5)
+    for channel in channels:
+        channel.close()
+
+
+@pytest.mark.parametrize(
+    "scoring", [Scoring(window=0), Scoring(window=1 << 40), Scoring(soft_cap=-1.0), Scoring(scale=float("nan"))]
+)
+def test_scores_that_nobody_can_make_are_refused(lenders: dict[str, Lender], scoring: Scoring) -> None:
+    _, q, channels = prepared_question(lenders)
+    header = msgspec.msgpack.encode(QueryHeader(1, 0, [QueryShare(["loan-0"], [3], 1, [0], 8)], scoring))
+    with pytest.raises(DistkvError, match="a QueryHeader cannot be read"):
+        channels[0].call(MessageKind.QUERY, header, [q], deadline_s=5)
+    for channel in channels:
+        channel.close()
+
+
+def test_a_creditor_remembers_no_more_ways_of_scoring_than_there_are_layers(lenders: dict[str, Lender]) -> None:
+    _, q, channels = prepared_question(lenders)
+    share = QueryShare(["loan-0"], [3], 1, [0], 8)
+    for window in range(8, 8 + L + 1):
+        header = msgspec.msgpack.encode(QueryHeader(1, 0, [share], Scoring(window=window)))
+        if window < 8 + L:
+            channels[0].call(MessageKind.QUERY, header, [q], deadline_s=5)
+        else:
+            with pytest.raises(DistkvError, match=f"{L + 1} ways of scoring in {L} layers"):
+                channels[0].call(MessageKind.QUERY, header, [q], deadline_s=5)
+    for channel in channels:
+        channel.close()
 
 
 def rotate(x: torch.Tensor, rotary: RotaryConfig) -> torch.Tensor:
@@ -140,17 +245,34 @@ def rotate(x: torch.Tensor, rotary: RotaryConfig) -> torch.Tensor:
     return torch.cat((turned.real, turned.imag, x[..., r:].double()), -1)
 
 
-@pytest.mark.parametrize("rotary", [NO_ROTARY, RotaryConfig(0.5, 100.0)])
-def test_without_a_context_it_is_dense_and_differentiable(rotary: RotaryConfig) -> None:
+@pytest.mark.parametrize(
+    ("rotary", "scoring"),
+    [
+        (NO_ROTARY, {}),
+        (RotaryConfig(0.5, 100.0), {}),
+        (NO_ROTARY, {"window": 4}),
+        (NO_ROTARY, {"window": 9, "soft_cap": 1.5}),
+        (RotaryConfig(), {"window": 3, "soft_cap": 1.5, "softmax_scale": 0.7}),
+    ],
+)
+def test_without_a_context_it_is_dense_and_differentiable(rotary: RotaryConfig, scoring: dict[str, Any]) -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(9, 2, h, D, requires_grad=True) for h in (H, K, K))
-    out = attention(rotary)(q, k, v, None)
+    out = attention(rotary, **scoring)(q, k, v, None)
+    scale, window, soft_cap = scoring.get("softmax_scale", SCALE), scoring.get("window"), scoring.get("soft_cap")
     for b in range(2):
         qb, kb = (rotate(x[:, b].detach(), rotary) if rotary.percent else x[:, b] for x in (q, k))
-        expected, _ = dense_attention(qb, kb, v[:, b], torch.arange(9), SCALE)
+        expected, _ = dense_attention(qb, kb, v[:, b], torch.arange(9), scale, window, soft_cap)
         assert relative_error(out[:, b].view(9, H, D), expected) < 1e-5
     out.sum().backward()
     assert all(x.grad is not None and x.grad.abs().sum() > 0 for x in (q, v))
+
+
+@pytest.mark.parametrize("scoring", [{"window": 4}, {"soft_cap": 2.0}])
+def test_context_parallelism_without_a_window_says_so(scoring: dict[str, Any]) -> None:
+    layer = attention(**scoring)
+    with pytest.raises(ConfigError, match="train this model with context_parallel 1"):
+        layer.shard = ContextShard(ShardOrder(9, 1))
 
 
 def prepared_question(lenders: dict[str, Lender], debtor_name: str = "me") -> tuple[Debtor, torch.Tensor, list]:

@@ -1,8 +1,12 @@
 """Run by test_memory.py in a process of its own: peak of anonymous memory while a checkpoint is loaded or converted.
 
-usage: run_memory.py load|torch_dist|hf|legacy SOURCE TARGET; prints the growth over what the weights take.
+usage: run_memory.py load:SOURCE: | part:SOURCE: | torch_dist:SOURCE:TARGET | hf:... | legacy:... ...
+
+Prints each task's growth over what the weights take: for part, those of one of two tensor ranks. Memory that is freed
+must go back to the system (MALLOC_MMAP_THRESHOLD_), or a task would grow into what the one before left.
 """
 
+import json
 import sys
 import threading
 import warnings
@@ -11,11 +15,19 @@ from pathlib import Path
 warnings.filterwarnings("ignore")
 import torch  # noqa: E402
 
-from megatron_distkv.model import build_gpt, find_checkpoint, init_tensor_parallel, load_weights  # noqa: E402
+from megatron_distkv.config.model import ModelConfig  # noqa: E402
+from megatron_distkv.model import (  # noqa: E402
+    Checkpoint,
+    build_gpt,
+    find_checkpoint,
+    init_tensor_parallel,
+    load_weights,
+)
 from megatron_distkv.model.gpt import TORCH_DTYPES  # noqa: E402
 from megatron_distkv.model.weights import CheckpointFormat, open_source, write_checkpoint  # noqa: E402
 from megatron_distkv.model.weights.hf_writer import write_hf  # noqa: E402
 from megatron_distkv.model.weights.parameters import model_parameters  # noqa: E402
+from megatron_distkv.model.weights.source import rank_part  # noqa: E402
 
 FILE_BYTES = 16 << 20
 
@@ -44,25 +56,51 @@ class Peak:
         self.growth = max(self._most, anonymous_bytes()) - self._before
 
 
+def weight_bytes(model: ModelConfig) -> int:
+    return sum(torch.Size(x.shape).numel() for x in model_parameters(model)) * TORCH_DTYPES[model.dtype].itemsize
+
+
+def read_part(checkpoint: Checkpoint) -> float:
+    """One of two tensor ranks reads what it keeps."""
+    model = checkpoint.model
+    source = open_source(checkpoint, model)
+    with Peak() as peak:
+        kept = [torch.empty(x.shape_of(x.rank_extent(2))) for x in model_parameters(model)]
+        for into, parameter in zip(kept, model_parameters(model), strict=True):
+            into.copy_(rank_part(source, parameter, 1, 2))
+    return peak.growth / sum(tensor.nbytes for tensor in kept)
+
+
+def load(checkpoint: Checkpoint) -> float:
+    parallel = init_tensor_parallel(1)
+    with Peak() as peak:
+        load_weights(build_gpt(checkpoint.model, parallel), checkpoint, checkpoint.model)
+    return peak.growth / weight_bytes(checkpoint.model)
+
+
+def convert(what: str, checkpoint: Checkpoint, target: Path) -> float:
+    model = checkpoint.model
+    source, dtype = open_source(checkpoint, model), TORCH_DTYPES[model.dtype]
+    with Peak() as peak:
+        if what == "hf":
+            write_hf(source, model, dtype, target, max_file_bytes=FILE_BYTES)
+        else:
+            tp = 4 if what == "legacy" else 1
+            write_checkpoint(source, model, CheckpointFormat(what), target, tensor_parallel=tp)
+    return peak.growth / weight_bytes(model)
+
+
 def main() -> None:
     torch.set_num_threads(1)
-    what, checkpoint, target = sys.argv[1], find_checkpoint(Path(sys.argv[2])), Path(sys.argv[3])
-    model = checkpoint.model
-    whole = sum(torch.Size(x.shape).numel() for x in model_parameters(model)) * TORCH_DTYPES[model.dtype].itemsize
-    if what == "load":
-        parallel = init_tensor_parallel(1)
-        with Peak() as peak:
-            load_weights(build_gpt(model, parallel), checkpoint, model)
-    elif what == "hf":
-        with Peak() as peak:
-            write_hf(
-                open_source(checkpoint, model), model, TORCH_DTYPES[model.dtype], target, max_file_bytes=FILE_BYTES
-            )
-    else:
-        tp = 4 if what == "legacy" else 1
-        with Peak() as peak:
-            write_checkpoint(open_source(checkpoint, model), model, CheckpointFormat(what), target, tensor_parallel=tp)
-    print(peak.growth / whole)
+    shares = {}
+    for task in sys.argv[1:]:
+        what, source, target = task.split(":")
+        checkpoint = find_checkpoint(Path(source))
+        if what in ("load", "part"):
+            shares[task] = (load if what == "load" else read_part)(checkpoint)
+        else:
+            shares[task] = convert(what, checkpoint, Path(target))
+    print(json.dumps(list(shares.values())))
 
 
 main()

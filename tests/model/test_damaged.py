@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megatron_distkv.errors import CheckpointError
@@ -128,6 +129,87 @@ def test_a_truncated_safetensors_file_is_named(hf: Path, tmp_path: Path) -> None
     file = sorted(directory.glob("*.safetensors"))[1] if not file.exists() else file
     file.write_bytes(file.read_bytes()[:-100])
     refused(directory, file.name, "cannot be read")
+
+
+def deepspeed_files(folder: Path, stage: int) -> Path:
+    """As `save_checkpoint` leaves them of one rank, with the embedding alone (real ones: test_deepspeed.py)."""
+    weights = {"embedding.word_embeddings.weight": torch.ones(131, 64)}
+    (folder / "global_step1").mkdir(parents=True)
+    (folder / "latest").write_text("global_step1")
+    shape = {"num_layers": 1, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 4, "num_kv_heads": 2,
+             "head_dim": 16, "vocab_size": 131}  # fmt: skip
+    state = {"model": shape, "module": weights, "mp_world_size": 1, "dp_world_size": 1,
+             "param_shapes": [{name: x.shape for name, x in weights.items()}]}  # fmt: skip
+    if stage == 3:
+        flat = {"optimizer_state_dict": {"fp32_flat_groups": [torch.ones(131 * 64)]}}
+        torch.save(flat, folder / "global_step1" / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    prefix = "zero_pp_rank_0_" if stage == 3 else ""
+    torch.save(state, folder / "global_step1" / f"{prefix}mp_rank_00_model_states.pt")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("stage", "file"), [(1, "mp_rank_00_model_states.pt"), (3, "mp_rank_00_model_states.pt"), (3, "optim_states.pt")]
+)
+def test_damaged_deepspeed_files_are_named(stage: int, file: str, tmp_path: Path) -> None:
+    # Given files with one tensor: the first that is missing is named
+    directory = deepspeed_files(tmp_path / "run", stage)
+    refused(directory, "global_step1", "decoder.layers.0.input_layernorm.weight is missing")
+    [path] = directory.glob(f"global_step1/*{file}")
+    whole = path.read_bytes()
+    # When one of them is cut short, or hostile, it is named
+    path.write_bytes(whole[: len(whole) * 2 // 3])
+    refused(directory, path.name, "damaged")
+    torch.save(Bomb(tmp_path / "mark"), path)
+    refused(directory, path.name, "is not loaded")
+    assert not (tmp_path / "mark").exists()
+
+
+def test_a_deepspeed_tensor_of_another_shape_is_named_with_its_file(tmp_path: Path) -> None:
+    directory = deepspeed_files(tmp_path / "run", 1)
+    [path] = directory.glob("global_step1/*.pt")
+    state = torch.load(path, weights_only=False)
+    torch.save({**state, "module": {"embedding.word_embeddings.weight": torch.ones(131, 32)}}, path)
+    refused(
+        directory, path.name, "embedding.word_embeddings.weight has shape (131, 32), one of 1 ranks needs (131, 64)"
+    )
+
+
+def test_a_torch_dist_tensor_of_another_shape_is_named(hf: Path, tmp_path: Path) -> None:
+    directory = written(hf, tmp_path / "out", "torch_dist")
+    state = torch.load(directory / "common.pt", weights_only=False)
+    state["args"].ffn_hidden_size = 48
+    torch.save(state, directory / "common.pt")
+    refused(directory, "decoder.layers.mlp.linear_fc1.weight has shape (2, 192, 64), the model needs (2, 96, 64)")
+
+
+@pytest.mark.parametrize("to", ["hf", "torch_dist", "legacy"])
+def test_weights_of_integers_are_refused_not_taken_for_numbers(to: str, hf: Path, tmp_path: Path) -> None:
+    """Quantised weights: without their scales they would load, and compute nonsense."""
+    name = "decoder.final_layernorm.weight"
+    if to == "hf":
+        directory, name = save_family("qwen2", tmp_path / "hf"), "model.norm.weight"
+        tensors = load_file(directory / "model.safetensors")
+        tensors[name] = tensors[name].to(torch.int8)
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    elif to == "legacy":
+        directory = written(hf, tmp_path / "out", to)
+        path = directory / "mp_rank_00/model_optim_rng.pt"
+        state = torch.load(path, weights_only=False)
+        state["model"][name] = state["model"][name].to(torch.int8)
+        torch.save(state, path)
+    else:
+        directory = written(hf, tmp_path / "out", to)
+        index = load_index(directory / ".metadata")
+        index.state_dict_metadata[name].properties.dtype = torch.int8
+        (directory / ".metadata").write_bytes(pickle.dumps(index))
+    refused(directory, name, "is int8; only fp32")
+
+
+def test_weights_that_are_not_safetensors_are_named(tmp_path: Path) -> None:
+    directory = save_family("qwen2", tmp_path / "hf")
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+    refused(directory, "pytorch_model.bin is not read: only safetensors are")
 
 
 def test_a_missing_file_of_an_index_is_named(hf: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Checkpoints that DeepSpeed itself wrote after real steps, on two ranks, against what Megatron's own way saved."""
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -19,8 +20,9 @@ from tests.model.tensors import assert_same_bits, safetensors, whole_tensors
 SCRIPT = Path(__file__).with_name("run_deepspeed.py")
 
 
-def train(source: Path, tp: int, dtype: str, folder: Path, *stages: int, steps: int = 2) -> Path:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(SCRIPT)]
+def train(source: Path | str, tp: int, dtype: str, folder: Path, *stages: int, steps: int = 2, ranks: int = 2) -> Path:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command = [*launcher, str(SCRIPT)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": os.getcwd()}
     arguments = [str(source), str(tp), dtype, str(folder), str(steps), *map(str, stages)]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=env, check=False)
@@ -65,21 +67,29 @@ def convert(source: Path, target: Path, to: str, tp: int = 1) -> Path:
 
 
 def test_through_all_four_formats_and_back_no_bit_changes(tmp_path: Path) -> None:
-    # Given a model that has gone from Hugging Face to torch_dist of two ranks to Megatron legacy of four
-    source = save_family("qwen2", tmp_path / "hf", num_key_value_heads=4)
-    dist = convert(source, tmp_path / "dist", "torch_dist", tp=2)
-    legacy = convert(dist, tmp_path / "legacy", "legacy", tp=4)
-    # When DeepSpeed takes it over on two ranks, saves it before any step, and that becomes Hugging Face again
-    runs = train(legacy, 2, "fp32", tmp_path / "runs", 1, 3, steps=0)
-    for stage in (1, 3):
-        back = convert(runs / f"zero{stage}" / "deepspeed", tmp_path / f"back{stage}", "hf")
-        # Then it is the same, bit by bit
-        assert_same_bits(safetensors(source), safetensors(back))
+    # Given models that have gone from Hugging Face to torch_dist of two ranks to Megatron legacy of four
+    names = ("qwen2", "gemma3", "mixtral")
+    for name in names:
+        source = save_family(name, tmp_path / "hf" / name, num_key_value_heads=4)
+        dist = convert(source, tmp_path / "dist" / name, "torch_dist", tp=2)
+        convert(dist, tmp_path / "legacy" / name, "legacy", tp=4)
+    # When DeepSpeed takes them over on two tensor by two data ranks, saves before any step, and that becomes Hugging
+    # Face's again
+    legacies = ",".join(str(tmp_path / "legacy" / name) for name in names)
+    runs = train(legacies, 2, "fp32", tmp_path / "runs", 1, 3, steps=0, ranks=4)
+    for name, stage in itertools.product(names, (1, 3)):
+        saved = runs / name / f"zero{stage}" / "deepspeed"
+        assert f"TP 2, DP 2, ZeRO {stage}" in str(find_checkpoint(saved))
+        back = convert(saved, tmp_path / "back" / f"{name}{stage}", "hf")
+        # Then they are the same, bit by bit
+        assert_same_bits(safetensors(tmp_path / "hf" / name), safetensors(back))
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_two_ranks_checkpoints_give_other_numbers_of_ranks_their_parts(stage: int, runs: dict[str, Path]) -> None:
-    out = runs["tp2"] / f"zero{stage}"
+@pytest.mark.parametrize(("layout", "stage"), [("tp2", 2), ("tp2", 3), ("dp2", 2)])
+def test_any_ranks_checkpoints_give_any_number_of_ranks_their_parts(
+    layout: str, stage: int, runs: dict[str, Path]
+) -> None:
+    out = runs[layout] / f"zero{stage}"
     found, expected = find_checkpoint(out / "deepspeed"), find_checkpoint(out)
     ours, theirs = open_source(found, found.model), open_source(expected, expected.model)
     for size in (1, 2):

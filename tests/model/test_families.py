@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from megatron_distkv.config.model import GemmaConfig
 from megatron_distkv.errors import CheckpointError, ConfigError
 from megatron_distkv.model import build_gpt, find_checkpoint, init_tensor_parallel, load_weights
 from tests.model.against_hf import Errors, compare
@@ -56,13 +57,35 @@ def test_two_ranks_give_the_logits_of_transformers(references: Path, tmp_path: P
 def test_what_each_family_is_read_as(references: Path) -> None:
     models = {name: find_checkpoint(references / name).model for name in FAMILIES}
     assert {name: model.family for name, model in models.items()} == {
-        "llama": "llama", "llama3": "llama", "llama3-tied": "llama", "llama-linear": "llama", "mistral": "llama",
-        "mistral-window": "mistral", "qwen2": "qwen2", "qwen2-tied": "qwen2", "qwen3": "qwen3", "qwen3-yarn": "qwen3",
-        "mixtral": "mixtral", "qwen3-moe": "qwen3_moe", "qwen3-moe-shares": "qwen3_moe",
+        "llama": "llama", "llama3": "llama", "llama3-tied": "llama", "llama-linear": "llama", "llama-yarn": "llama",
+        "mistral": "llama", "mistral-window": "mistral", "qwen2": "qwen2", "qwen2-tied": "qwen2",
+        "qwen2-yarn": "qwen2", "qwen2-window": "qwen2", "qwen3": "qwen3", "qwen3-yarn": "qwen3",
+        "gemma2": "gemma2", "gemma3": "gemma3_text", "mixtral": "mixtral", "qwen3-moe": "qwen3_moe",
+        "qwen3-moe-shares": "qwen3_moe",
     }  # fmt: skip
-    # A context ends where the window would begin to matter.
-    assert models["mistral-window"].max_context_tokens == 64
-    assert models["mistral"].max_context_tokens == 2048
+    # YaRN makes contexts longer than max_position_embeddings says.
+    assert models["qwen2-yarn"].max_context_tokens == 128
+    # Windows are those of the config's layers.
+    assert [models["mistral-window"].window_of(layer) for layer in range(2)] == [11, 11]
+    assert [models["qwen2-window"].window_of(layer) for layer in range(2)] == [None, 9]
+    assert [models["gemma2"].window_of(layer) for layer in range(2)] == [10, None]
+    assert [models["gemma3"].window_of(layer) for layer in range(3)] == [10, None, 10]
+    assert models["mistral"].max_context_tokens == models["mistral-window"].max_context_tokens == 2048
+
+
+def test_a_gemma_3_as_google_published_it_is_read(references: Path, tmp_path: Path) -> None:
+    """With keys that transformers 5 no longer writes, and without those whose defaults it means."""
+    config = json.loads((references / "gemma3" / "config.json").read_text())
+    for key in ("layer_types", "rope_parameters", "tie_word_embeddings", "query_pre_attn_scalar"):
+        config.pop(key, None)
+    old = {"num_hidden_layers": 7, "sliding_window": 512, "sliding_window_pattern": 6, "rope_theta": 1e6,
+           "rope_local_base_freq": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps({**config, **old}))
+    model = find_checkpoint(tmp_path).model
+    assert [model.window_of(layer) for layer in range(7)] == [512] * 5 + [None, 512]
+    assert (model.rotary_base, model.rope_scaling and model.rope_scaling.factor) == (1e6, 8.0)
+    assert model.gemma == GemmaConfig(score_scale_dims=256, window_rotary_base=1e4)
+    assert model.tie_embeddings
 
 
 def changed(references: Path, name: str, target: Path, **changes: Any) -> Path:
@@ -75,13 +98,17 @@ def changed(references: Path, name: str, target: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"architectures": ["Gemma2ForCausalLM"]}, "Gemma2ForCausalLM is not supported yet: it needs soft-capped"),
+        ({"architectures": ["Gemma3ForConditionalGeneration"]}, "is not supported yet: it needs an image encoder"),
+        ({"architectures": ["Gemma2ForCausalLM"], "hidden_activation": "gelu"}, "hidden_activation 'gelu' is not"),
+        ({"architectures": ["Gemma3ForCausalLM"], "use_bidirectional_attention": True}, "tokens see the past alone"),
         ({"architectures": ["Qwen2MoeForCausalLM"]}, "it needs shared experts beside"),
         ({"architectures": None}, r"architecture \(none\) is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1.0}}, "RoPE scaling 'longrope'"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, "rope_scaling.factor"),
         ({"attention_bias": True}, "attention_bias"),
+        ({"layer_types": ["full_attention", "chunked_attention"]}, "layer_types has 'chunked_attention'"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantised by 'fp8' are not read"),
         (
             {"architectures": ["Qwen3MoeForCausalLM"], "decoder_sparse_step": 2},
             "dense layers among mixture-of-experts layers",

@@ -1,6 +1,8 @@
 """Writing every format that we write, reading it back by others and by us, bit by bit."""
 
+import io
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from megatron_distkv.model.weights import (
 from megatron_distkv.model.weights.hf_writer import write_hf
 from tests.model.families import FAMILIES, save_family
 from tests.model.tensors import assert_same_bits, safetensors, whole_tensors
+from tests.model.zero3 import save_zero3
 
 
 def convert(source: Path, target: Path, to: str, tp: int = 1) -> Path:
@@ -37,16 +40,17 @@ def logits(path: Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", list(FAMILIES))
-def test_hf_to_torch_dist_of_two_to_legacy_of_four_to_hf_changes_no_bit(name: str, tmp_path: Path) -> None:
+def test_through_torch_dist_of_two_legacy_of_four_and_zero3_of_three_changes_no_bit(name: str, tmp_path: Path) -> None:
     # Given a model of four KV heads, so that four ranks can have one each
     source = save_family(name, tmp_path / "hf", num_key_value_heads=4)
-    # When it goes through both of Megatron's formats and back
+    # When it goes through both of Megatron's formats, and DeepSpeed's files, and back
     dist = convert(source, tmp_path / "dist", "torch_dist", tp=2)
     legacy = convert(dist, tmp_path / "legacy", "legacy", tp=4)
-    back = convert(legacy, tmp_path / "back", "hf")
+    zero3 = save_zero3(tmp_path / "zero3", legacy, num_ranks=3)
+    back = convert(zero3, tmp_path / "back", "hf")
     # Then each says what it is, and all tensors are what they were
     assert str(find_checkpoint(legacy)).endswith(f"({find_checkpoint(source).model.family}, TP 4, PP 1, step 3)")
-    assert find_checkpoint(dist).step == 3
+    assert str(find_checkpoint(dist)).endswith(f"({find_checkpoint(source).model.family}, TP 2, PP 1, step 3)")
     assert_same_bits(safetensors(source), safetensors(back))
     # And transformers computes the same from its own and from our directory
     assert torch.equal(logits(source), logits(back))
@@ -63,7 +67,7 @@ def test_bf16_and_many_files(tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(tmp_path / "back")
 
 
-@pytest.mark.parametrize(("name", "tp"), [("qwen3", 1), ("qwen3", 2), ("mixtral", 2)])
+@pytest.mark.parametrize(("name", "tp"), [("qwen3", 1), ("qwen3", 2), ("mixtral", 2), ("gemma3", 2)])
 def test_megatrons_own_loader_reads_what_we_write(name: str, tp: int, tmp_path: Path) -> None:
     # Given torch_dist pieces of one and of two ranks
     source = save_family(name, tmp_path / "hf")
@@ -77,9 +81,10 @@ def test_megatrons_own_loader_reads_what_we_write(name: str, tp: int, tmp_path: 
     assert_same_bits({name: x.detach() for name, x in gpt.named_parameters()}, reordered(whole_tensors(source), gpt))
 
 
-def test_what_megatron_itself_saved_of_a_mixture_is_read(tmp_path: Path) -> None:
-    # Given a mixture in a Megatron model, saved by Megatron's sharded state dict
-    source = save_family("qwen3-moe", tmp_path / "hf")
+@pytest.mark.parametrize("name", ["qwen3-moe", "gemma2"])
+def test_what_megatron_itself_saved_is_read(name: str, tmp_path: Path) -> None:
+    # Given a mixture, or norms where Megatron has none, saved by Megatron's sharded state dict
+    source = save_family(name, tmp_path / "hf")
     checkpoint = find_checkpoint(source)
     gpt = build_gpt(checkpoint.model, init_tensor_parallel(1))
     load_weights(gpt, checkpoint, checkpoint.model)
@@ -87,6 +92,23 @@ def test_what_megatron_itself_saved_of_a_mixture_is_read(tmp_path: Path) -> None
     # Then we know its shape and its tensors
     assert find_checkpoint(tmp_path / "dist").model == checkpoint.model
     assert_same_bits(whole_tensors(source), whole_tensors(tmp_path / "dist"))
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_sees_how_far_loading_and_writing_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = save_family("llama", tmp_path / "hf")
+    for what, to in (("writing", "torch_dist"), ("rank 1 of 2", "legacy"), ("file 1 of 1", "hf")):
+        monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+        convert(source, tmp_path / to, to, tp=1 if to == "hf" else 2)
+        assert f"\r{what}:" in terminal.getvalue()
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    checkpoint = find_checkpoint(tmp_path / "legacy")
+    load_weights(build_gpt(checkpoint.model, init_tensor_parallel(1)), checkpoint, checkpoint.model)
+    assert "\rloading:   0%" in terminal.getvalue()
 
 
 def test_transformer_engines_names_of_grouped_experts_are_read(tmp_path: Path) -> None:

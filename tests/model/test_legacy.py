@@ -125,6 +125,19 @@ def test_a_megatron_lm_layout_is_read_whole(names: str, tp: int, pp: int, hf: Pa
     assert_same_bits(whole_tensors(hf), whole_tensors(folder))
 
 
+@pytest.mark.parametrize(
+    ("frequency", "windows"), [(None, [13, 13]), (2, [13, None]), ([0, 1], [None, 13]), ([0, 0], [None, None])]
+)
+def test_megatrons_sliding_windows_are_those_of_its_layers(
+    frequency: Any, windows: list[int | None], hf: Path, tmp_path: Path
+) -> None:
+    """window_size counts the tokens before the own one; window_attn_skip_freq says which layers have it."""
+    args = {"window_size": (12, 0), "window_attn_skip_freq": frequency}
+    folder = save_by_hand(tmp_path / "a", safetensors(hf), tp=1, pp=1, names="te", **args)
+    model = find_checkpoint(folder).model
+    assert [model.window_of(layer) for layer in range(LAYERS)] == windows
+
+
 def test_missing_ranks_stages_and_what_we_lack_are_one_sentence(hf: Path, tmp_path: Path) -> None:
     tensors = safetensors(hf)
     folder = save_by_hand(tmp_path / "a", tensors, tp=2, pp=2, names="te")

@@ -1,32 +1,50 @@
-"""Every test of this room runs once on each backend, and each instruction set of it, that this machine has."""
+"""Every test of this room runs once on each backend, and each instruction set of it, that this machine has.
+
+Where there is a GPU, all of it lies there and the C++ kernels rest; elsewhere Triton runs under its interpreter.
+"""
 
 from collections.abc import Iterator
 
 import pytest
+import torch
 from megatron_distkv.kernels import cpu
 
 from megatron_distkv.ops import available_backends, use_backend
 
 INSTRUCTION_SETS = ("avx512bf16", "avx512", "avx2", "baseline")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def variants() -> list[str]:
-    found = []
-    if cpu.is_built():
-        best = cpu.instruction_set()
-        found = [f"cpu-{name}" for name in INSTRUCTION_SETS if cpu.use_instruction_set(name)]
-        cpu.use_instruction_set(best)
-    return [*found, *(name for name in available_backends() if name != "cpu")]
+    others = [name for name in available_backends() if name != "cpu"]
+    if DEVICE == "cpu":
+        others = [f"{name}-interpreted" if name == "triton" else name for name in others]
+    if DEVICE == "cuda" or not cpu.is_built():
+        return others
+    best = cpu.instruction_set()
+    found = [f"cpu-{name}" for name in INSTRUCTION_SETS if cpu.use_instruction_set(name)]
+    cpu.use_instruction_set(best)
+    return [*found, *others]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The interpreter computes all floats as fp32: fp16 there only costs time."""
+    if DEVICE == "cpu":
+        items[:] = [
+            item for item in items if not ("[triton-" in item.name and "float16" in item.name.replace("bfloat16", ""))
+        ]
 
 
 @pytest.fixture(scope="session", autouse=True, params=variants())
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    name, _, instruction_set = request.param.partition("-")
+    name, _, variant = request.param.partition("-")
     use_backend(name)
+    torch.set_default_device(DEVICE)
     best = cpu.instruction_set() if cpu.is_built() else ""
-    if instruction_set:
-        cpu.use_instruction_set(instruction_set)
+    if name == "cpu":
+        cpu.use_instruction_set(variant)
     yield request.param
     use_backend("auto")
+    torch.set_default_device(None)
     if best:
         cpu.use_instruction_set(best)

@@ -55,14 +55,13 @@ def test_rblocks_travel_bit_by_bit() -> None:
 
 def test_ops_declare_their_shapes_and_mutations_truly() -> None:
     pool, q, kv = torch.randn(4, 2, 2, 2, 4, 8), torch.randn(3, 4, 8), torch.randn(3, 2, 8)
+    attention = (q, pool, 1, int64(0, 2), int64(0, 4), int64(0, 2), int64(0, 3), int64(4, 5, 6), 0.5, True, 3, 20.0)
     checks = [
-        (
-            torch.ops.distkv.micro_attention.default,
-            (q, pool, 1, int64(0, 2), int64(0, 4), int64(0, 2), int64(0, 3), int64(4, 5, 6), 0.5, True),
-        ),
+        (torch.ops.distkv.micro_attention.default, attention),
+        (torch.ops.distkv.micro_attention_out.default, (*attention, torch.empty(3, 4, 8), torch.empty(3, 4))),
         (torch.ops.distkv.merge.default, (torch.randn(2, 3, 4, 8), torch.randn(2, 3, 4))),
-        (store_kv, (kv, kv.clone(), pool, 0, int64(1, 2, 3))),
-        (apply_rope, (q, torch.randn(3, 4), torch.randn(3, 4))),
+        (torch.ops.distkv.store_kv.default, (kv, kv.clone(), pool, 0, int64(1, 2, 3))),
+        (torch.ops.distkv.apply_rope.default, (q, torch.randn(3, 4), torch.randn(3, 4))),
         (gather_rblocks, (pool, int64(1, 0))),
         (scatter_rblocks, (torch.randn(1, 2, 2, 2, 4, 8), pool, int64(2))),
     ]

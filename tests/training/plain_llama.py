@@ -1,6 +1,8 @@
 """The reference: transformers' Llama with torch's AdamW on one process, from weights that Megatron drew."""
 
+import itertools
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -9,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from megatron_distkv.config.model import ModelConfig
 from megatron_distkv.config.train import TrainConfig
 from megatron_distkv.training.data import PasskeyData
+from megatron_distkv.training.packing import PackedDocuments
 from megatron_distkv.training.passkey import load_prose
 from megatron_distkv.training.schedule import learning_rate
 
@@ -77,26 +80,57 @@ def passkey_loss(nll_BT: torch.Tensor, is_answer_BT: torch.Tensor, prose_weight:
     return torch.stack(losses).mean()
 
 
+# A step's loss with its graph, of the model and the step's number
+StepLoss = Callable[[LlamaForCausalLM, int], torch.Tensor]
+
+
+def passkey_steps(config: TrainConfig) -> StepLoss:
+    assert config.data is not None
+    prose_weight = config.data.prose_weight
+    data = PasskeyData(config.data, load_prose(config.data.text).training, config.seed)
+
+    def loss(llama: LlamaForCausalLM, step: int) -> torch.Tensor:
+        batch = data.batch(step, 0, 1)
+        assert batch.temperature == 1.0, "plain attention knows no temperature"
+        return passkey_loss(_nll(llama, batch.inputs_BT, batch.labels_BT), batch.is_answer_BT, prose_weight)
+
+    return loss
+
+
+def document_steps(config: TrainConfig, data: PackedDocuments) -> StepLoss:
+    """Every document, or part of one, by itself: the mean over all labels of the step."""
+
+    def loss(llama: LlamaForCausalLM, step: int) -> torch.Tensor:
+        nlls = []
+        for inputs, labels, weights, starts, _ in data.micro_batches(step, 0, 1):
+            lengths = [stop - start for start, stop in itertools.pairwise([*starts, inputs.shape[1]])]
+            for ids, wanted, counts in zip(*(x.split(lengths, 1) for x in (inputs, labels, weights)), strict=True):
+                nlls.append(_nll(llama, ids, wanted)[counts > 0])
+        return torch.cat(nlls).mean()
+
+    return loss
+
+
+def _nll(llama: LlamaForCausalLM, inputs_BT: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
+    logits = llama(inputs_BT).logits
+    return torch.nn.functional.cross_entropy(logits.mT, labels_BT, reduction="none")
+
+
 class PlainRun:
     """`losses`, and the gradient norms before clipping, step by step."""
 
-    def __init__(self, weights: Weights, config: TrainConfig) -> None:
+    def __init__(self, weights: Weights, config: TrainConfig, step_loss: StepLoss) -> None:
         self.losses: list[float] = []
         self.gradient_norms: list[float] = []
-        llama = plain_llama(weights, config.model)
-        data = PasskeyData(config.data, load_prose(config.data.text).training, config.seed)
-        optimizer = _adamw(llama, config)
+        self.llama = plain_llama(weights, config.model)
+        optimizer = _adamw(self.llama, config)
         for step in range(config.steps):
-            batch = data.batch(step, 0, 1)
-            assert batch.temperature == 1.0, "plain attention knows no temperature"
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, config.steps, config.optimizer)
-            logits = llama(batch.inputs_BT).logits
-            nll = torch.nn.functional.cross_entropy(logits.mT, batch.labels_BT, reduction="none")
-            loss = passkey_loss(nll, batch.is_answer_BT, config.data.prose_weight)
+            loss = step_loss(self.llama, step)
             optimizer.zero_grad()
             loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(llama.parameters(), config.optimizer.gradient_clipping)
+            norm = torch.nn.utils.clip_grad_norm_(self.llama.parameters(), config.optimizer.gradient_clipping)
             optimizer.step()
             self.losses.append(loss.item())
             self.gradient_norms.append(norm.item())

@@ -1,11 +1,12 @@
 """Run by the deepspeed launcher from test_deepspeed.py: trains one configuration after the other, writes what it saw.
 
-usage: run_training.py JOBS, a JSON list of {config, output, resume}. Each output gets, beside Trainer's own files:
+usage: run_training.py JOBS, a JSON list of {config, output, resume_from}. Each output gets, beside Trainer's own files:
 initial-R.pt (weights of tensor-parallel rank R before the first step) and seen.json (Seen's fields).
 """
 
 import json
 import os
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -25,16 +26,18 @@ from megatron_distkv.training.train import Trainer  # noqa: E402
 
 def main() -> None:
     for job in json.loads(Path(sys.argv[1]).read_text()):
-        train(TrainConfig.model_validate(job["config"]), Path(job["output"]), resume=job["resume"])
+        train(TrainConfig.model_validate(job["config"]), Path(job["output"]), job["resume_from"])
+        parallel_state.destroy_model_parallel()  # the next job may have another layout
     dist.barrier()
     dist.destroy_process_group()
 
 
-def train(config: TrainConfig, output: Path, *, resume: bool) -> None:
-    trainer = Trainer(config, output)
-    dist.barrier()  # the first rank makes the directory
-    if resume:
-        trainer.resume()
+def train(config: TrainConfig, output: Path, resume_from: str | None) -> None:
+    if resume_from is not None and int(os.environ["RANK"]) == 0:
+        leave_checkpoint(Path(resume_from), output)
+    if dist.is_initialized():
+        dist.barrier()
+    trainer = Trainer(config, output, resume=resume_from is not None)
     first_step = trainer.step
     save_weights(trainer, output)
     losses = trainer.run()
@@ -42,6 +45,13 @@ def train(config: TrainConfig, output: Path, *, resume: bool) -> None:
     if dist.get_rank() == 0:
         seen = {"first_step": first_step, "losses": losses, "logprobs": logprobs}
         (output / "seen.json").write_text(json.dumps(seen))
+    trainer.engine.destroy()
+
+
+def leave_checkpoint(iteration: Path, output: Path) -> None:
+    """An output as if its run had been killed after this checkpoint."""
+    shutil.copytree(iteration, output / iteration.name)
+    (output / "latest_checkpointed_iteration.txt").write_text(str(int(iteration.name.removeprefix("iter_"))))
 
 
 def save_weights(trainer: Trainer, output: Path) -> None:

@@ -1,17 +1,15 @@
 """Training through the real deepspeed launcher: no layout and no ZeRO stage changes a loss, a resumed run none either.
 
-One job of the launcher trains all ZeRO stages of one layout, one after the other: starting is what costs time.
+One launch trains everything that has so many ranks, one after the other: starting is what costs time.
 """
 
 import json
 import math
-import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -23,23 +21,12 @@ from megatron_distkv.config.train import TrainConfig
 from megatron_distkv.engine.llm import LLM
 from megatron_distkv.model import find_checkpoint
 from megatron_distkv.sampling_params import SamplingParams
-from tests.training.plain_llama import PlainRun, whole_weights
+from tests.training.jobs import Job, Layout, launch
+from tests.training.plain_llama import PlainRun, passkey_steps, whole_weights
 
-SCRIPT = Path(__file__).with_name("run_training.py")
 STEPS, RESUMED_AT = 20, 10
-
-
-class Layout(NamedTuple):
-    tensor: int = 1
-    context: int = 1
-    data: int = 1
-
-    def __str__(self) -> str:
-        return f"tp{self.tensor}-cp{self.context}-dp{self.data}"
-
-
 # Not all ZeRO stages of all layouts: each costs seconds.
-ZERO_STAGES = {
+TRAINED = {
     Layout(): (0, 3),
     Layout(data=2): (1, 2, 3),
     Layout(tensor=2): (0, 2),
@@ -47,7 +34,17 @@ ZERO_STAGES = {
     Layout(context=2, data=2): (1,),
     Layout(tensor=2, context=2): (2,),
 }
-LAYOUTS = list(ZERO_STAGES)
+LAYOUTS = list(TRAINED)
+# (of which run, how it goes on): the same layout first, then others, and every ZeRO stage from and to another
+RESUMED = [
+    ((Layout(data=2), 1), (Layout(data=2), 1)),
+    ((Layout(tensor=2), 2), (Layout(tensor=2), 2)),
+    ((Layout(context=2), 3), (Layout(context=2), 3)),
+    ((Layout(data=2), 3), (Layout(tensor=2), 0)),
+    ((Layout(tensor=2), 0), (Layout(context=2), 2)),
+    ((Layout(context=2), 0), (Layout(data=2), 3)),
+    ((Layout(tensor=2), 2), (Layout(data=2), 1)),
+]
 VALUES: dict[str, Any] = {
     "model": {
         "num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4, "num_kv_heads": 2,
@@ -60,54 +57,47 @@ VALUES: dict[str, Any] = {
     },
     "optimizer": {"learning_rate": 1e-2, "warmup_steps": 5, "weight_decay": 0.1, "gradient_clipping": 2.0},
     "init_std": 0.1, "steps": STEPS, "save_every": RESUMED_AT, "evaluate_every": 15, "evaluation_length": 64,
+    "peak_tflops": 1.0,
 }  # fmt: skip
 REFERENCE = TrainConfig.model_validate(VALUES)
 
 
-@dataclass(frozen=True)
-class Job:
-    layout: Layout
-    zero_stage: int
-    output: Path
-    resume: bool = False
-
-    def config(self) -> dict[str, Any]:
-        degrees = {"tensor_parallel": self.layout.tensor, "context_parallel": self.layout.context}
-        return {**VALUES, **degrees, "zero_stage": self.zero_stage}
-
-    def seen(self) -> dict[str, Any]:
-        seen: dict[str, Any] = json.loads((self.output / "seen.json").read_text())
-        return seen
-
-
-def launch(jobs: list[Job], directory: Path) -> None:
-    num_ranks = math.prod(jobs[0].layout)
-    file = directory / "jobs.json"
-    file.write_text(json.dumps([{"config": j.config(), "output": str(j.output), "resume": j.resume} for j in jobs]))
-    child = Child(
-        "training", [*deepspeed(num_ranks), str(SCRIPT), str(file)], directory / "log", {"OMP_NUM_THREADS": "1"}
-    )
-    try:
-        assert child.process.wait(timeout=200) == 0, (directory / "log").read_text(errors="replace")[-4000:]
-    finally:
-        child.end()
-
-
 Trained = Callable[[Layout], list[Job]]
+Run = tuple[Layout, int]
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """Every ZeRO stage of a layout, trained once."""
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def trained(directory: Path) -> Trained:
+    """Every ZeRO stage of a layout, trained once; with two ranks also the runs that others went on with."""
 
     @cache
-    def train(layout: Layout) -> list[Job]:
-        directory = tmp_path_factory.mktemp(str(layout))
-        jobs = [Job(layout, stage, directory / f"zero{stage}") for stage in ZERO_STAGES[layout]]
+    def launched(num_ranks: int) -> None:
+        jobs = [job for layout in LAYOUTS if math.prod(layout) == num_ranks for job in jobs_of(layout)]
+        if num_ranks == 2:
+            jobs += [resumed_job(directory, *pair) for pair in RESUMED]
         launch(jobs, directory)
-        return jobs
+
+    def jobs_of(layout: Layout) -> list[Job]:
+        return [Job(layout, stage, directory / f"{layout}-zero{stage}", VALUES) for stage in TRAINED[layout]]
+
+    def train(layout: Layout) -> list[Job]:
+        launched(math.prod(layout))
+        return jobs_of(layout)
 
     return train
+
+
+def resumed_job(directory: Path, first: Run, then: Run) -> Job:
+    """What goes on from the middle checkpoint, as if the first run had been killed after it."""
+    (old, old_stage), (new, new_stage) = first, then
+    source = directory / f"{old}-zero{old_stage}" / f"iter_{RESUMED_AT:07d}"
+    output = directory / f"{old}-zero{old_stage}-to-{new}-zero{new_stage}"
+    return Job(new, new_stage, output, VALUES, source)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -115,7 +105,7 @@ def test_losses_are_plain_torchs(layout: Layout, trained: Trained) -> None:
     # Given runs of every ZeRO stage, and plain torch from the same weights with the same batches
     jobs = trained(layout)
     weights = whole_weights(jobs[0].output, layout.tensor)
-    plain = PlainRun(weights, REFERENCE)
+    plain = PlainRun(weights, REFERENCE, passkey_steps(REFERENCE))
     # Then the reference clips some steps and not all, and every run has its losses
     assert min(plain.gradient_norms) < REFERENCE.optimizer.gradient_clipping < max(plain.gradient_norms)
     assert plain.losses[-1] < plain.losses[0] - 1
@@ -132,20 +122,28 @@ def test_one_seed_draws_the_same_weights_on_every_layout(trained: Trained) -> No
             assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("layout", [Layout(data=2), Layout(tensor=2), Layout(context=2)], ids=str)
-def test_a_resumed_run_repeats_the_losses(layout: Layout, trained: Trained) -> None:
-    # Given runs whose newest checkpoint is that of an earlier step, as if they had been killed after it
-    first = trained(layout)
-    expected = [job.seen()["losses"][RESUMED_AT:] for job in first]
-    jobs = [Job(layout, job.zero_stage, job.output, resume=True) for job in first]
+@pytest.mark.parametrize("pair", RESUMED, ids=lambda pair: "-to-".join(f"{layout}-zero{n}" for layout, n in pair))
+def test_a_resumed_run_repeats_the_next_losses(pair: tuple[Run, Run], trained: Trained, directory: Path) -> None:
+    # Given a run, and what goes on from its middle checkpoint
+    first, then = pair
+    trained(first[0])
+    whole = Job(*first, directory / f"{first[0]}-zero{first[1]}", VALUES).seen()["losses"]
+    resumed = resumed_job(directory, first, then).seen()
+    # Then it sees the same losses: to the last bit, unless another layout adds up in another order
+    assert resumed["first_step"] == RESUMED_AT
+    assert resumed["losses"] == pytest.approx(whole[RESUMED_AT:], abs=0 if first == then else 2e-5, rel=0)
+
+
+def test_the_log_has_every_step_once(trained: Trained, directory: Path) -> None:
+    jobs = [*trained(Layout(data=2)), resumed_job(directory, *RESUMED[0])]
     for job in jobs:
-        (job.output / "deepspeed" / "latest").write_text(f"global_step{RESUMED_AT}")
-    # When new processes go on from there
-    launch(jobs, jobs[0].output.parent)
-    # Then they see the same losses, to the last bit
-    for job, losses in zip(jobs, expected, strict=True):
-        assert job.seen()["first_step"] == RESUMED_AT
-        assert job.seen()["losses"] == losses, f"ZeRO-{job.zero_stage}"
+        steps = [line["step"] for line in job.log()]
+        assert steps == list(range(job.seen()["first_step"] + 1, STEPS + 1))
+        for line, loss in zip(job.log(), job.seen()["losses"], strict=True):
+            assert line["loss"] == loss
+            assert {"learning_rate", "gradient_norm", "tokens", "tokens_per_s", "mfu"} <= line.keys()
+            assert ("recall" in line) == (line["step"] in (15, STEPS))
+        assert (job.output / "loss.png").read_bytes()[1:4] == b"PNG"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -168,16 +166,6 @@ def test_what_was_trained_is_what_is_served(layout: Layout, trained: Trained, tm
                 (token, pytest.approx(logprob, abs=1e-4))
                 for token, logprob in zip(best.indices.tolist(), best.values.tolist(), strict=True)
             ]
-
-
-def test_a_deepspeed_checkpoint_alone_tells_the_models_shape(trained: Trained, tmp_path: Path) -> None:
-    for job in trained(Layout(context=2)):
-        # Given what DeepSpeed saved, without the torch_dist checkpoint beside it
-        alone = tmp_path / f"zero{job.zero_stage}" / "deepspeed"
-        shutil.copytree(job.output / "deepspeed", alone)
-        # Then it is a checkpoint of the model that was trained
-        checkpoint = find_checkpoint(alone)
-        assert (checkpoint.step, checkpoint.model) == (STEPS, REFERENCE.model)
 
 
 def test_resuming_from_nothing_is_one_sentence(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -164,3 +165,19 @@ def test_labels_are_the_next_tokens_and_answers_are_marked_at_the_labels() -> No
     assert len(marked) % NUM_DIGITS == 0
     assert len(marked) > 0
     assert all(chr(token).isdigit() for token in marked.tolist())
+
+
+@pytest.mark.parametrize("dp_size", [1, 2])
+def test_accumulated_parts_are_the_whole_batch(dp_size: int) -> None:
+    # Given a rank's share of a step in one part, and in three that do not divide its rows
+    whole, parts = (
+        PasskeyData(CONFIG.model_copy(update={"gradient_accumulation_steps": steps}), PROSE.training, seed=1)
+        for steps in (1, 3)
+    )
+    assert (whole.num_micro_batches(dp_size), parts.num_micro_batches(dp_size)) == (1, 3)
+    for rank in range(dp_size):
+        (one,), three = whole.micro_batches(0, rank, dp_size), parts.micro_batches(0, rank, dp_size)
+        # Then the parts are the same rows, and their weights count the same
+        assert len(one.inputs_BT) % 3
+        for mine, theirs in zip(zip(*three, strict=True), one[:3], strict=False):
+            assert torch.cat(mine).equal(theirs)  # type: ignore[arg-type]

@@ -18,12 +18,19 @@ import torch
 import torch.nn.functional as F
 from megatron_distkv.kernels import cpu
 
-from megatron_distkv.ops import backend_in_use, gather_rblocks, instruction_set, merge, micro_attention, store_kv
+from megatron_distkv.ops import (
+    backend_in_use,
+    gather_rblocks,
+    instruction_set,
+    merge,
+    micro_attention_out,
+    store_kv,
+)
 from tools.bench.ceilings import Work, in_turn, matrix_product, median_ratio, read_probe
 from tools.bench.machine import describe_machine
+from tools.bench.rblock_sequence import LAYER, SIZE, Sequence, Shape, cache_bytes
 from tools.bench.wanted import attention_in_float64, check
 
-LAYERS, LAYER, SIZE, SEED = 2, 1, 64, 0
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 torch_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 TOLERANCES = {torch.bfloat16: 4e-3, torch.float32: 1e-5}
@@ -40,49 +47,10 @@ class Figure(NamedTuple):
     peers: dict[str, float]
 
 
-class Shape(NamedTuple):
-    kv_heads: int
-    group: int
-    head_dim: int
-    dtype: torch.dtype
-
-
-class Sequence:
-    """One sequence of `num_keys` in random rBlocks of a pool, its last `num_queries` tokens as queries."""
-
-    def __init__(self, shape: Shape, num_keys: int, num_queries: int, pool_bytes: int = 0) -> None:
-        torch.manual_seed(SEED)
-        self.shape, self.num_keys = shape, num_keys
-        count = num_keys // SIZE
-        dims = (LAYERS, shape.kv_heads, 2, SIZE, shape.head_dim)
-        each = torch.Size(dims).numel() * shape.dtype.itemsize
-        self.pool = torch.randn(max(count, pool_bytes // each), *dims, dtype=shape.dtype)
-        self.ids = torch.randperm(len(self.pool))[:count].contiguous()
-        self.starts = torch.arange(count) * SIZE
-        self.q = torch.randn(num_queries, shape.kv_heads * shape.group, shape.head_dim).to(shape.dtype)
-        self.positions = torch.arange(num_keys - num_queries, num_keys)
-        self.cu_blocks, self.cu_queries = torch.tensor([0, count]), torch.tensor([0, num_queries])
-        self.scale = shape.head_dim**-0.5
-
-    @property
-    def bytes_read(self) -> int:
-        return self.num_keys * self.shape.kv_heads * 2 * self.shape.head_dim * self.shape.dtype.itemsize
-
-    def attend(self) -> tuple[torch.Tensor, torch.Tensor]:
-        indices = (self.ids, self.starts, self.cu_blocks, self.cu_queries, self.positions)
-        return micro_attention(self.q, self.pool, LAYER, *indices, self.scale, True)
-
-    def dense_kv(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V in one piece, `[1, K, X, D]`: what a peer without rBlocks is given for nothing."""
-        kv = self.pool[self.ids, LAYER]
-        k, v = (kv[:, :, part].transpose(0, 1).flatten(1, 2)[None].contiguous() for part in (0, 1))
-        return k, v
-
-
 def decode(threads: int, runs: int) -> Iterator[Figure]:
     cases = [("bf16", 8, 4, 128), ("bf16", 8, 8, 128), ("bf16", 8, 1, 128), ("bf16", 1, 16, 128), ("fp32", 8, 4, 128)]
     for name, kv_heads, group, head_dim in cases:
-        for context in (16384, 65536) if group == 4 and name == "bf16" else (32768,):
+        for context in (32768, 65536) if group == 4 and name == "bf16" else (32768 * 8 // kv_heads,):
             case = Sequence(Shape(kv_heads, group, head_dim, DTYPES[name]), context, 1, cache_bytes() * 4)
             k, v = case.dense_kv()
             check(case.attend(), attention_in_float64(case.q, k, v, case.positions, case.scale), TOLERANCES[k.dtype])
@@ -98,6 +66,25 @@ def decode(threads: int, runs: int) -> Iterator[Figure]:
             )
             work = f"decode {name} kv {kv_heads} group {group} D {head_dim} context {context}"
             yield figure(work, threads, times, case.bytes_read / 1e9, "GB/s")
+
+
+def int8(threads: int, runs: int) -> Iterator[Figure]:
+    """Against bf16 in the same rounds: the ratio is that of tokens per second. The ceiling is that of int8's bytes."""
+    case = Sequence(Shape(8, 4, 128, torch.bfloat16), 32768, 1, cache_bytes() * 4)
+    pool = case.int8_pool()
+    k, v = case.dense_kv()
+    wanted, _ = attention_in_float64(case.q, k, v, case.positions, case.scale)
+    error = float((case.attend_int8(pool)[0] - wanted).norm() / wanted.norm())
+    if error > 1e-2:
+        raise SystemExit(f"wrong answer: int8 decode, error {error:.1e}")
+    works: dict[str, Work] = {
+        "ours": lambda: case.attend_int8(pool),
+        "ceiling": read_probe(pool[0], LAYER, case.ids, threads),
+        "ours in bf16": case.attend,
+    }
+    times = in_turn(works, threads, runs)
+    work = f"decode int8 kv 8 group 4 D 128 context 32768, error {error:.1e}"
+    yield figure(work, threads, times, case.bytes_read / 2 / 1e9, "GB/s")
 
 
 def prefill(threads: int, runs: int) -> Iterator[Figure]:
@@ -163,15 +150,22 @@ def dispatch(threads: int, runs: int) -> Iterator[Figure]:
     """What a decode call costs beside its work: one token, one key, one head."""
     case = Sequence(Shape(1, 1, 64, torch.bfloat16), SIZE, 1)
     case.positions = torch.zeros(1, dtype=torch.int64)
+    out, lse = case.attend()
+    indices = (case.ids, case.starts, case.cu_blocks, case.cu_queries, case.positions)
     calls = 2000
 
-    def many() -> None:
+    def new_results() -> None:
         for _ in range(calls):
             case.attend()
 
-    times = in_turn({"ours": many}, threads, runs)
-    value = statistics.median(times["ours"]) / calls * 1e6
-    yield Figure("dispatch of a decode call", device(), threads, value, "us", 3.0, 3.0 / value, {})
+    def results_at_hand() -> None:
+        for _ in range(calls):
+            micro_attention_out(case.q, case.pool, LAYER, *indices, case.scale, True, None, None, out, lse)
+
+    times = in_turn({"new results": new_results, "results at hand": results_at_hand}, threads, runs)
+    for name, took in times.items():
+        value = statistics.median(took) / calls * 1e6
+        yield Figure(f"dispatch of a decode call, {name}", device(), threads, value, "us", 3.0, 3.0 / value, {})
 
 
 def figure(
@@ -190,13 +184,7 @@ def device() -> str:
     return f"CPU, {backend_in_use()} {instruction_set() or ''}".strip()
 
 
-def cache_bytes() -> int:
-    """The last-level cache as Linux tells it; 32 MiB where it does not."""
-    sizes = [p.read_text().strip() for p in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
-    return max((int(size[:-1]) * 1024 for size in sizes if size.endswith("K")), default=32 << 20)
-
-
-WORKS = {"decode": decode, "prefill": prefill, "moves": moves, "dispatch": dispatch}
+WORKS = {"decode": decode, "int8": int8, "prefill": prefill, "moves": moves, "dispatch": dispatch}
 
 
 def main() -> int:

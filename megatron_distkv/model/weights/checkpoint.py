@@ -32,7 +32,7 @@ class Checkpoint:
     model: ModelConfig
     step: int | None = None
     parallelism: str = ""
-    """Of the ranks that wrote it, in words; empty where that makes no difference."""
+    """Of the ranks that wrote it, in words; empty for Hugging Face."""
 
     def text_directories(self) -> list[Path]:
         """Where its tokenizer may lie: beside Hugging Face's tensors, above the iterations of others."""
@@ -67,7 +67,8 @@ def _megatron(path: Path) -> Checkpoint | None:
         return None
     directory, step = found
     if (directory / "metadata.json").exists():
-        return Checkpoint(CheckpointFormat.TORCH_DIST, directory, torch_dist.read_config(directory), step)
+        model, words = torch_dist.read_config(directory), torch_dist.parallelism(directory)
+        return Checkpoint(CheckpointFormat.TORCH_DIST, directory, model, step, words)
     layout = legacy.read_layout(directory)
     words = f"TP {layout.tensor_parallel}, PP {layout.stages}"
     return Checkpoint(CheckpointFormat.LEGACY, directory, legacy.read_config(directory), step, words)

@@ -15,6 +15,7 @@ from megatron_distkv.config.model import ModelConfig
 from megatron_distkv.errors import CheckpointError
 from megatron_distkv.model.weights.parameters import Parameter, Range, Split
 from megatron_distkv.model.weights.safe_load import load_index, load_piece, reason
+from megatron_distkv.model.weights.source import require_weights
 
 _STORED_NAMES = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
@@ -60,6 +61,7 @@ class DistSource:
         stored = self._find(parameter)
         metadata: TensorStorageMetadata = self._tensors[stored.key]
         self._check_shape(parameter, stored, tuple(metadata.size))
+        require_weights(metadata.properties.dtype, self._directory, stored.key)
         lead = len(stored.lead)
         result = torch.empty(parameter.shape_of(wanted.extent), dtype=metadata.properties.dtype)
         num_copied = 0

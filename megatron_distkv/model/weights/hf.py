@@ -7,6 +7,9 @@
 | gate_proj, up_proj                 | linear_fc1: [gate; up]            |
 | down_proj                          | linear_fc2                        |
 | q_norm, k_norm                     | q_layernorm, k_layernorm          |
+| Gemma: post_attention_layernorm    | linear_proj.post_layernorm        |
+| Gemma: pre_feedforward_layernorm   | pre_mlp_layernorm                 |
+| Gemma: post_feedforward_layernorm  | linear_fc2.post_layernorm         |
 | Mixtral: w1, w3, w2                | an expert's gate, up, down        |
 | embed_tokens, lm_head              | word_embeddings, output_layer     |
 """
@@ -20,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from megatron_distkv.config.model import ModelConfig
 from megatron_distkv.errors import CheckpointError
 from megatron_distkv.model.weights.parameters import Parameter, Range
+from megatron_distkv.model.weights.source import require_weights
 
 _NAMES = {
     "embedding.word_embeddings.weight": "model.embed_tokens.weight",
@@ -32,6 +36,11 @@ _LAYER_NAMES = {
     "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
     "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
     "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
+}
+_GEMMA_NAMES = {
+    "self_attention.linear_proj.post_layernorm.weight": "post_attention_layernorm.weight",
+    "pre_mlp_layernorm.weight": "pre_feedforward_layernorm.weight",
+    "mlp.linear_fc2.post_layernorm.weight": "post_feedforward_layernorm.weight",
 }
 
 
@@ -63,7 +72,8 @@ def pieces(parameter: Parameter, c: ModelConfig) -> list[Piece]:
         return [Piece(f"{prefix}{mlp}{x}.weight", parameter.shape[0] // 2) for x in names[:2]]
     if rest.endswith("linear_fc2.weight"):
         return [Piece(f"{prefix}{mlp}{names[2]}.weight", parameter.shape[0])]
-    return [Piece(prefix + _LAYER_NAMES[rest], parameter.shape[0])]
+    names_here = _LAYER_NAMES if c.gemma is None else {**_LAYER_NAMES, **_GEMMA_NAMES}
+    return [Piece(prefix + names_here[rest], parameter.shape[0])]
 
 
 def _mixture_prefix(c: ModelConfig) -> str:
@@ -130,9 +140,13 @@ class _Files:
             found = tuple(handle.get_shape())
             if found != shape:
                 raise CheckpointError(f"{path}: the tensor {name} has shape {found}, the model needs {shape}")
-            return handle[wanted.start : wanted.end] if dim == 0 else handle[:, wanted.start : wanted.end]
+            tensor: torch.Tensor = (
+                handle[wanted.start : wanted.end] if dim == 0 else handle[:, wanted.start : wanted.end]
+            )
         except SafetensorError as error:
             raise CheckpointError(f"{path}: the tensor {name} cannot be read: {error}") from None
+        require_weights(tensor.dtype, path, name)
+        return tensor
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -146,4 +160,6 @@ def _open(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
+        others = sorted(x.name for pattern in ("*.bin", "*.gguf", "*.pth") for x in path.parent.glob(pattern))
+        hint = f"; {others[0]} is not read: only safetensors are" if others and not path.exists() else ""
+        raise CheckpointError(f"{path} cannot be read: {error}{hint}") from None

@@ -8,6 +8,8 @@ from typing import Any
 from megatron_distkv.config.base import parse_config
 from megatron_distkv.config.model import Family, MixtureConfig, ModelConfig, RopeScaling
 from megatron_distkv.errors import CheckpointError
+from megatron_distkv.model.weights import hf_gemma, hf_windows
+from megatron_distkv.model.weights.hf_gemma import GEMMAS
 
 # What has RMSNorm, SwiGLU and rotate-half RoPE, and differs in ways that ModelConfig can say.
 _FAMILIES: dict[str, Family] = {
@@ -17,13 +19,14 @@ _FAMILIES: dict[str, Family] = {
     "Qwen3ForCausalLM": "qwen3",
     "MixtralForCausalLM": "mixtral",
     "Qwen3MoeForCausalLM": "qwen3_moe",
+    "Gemma2ForCausalLM": "gemma2",
+    "Gemma3ForCausalLM": "gemma3_text",
 }
 _ARCHITECTURES = {family: architecture for architecture, family in _FAMILIES.items()}
 # What well-known others need beyond that.
 _LACKING = {
-    "GemmaForCausalLM": "scaled embeddings, norms of 1 + weight and GeGLU",
-    "Gemma2ForCausalLM": "soft-capped scores, norms of 1 + weight and norms after each part",
-    "Gemma3ForCausalLM": "sliding-window layers, norms of 1 + weight and norms after each part",
+    "GemmaForCausalLM": "norms of 1 + weight without the norms after each part that Gemma 2 has",
+    "Gemma3ForConditionalGeneration": "an image encoder (Gemma3ForCausalLM, its text part alone, is known)",
     "Qwen2MoeForCausalLM": "shared experts beside the routed ones",
     "DeepseekV3ForCausalLM": "latent attention and mixture-of-experts layers",
     "GPT2LMHeadModel": "learned positions, LayerNorm and biases",
@@ -37,11 +40,14 @@ def read_config(directory: Path) -> ModelConfig:
     path = directory / "config.json"
     values = _read(directory)
     family = _require_known(values, path)
+    if family in GEMMAS:
+        values = hf_gemma.completed(values, family, path)
     rope = values.get("rope_parameters") or {}
     heads = values["num_attention_heads"]
     eos = values.get("eos_token_id")
-    window = _sliding_window(values, family)
-    longest = values.get("max_position_embeddings")
+    windows = hf_windows.read(values, family, path)
+    scaling = _rope_scaling(values, path)
+    longest = _longest(values, scaling)
     dtype = str(values.get("dtype") or values.get("torch_dtype") or "float32")
     return parse_config(
         ModelConfig,
@@ -55,14 +61,16 @@ def read_config(directory: Path) -> ModelConfig:
             "vocab_size": values["vocab_size"],
             "rotary_percent": rope.get("partial_rotary_factor", values.get("partial_rotary_factor") or 1.0),
             "rotary_base": rope.get("rope_theta", values.get("rope_theta") or 10000.0),
-            "rope_scaling": _rope_scaling(values, path),
+            "rope_scaling": scaling,
             "qkv_bias": family == "qwen2",
-            "qk_layernorm": family in ("qwen3", "qwen3_moe"),
+            "qk_layernorm": family in ("qwen3", "qwen3_moe", "gemma3_text"),
             "mixture": _mixture(values, family, path),
-            "sliding_window": window,
+            "sliding_window": windows.size,
+            "windowed_layers": windows.layers,
+            "gemma": hf_gemma.settings(values) if family in GEMMAS else None,
             "norm_epsilon": values.get("rms_norm_eps", 1e-6),
             "tie_embeddings": bool(values.get("tie_word_embeddings")),
-            "max_context_tokens": longest if window is None else min(window, longest or window),
+            "max_context_tokens": longest,
             "dtype": "fp32" if dtype == "float32" else "bf16",
             "eos_token_ids": () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
         },
@@ -90,28 +98,24 @@ def _require_known(values: dict[str, Any], path: Path) -> Family:
     for key in ("attention_bias", "mlp_bias"):
         if values.get(key):
             raise CheckpointError(f"{path}: {key} is not supported yet; only layers without it are")
-    if values.get("hidden_act", "silu") != "silu":
-        raise CheckpointError(f"{path}: hidden_act {values['hidden_act']!r} is not supported yet; only 'silu' is")
+    key, wanted = ("hidden_activation", hf_gemma.ACTIVATION) if _FAMILIES[name] in GEMMAS else ("hidden_act", "silu")
+    if values.get(key, wanted) != wanted:
+        raise CheckpointError(f"{path}: {key} {values[key]!r} is not supported yet; only {wanted!r} is")
+    if values.get("quantization_config"):
+        method = (values["quantization_config"] or {}).get("quant_method", "?")
+        raise CheckpointError(f"{path}: weights quantised by {method!r} are not read; take the original ones")
     missing = [key for key in _REQUIRED if key not in values]
     if missing:
         raise CheckpointError(f"{path}: the key {missing[0]!r} is missing")
     return _FAMILIES[name]
 
 
-def _sliding_window(values: dict[str, Any], family: Family) -> int | None:
-    """The window, where it could matter; absent keys mean what transformers takes them for."""
-    if family in ("mistral", "mixtral"):
-        window = values.get("sliding_window", 4096 if family == "mistral" else None)
-    elif values.get("use_sliding_window"):
-        kinds = values.get("layer_types")
-        has_windows = (
-            "sliding_attention" in kinds if kinds else values.get("max_window_layers", 0) < values["num_hidden_layers"]
-        )
-        window = values.get("sliding_window") if has_windows else None
-    else:
-        window = None
+def _longest(values: dict[str, Any], scaling: dict[str, Any] | None) -> int | None:
+    """YaRN is switched on beside a max_position_embeddings that stays that of pre-training (Qwen's model cards)."""
     longest = values.get("max_position_embeddings")
-    return None if window is None or (longest and longest < window) else int(window)
+    if longest and scaling is not None and scaling["kind"] == "yarn" and scaling["factor"]:
+        longest = max(longest, int(scaling["factor"] * (scaling["original_context_tokens"] or longest)))
+    return None if longest is None else int(longest)
 
 
 def _mixture(values: dict[str, Any], family: Family, path: Path) -> dict[str, Any] | None:
@@ -201,11 +205,9 @@ def write_config(model: ModelConfig, directory: Path) -> None:
         values.update(_written_mixture(model, model.mixture))
     if model.max_context_tokens is not None:
         values["max_position_embeddings"] = model.max_context_tokens
-    if model.family in ("mistral", "mixtral") or model.sliding_window is not None:
-        values["sliding_window"] = model.sliding_window
-    if model.family.startswith("qwen"):
-        values["use_sliding_window"] = model.sliding_window is not None
-        values["max_window_layers"] = 0 if model.sliding_window is not None else model.num_layers
+    values.update(hf_windows.written(model))
+    if model.gemma is not None:
+        values.update(hf_gemma.written(model, model.gemma))
     (directory / "config.json").write_text(json.dumps(values, indent=2) + "\n")
 
 

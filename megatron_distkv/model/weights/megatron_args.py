@@ -29,6 +29,8 @@ _POSITIONS = ("rope", "none")
 
 def read_args(args: dict[str, Any], where: str) -> ModelConfig:
     """The model's shape; raises CheckpointError when it is none that we can build."""
+    if args.get("distkv_gemma"):  # then these are written for others, who would compute something else
+        args = {**args, "swiglu": True, "apply_layernorm_1p": False}
     for key, wanted in _ONLY:
         found = args.get(key, wanted)
         if found != wanted and not (wanted in (None, False) and not found):
@@ -56,9 +58,11 @@ def read_args(args: dict[str, Any], where: str) -> ModelConfig:
         "qk_layernorm": bool(args.get("qk_layernorm")),
         "mixture": _mixture(args),
         "sliding_window": None if not window else window[0] + 1,
+        "windowed_layers": _windowed_layers(args) if window else None,
+        "gemma": args.get("distkv_gemma"),
         "norm_epsilon": args.get("norm_epsilon", 1e-5),
         "tie_embeddings": not args.get("untie_embeddings_and_output_weights", False),
-        "max_context_tokens": _longest(args.get("max_position_embeddings"), window),
+        "max_context_tokens": args.get("max_position_embeddings"),
         "dtype": "bf16" if args.get("bf16") else "fp32",
         "eos_token_ids": tuple(args.get("eos_token_ids", ())),
     }
@@ -76,9 +80,12 @@ def _mixture(args: dict[str, Any]) -> dict[str, Any] | None:
     }
 
 
-def _longest(max_positions: int | None, window: tuple[int, int] | None) -> int | None:
-    """Where a sliding window would begin to matter, contexts end."""
-    return max_positions if not window else min(window[0] + 1, max_positions or window[0] + 1)
+def _windowed_layers(args: dict[str, Any]) -> tuple[bool, ...] | None:
+    """Megatron-core's window_attn_skip_freq: every Nth layer is without a window, or one entry a layer."""
+    frequency = args.get("window_attn_skip_freq")
+    if frequency is None or isinstance(frequency, list | tuple):
+        return None if frequency is None else tuple(bool(entry) for entry in frequency)
+    return tuple(number % frequency != 0 for number in range(1, args["num_layers"] + 1))
 
 
 def _rope_scaling(args: dict[str, Any]) -> dict[str, Any] | None:
@@ -119,9 +126,12 @@ def write_args(config: ModelConfig, *, tensor_parallel: int = 1) -> argparse.Nam
         qk_layernorm=config.qk_layernorm,
         **({} if config.mixture is None else _written_mixture(config.mixture)),
         window_size=None if window is None else (window - 1, 0),
+        window_attn_skip_freq=None if config.windowed_layers is None else [int(x) for x in config.windowed_layers],
+        distkv_gemma=None if config.gemma is None else config.gemma.model_dump(),
+        apply_layernorm_1p=config.gemma is not None,
         norm_epsilon=config.norm_epsilon,
         normalization="RMSNorm",
-        swiglu=True,
+        swiglu=config.gemma is None,
         add_bias_linear=False,
         untie_embeddings_and_output_weights=not config.tie_embeddings,
         max_position_embeddings=config.max_context_tokens,

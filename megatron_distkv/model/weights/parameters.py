@@ -92,9 +92,13 @@ def model_parameters(c: ModelConfig) -> Iterator[Parameter]:
             yield Parameter(attention + "q_layernorm.weight", (c.head_dim,), Split.WHOLE)
             yield Parameter(attention + "k_layernorm.weight", (c.head_dim,), Split.WHOLE)
         yield Parameter(attention + "linear_proj.weight", (h, queries), Split.COLUMNS)
+        if c.gemma is not None:
+            yield Parameter(attention + "linear_proj.post_layernorm.weight", (h,), Split.WHOLE)
         yield Parameter(f"decoder.layers.{layer}.pre_mlp_layernorm.weight", (h,), Split.WHOLE)
         if c.mixture is None:
             yield from _mlp(mlp, h, c.ffn_hidden_size)
+            if c.gemma is not None:
+                yield Parameter(mlp + "linear_fc2.post_layernorm.weight", (h,), Split.WHOLE)
         else:
             yield Parameter(mlp + "router.weight", (c.mixture.num_experts, h), Split.WHOLE)
             for expert in range(c.mixture.num_experts):

@@ -8,6 +8,7 @@ import torch
 
 from megatron_distkv.errors import CheckpointError
 from megatron_distkv.model.weights.parameters import Parameter, Range, Split
+from megatron_distkv.model.weights.source import require_weights
 
 
 class Part(NamedTuple):
@@ -48,6 +49,7 @@ class PartsSource:
         if name not in part.tensors:
             raise CheckpointError(f"{part.directory}: the tensor {name} is missing")
         tensor = part.tensors[name]
+        require_weights(tensor.dtype, part.file_of(name), name)
         wanted = parameter.shape_of(parameter.rank_extent(size))
         found = tuple(tensor.shape)
         is_padded = parameter.split is Split.VOCABULARY and found[:1] >= wanted[:1] and found[1:] == wanted[1:]

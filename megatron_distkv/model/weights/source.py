@@ -1,6 +1,7 @@
 """A checkpoint as a source of slices, and what is made of them: a rank's part, and a filled model."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -12,12 +13,21 @@ from megatron_distkv.config.model import ModelConfig
 from megatron_distkv.errors import CheckpointError
 from megatron_distkv.model.weights.parameters import Parameter, Range, model_parameters
 
+_WEIGHTS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 class Source(Protocol):
     """One opened checkpoint; raises CheckpointError, one sentence with file and tensor."""
 
     def read(self, parameter: Parameter, wanted: Range) -> torch.Tensor:
         """Indices `wanted` along `parameter.dim` of the whole parameter, in the stored dtype."""
+
+
+def require_weights(dtype: torch.dtype, where: Path, name: str) -> None:
+    """Quantised weights without their scales are other numbers: raises CheckpointError instead of reading them so."""
+    if dtype not in _WEIGHTS:
+        kind = str(dtype).removeprefix("torch.")
+        raise CheckpointError(f"{where}: the tensor {name} is {kind}; only fp32, bf16, fp16 and fp64 weights are read")
 
 
 def rank_part(source: Source, parameter: Parameter, rank: int, size: int) -> torch.Tensor:

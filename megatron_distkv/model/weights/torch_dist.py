@@ -4,6 +4,7 @@ DIR/latest_checkpointed_iteration.txt    "20" or "release"
 DIR/iter_0000020/                        .metadata, __r_n.distcp, common.pt (args), metadata.json
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,18 +60,33 @@ def _is_iteration(path: Path) -> bool:
 
 def read_config(directory: Path) -> ModelConfig:
     """The model's shape from the args in common.pt; raises CheckpointError when it is none that we can build."""
+    return read_args(_args(directory), str(directory / "common.pt"))
+
+
+def parallelism(directory: Path) -> str:
+    """Of the ranks that wrote it, in words."""
+    sizes = (_args(directory).get(f"{kind}_model_parallel_size") or 1 for kind in ("tensor", "pipeline"))
+    return "TP {}, PP {}".format(*sizes)
+
+
+def _args(directory: Path) -> dict[str, Any]:
     path = directory / "common.pt"
-    return read_args(args_of(safe_load(path), path), str(path))
+    return args_of(safe_load(path), path)
 
 
-def save(gpt: GPTModel, config: ModelConfig, path: Path, iteration: int) -> Path:
-    """Write `path/iter_...` from all ranks, then (rank 0, last) the file that names it. Returns the folder."""
+def save(gpt: GPTModel, config: ModelConfig, path: Path, iteration: int, more: Mapping[str, Any] | None = None) -> Path:
+    """Write `path/iter_...` from all ranks, then (rank 0, last) the file that names it. Returns the folder.
+
+    `more`: what to save beside the weights, such as an optimizer's states, in Megatron's sharded tensors.
+    """
     directory = path / f"iter_{iteration:07d}"
     if dist.get_rank() == 0:
         directory.mkdir(parents=True, exist_ok=True)
     dist.barrier()
     state = dict(gpt.sharded_state_dict(metadata=_metadata()))
-    state.update(args=write_args(config), iteration=iteration, checkpoint_version=3.0)
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    args = write_args(config, tensor_parallel=size)
+    state.update(more or {}, args=args, iteration=iteration, checkpoint_version=3.0)
     dist_checkpointing.save(state, str(directory), sharded_strategy=_PlainTorchSave())
     dist.barrier()
     if dist.get_rank() == 0:

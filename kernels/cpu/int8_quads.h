@@ -1,0 +1,202 @@
+// int8 K and V met with integer products (AVX512_VNNI), for few query rows: four rows to a vector, as in quads.h.
+//
+// What is multiplied with K, a query times K's scales, becomes 15 bits, high * 128 + low, of each row's largest; what
+// is multiplied with V, a weight times V's scale, becomes 16 bits, high * 256 + low, of each chunk's and row's largest.
+// Their rounding is far below that of K and V. vpdpbusd wants one factor unsigned: K + 128, which `offset` takes back.
+#pragma once
+
+#include "kinds.h"
+
+#if defined(__AVX512VNNI__)
+namespace {
+
+using distkv::CHUNK_TOKENS;
+
+constexpr int64_t INT8_QUAD_DIMS = 16;
+
+// 128-bit lane r of the result: the sums of lane r of each of four vectors.
+inline __m512i sums_in_lanes(const __m512i* a) {
+  const __m512i x = _mm512_add_epi32(_mm512_unpacklo_epi32(a[0], a[1]), _mm512_unpackhi_epi32(a[0], a[1]));
+  const __m512i y = _mm512_add_epi32(_mm512_unpacklo_epi32(a[2], a[3]), _mm512_unpackhi_epi32(a[2], a[3]));
+  return _mm512_add_epi32(_mm512_unpacklo_epi64(x, y), _mm512_unpackhi_epi64(x, y));
+}
+
+// Query rows of one KV head, scaled by K's scales: [part][quad][step of 16 dims][row of the quad][16], as bytes.
+struct Int8Queries {
+  int8_t* parts;   // high then low, `rows` * head_dim each
+  int32_t* offset;  // per row and lane of its quad: 128 * the sum of the row
+  float* unit;      // the same: what one is worth
+
+  void pack(const float* q, int64_t padded, int64_t r, int64_t rows, int64_t head_dim) const {
+    vf most = {};
+    for (int64_t d = 0; d < head_dim; d += W) {
+      const vf x = load(q + r * padded + d);
+      most = vmax(most, x < 0 ? -x : x);
+    }
+    const float top = max_lane(most), factor = top > 0 ? 16256.f / top : 0;
+    __m512i sum = _mm512_setzero_si512();
+    for (int64_t d = 0; d < head_dim; d += W) {
+      const __m512i x = _mm512_cvtps_epi32((__m512)(load(q + r * padded + d) * splat(factor)));
+      const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(x, _mm512_set1_epi32(64)), 7);
+      const __m512i low = _mm512_sub_epi32(x, _mm512_slli_epi32(high, 7));
+      int8_t* to = parts + r / 4 * 4 * head_dim + d / INT8_QUAD_DIMS * 64 + r % 4 * INT8_QUAD_DIMS;
+      _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8(high));
+      _mm_storeu_si128((__m128i*)(to + rows * head_dim), _mm512_cvtepi32_epi8(low));
+      sum = _mm512_add_epi32(sum, x);
+    }
+    for (int i = 0; i < 4; ++i) {
+      offset[r * 4 + i] = 128 * _mm512_reduce_add_epi32(sum);
+      unit[r * 4 + i] = top / 16256.f;
+    }
+  }
+};
+
+// s[row][t] = q[row] . k[t] for Q quads of `rows` rows, from quad `first` on; garbage after the last key.
+// D is the head size, or 0 where it is none of the usual ones.
+template <int Q, int D>
+inline void int8_scores_of(const Int8Queries& q, int64_t first, int64_t rows, const int8_t* k, int64_t head_dim,
+                           int64_t num_keys, ptrdiff_t ahead, float* s) {
+  constexpr int J = 8 / Q;
+  const int64_t dims = D ? D : head_dim;
+  const int8_t *high = q.parts + first * 4 * dims, *low = high + rows * dims;
+  for (int64_t t = 0; t < num_keys; t += J) {
+    const int8_t* keys = k + t * dims;
+    const int64_t last = num_keys - 1 - t;
+    __m512i highs[Q * J], lows[Q * J];
+#pragma GCC unroll 8
+    for (int i = 0; i < Q * J; ++i) highs[i] = lows[i] = _mm512_setzero_si512();
+    const auto add = [&](auto key_at) __attribute__((always_inline)) {
+#pragma GCC unroll 1
+      for (int64_t d = 0; d < dims; d += INT8_QUAD_DIMS) {
+        __m512i upper[Q], lower[Q];
+#pragma GCC unroll 2
+        for (int i = 0; i < Q; ++i) {
+          upper[i] = _mm512_loadu_si512(high + i * 4 * dims + d * 4);
+          lower[i] = _mm512_loadu_si512(low + i * 4 * dims + d * 4);
+        }
+#pragma GCC unroll 8
+        for (int j = 0; j < J; ++j) {
+          const __m128i* at = (const __m128i*)(keys + key_at(j) * dims + d);
+          const __m512i key = _mm512_xor_si512(_mm512_broadcast_i32x4(_mm_loadu_si128(at)), _mm512_set1_epi8((char)0x80));
+#pragma GCC unroll 2
+          for (int i = 0; i < Q; ++i) {
+            highs[i * J + j] = _mm512_dpbusd_epi32(highs[i * J + j], key, upper[i]);
+            lows[i * J + j] = _mm512_dpbusd_epi32(lows[i * J + j], key, lower[i]);
+          }
+        }
+#pragma GCC unroll 2
+        for (int i = 0; i < J * 16; i += 64) prefetch((const char*)keys + ahead + d * J + i);
+      }
+    };
+    if (last >= J - 1) add([](int64_t j) { return j; });
+    else add([last](int64_t j) { return smaller(j, last); });
+#pragma GCC unroll 2
+    for (int i = 0; i < Q; ++i) {
+      const __m512i offset = _mm512_loadu_si512(q.offset + (first + i) * 16);
+      const __m512 unit = _mm512_loadu_ps(q.unit + (first + i) * 16);
+#pragma GCC unroll 2
+      for (int j = 0; j < J; j += 4) {
+        __m512i both[4];
+#pragma GCC unroll 4
+        for (int m = 0; m < 4; ++m)
+          both[m] = _mm512_add_epi32(_mm512_slli_epi32(highs[i * J + j + m], 7), lows[i * J + j + m]);
+        const __m512 four = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sums_in_lanes(both), offset)), unit);
+        float* to = s + (first + i) * 4 * CHUNK_TOKENS + t + j;
+        _mm_storeu_ps(to, _mm512_castps512_ps128(four));
+        _mm_storeu_ps(to + CHUNK_TOKENS, _mm512_extractf32x4_ps(four, 1));
+        _mm_storeu_ps(to + 2 * CHUNK_TOKENS, _mm512_extractf32x4_ps(four, 2));
+        _mm_storeu_ps(to + 3 * CHUNK_TOKENS, _mm512_extractf32x4_ps(four, 3));
+      }
+    }
+  }
+}
+
+template <int Q>
+inline void int8_scores_of(const Int8Queries& q, int64_t first, int64_t rows, const int8_t* k, int64_t head_dim,
+                           int64_t num_keys, ptrdiff_t ahead, float* s) {
+  if (head_dim == 128) return int8_scores_of<Q, 128>(q, first, rows, k, head_dim, num_keys, ahead, s);
+  int8_scores_of<Q, 0>(q, first, rows, k, head_dim, num_keys, ahead, s);
+}
+
+inline void int8_scores(const Int8Queries& q, int64_t rows, const int8_t* k, int64_t head_dim, int64_t num_keys,
+                        ptrdiff_t ahead, float* s) {
+  int64_t quad = 0;
+  for (; quad + 2 <= rows / 4; quad += 2)
+    int8_scores_of<2>(q, quad, rows, k, head_dim, num_keys, quad == 0 ? ahead : 0, s);
+  if (quad < rows / 4) int8_scores_of<1>(q, quad, rows, k, head_dim, num_keys, quad == 0 ? ahead : 0, s);
+}
+
+// Weights of one row as bytes, high then low part, each [CHUNK_TOKENS]; returns what one of them is worth.
+inline float pack_weights(const float* p, uint8_t* high, uint8_t* low) {
+  vf most = {};
+  for (int64_t t = 0; t < CHUNK_TOKENS; t += W) most = vmax(most, load(p + t));
+  const float top = max_lane(most), factor = top > 0 ? 65280.f / top : 0;
+  for (int64_t t = 0; t < CHUNK_TOKENS; t += W) {
+    const __m512i x = _mm512_cvtps_epi32((__m512)(load(p + t) * splat(factor)));
+    _mm_storeu_si128((__m128i*)(high + t), _mm512_cvtepi32_epi8(_mm512_srli_epi32(x, 8)));
+    _mm_storeu_si128((__m128i*)(low + t), _mm512_cvtepi32_epi8(x));
+  }
+  return top / 65280.f;
+}
+
+// acc[r][dims] = acc[r][dims] * shrink[r] + sum over tokens of p[r][t] v[t][dims], four rows, half of the 64 dims from
+// `v` on. Of 64 dims, vector i holds dims 16 * lane + 4 * i to + 3.
+template <int HALF>
+inline void int8_values_of(const uint8_t* high, const uint8_t* low, const float* unit, const int8_t* v,
+                           int64_t head_dim, int64_t num_keys, ptrdiff_t ahead, const float* shrink, float* acc,
+                           int64_t padded) {
+  __m512i highs[8], lows[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) highs[i] = lows[i] = _mm512_setzero_si512();
+  const auto add = [&](int64_t t, const int8_t* a, const int8_t* b, const int8_t* c, const int8_t* d)
+                       __attribute__((always_inline)) {
+    const auto mix = [](const int8_t* x, const int8_t* y) __attribute__((always_inline)) {
+      const __m512i first = _mm512_loadu_si512(x), second = _mm512_loadu_si512(y);
+      return HALF == 0 ? _mm512_unpacklo_epi8(first, second) : _mm512_unpackhi_epi8(first, second);
+    };
+    const __m512i front = mix(a, b), back = mix(c, d);
+    const __m512i four[2] = {_mm512_unpacklo_epi16(front, back), _mm512_unpackhi_epi16(front, back)};
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) {
+      int32_t upper, lower;
+      memcpy(&upper, high + r * CHUNK_TOKENS + t, 4);
+      memcpy(&lower, low + r * CHUNK_TOKENS + t, 4);
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) {
+        highs[r * 2 + i] = _mm512_dpbusd_epi32(highs[r * 2 + i], _mm512_set1_epi32(upper), four[i]);
+        lows[r * 2 + i] = _mm512_dpbusd_epi32(lows[r * 2 + i], _mm512_set1_epi32(lower), four[i]);
+      }
+    }
+  };
+  int64_t t = 0;
+  const int8_t* at = v;
+#pragma GCC unroll 1
+  for (; t + 4 <= num_keys; t += 4, at += 4 * head_dim) {
+    add(t, at, at + head_dim, at + 2 * head_dim, at + 3 * head_dim);
+    if (HALF == 0)
+      for (int j = 0; j < 4; ++j) prefetch((const char*)(at + j * head_dim) + ahead);
+  }
+  if (t < num_keys) {  // the missing ones have no weight
+    const int64_t last = num_keys - 1 - t;
+    add(t, at, at + smaller(1, last) * head_dim, at + smaller(2, last) * head_dim, at + last * head_dim);
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; ++r)
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      float* to = acc + r * padded + (HALF * 2 + i) * W;
+      const __m512i both = _mm512_add_epi32(_mm512_slli_epi32(highs[r * 2 + i], 8), lows[r * 2 + i]);
+      store(to, load(to) * splat(shrink[r]) + (vf)_mm512_cvtepi32_ps(both) * splat(unit[r]));
+    }
+}
+
+inline void int8_values(const uint8_t* high, const uint8_t* low, const float* unit, const int8_t* v, int64_t head_dim,
+                        int64_t num_keys, ptrdiff_t ahead, const float* shrink, float* acc, int64_t padded) {
+  for (int64_t d = 0; d < head_dim; d += 64) {
+    int8_values_of<0>(high, low, unit, v + d, head_dim, num_keys, ahead, shrink, acc + d, padded);
+    int8_values_of<1>(high, low, unit, v + d, head_dim, num_keys, ahead, shrink, acc + d, padded);
+  }
+}
+
+}  // namespace
+#endif

@@ -1,0 +1,220 @@
+"""Kernels for GPUs in Triton; under its interpreter (TRITON_INTERPRET=1) they run on tensors of the CPU, for tests.
+
+Host side: checks, launch shapes, allocation. Nothing here reads a tensor's values, so nothing waits for the GPU.
+Legend: T query tokens, H query heads, K KV heads, G = H / K, D head dim, B rBlocks, L layers, N tokens per rBlock,
+M rBlocks listed, P partials, R rotated dims.
+"""
+
+from functools import cache
+
+import torch
+import triton
+from megatron_distkv.kernels.triton.attention import attention_kernel
+from megatron_distkv.kernels.triton.backward import key_gradients_kernel, query_gradients_kernel
+from megatron_distkv.kernels.triton.merge import merge_kernel
+from megatron_distkv.kernels.triton.store import rope_kernel, store_kv_kernel
+
+IS_INTERPRETED = triton.knobs.runtime.interpret
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Rows of one tile in prefill; a decode tile holds one token's heads, but a tensor core takes no fewer than 16 rows.
+PREFILL_ROWS, SMALLEST_TILE = 128, 16
+MERGED_ROWS = 4
+
+
+def can_serve(*tensors: torch.Tensor) -> bool:
+    where = "cpu" if IS_INTERPRETED else "cuda"
+    return all(tensor.device.type == where and tensor.dtype in DTYPES for tensor in tensors)
+
+
+def micro_attention(
+    q_THD: torch.Tensor,
+    pool_BLK2ND: torch.Tensor,
+    layer: int,
+    block_ids_M: torch.Tensor,
+    block_starts_M: torch.Tensor,
+    cu_blocks: torch.Tensor,
+    cu_queries: torch.Tensor,
+    positions_T: torch.Tensor,
+    scale: float,
+    causal: bool,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    k_scales, v_scales = _scales_of_layer(pool_BLK2ND, layer, scales) if scales else (q_THD, q_THD)
+    _check(q_THD, pool_BLK2ND, block_ids_M, block_starts_M, cu_blocks, cu_queries, positions_T)
+    num_tokens, num_heads, head_dim = q_THD.shape
+    kv_heads, size = pool_BLK2ND.shape[2], pool_BLK2ND.shape[4]
+    group, num_sequences = num_heads // kv_heads, len(cu_blocks) - 1
+    rows = _rows_per_tile(num_tokens * group, num_sequences, group)
+    # Every sequence may end in a tile of its own that is not full.
+    num_tiles = num_tokens * group // rows + num_sequences
+    num_splits = _num_splits(q_THD.device, num_tiles * kv_heads, len(block_ids_M), num_sequences)
+    final = out or _new_partial(q_THD)
+    outs, lses = (x[None] for x in final) if num_splits == 1 else _new_partial(q_THD, num_splits)
+    if num_tokens == 0:
+        return final
+    pool = pool_BLK2ND[:, layer]
+    attention_kernel[(num_tiles, kv_heads, num_splits)](
+        q_THD, pool, block_ids_M, block_starts_M, cu_blocks, cu_queries, positions_T, outs, lses,
+        k_scales, v_scales, scale, soft_cap or 0.0, window or 0, num_sequences, num_splits,
+        *q_THD.stride()[:2], *pool.stride()[:3], outs.stride(0), lses.stride(0),
+        *k_scales.stride()[:2], *v_scales.stride()[:2],
+        H=num_heads, G=group, N=size, D=head_dim, D_PADDED=_padded(head_dim),
+        BLOCK_M=rows, BLOCK_N=_keys_per_step(size, q_THD.dtype),
+        CAUSAL=causal, WINDOWED=window is not None, CAPPED=soft_cap is not None,
+        EXACT=_is_exact(q_THD, pool), INT8=scales is not None,
+        num_warps=8 if rows > 64 else 4, num_stages=2 if q_THD.dtype == torch.float32 else 3,
+    )  # fmt: skip
+    return final if num_splits == 1 else _merge_into(final, outs, lses)
+
+
+def merge(outs_PTHD: torch.Tensor, lses_PTH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    final = outs_PTHD.new_empty(outs_PTHD.shape[1:]), lses_PTH.new_empty(lses_PTH.shape[1:])
+    return _merge_into(final, outs_PTHD.contiguous(), lses_PTH.contiguous())
+
+
+def _merge_into(
+    final: tuple[torch.Tensor, torch.Tensor], outs_PTHD: torch.Tensor, lses_PTH: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = final
+    head_dim = out.shape[-1]
+    if lse.numel():
+        merge_kernel[(triton.cdiv(lse.numel(), MERGED_ROWS),)](
+            outs_PTHD, lses_PTH, out, lse, len(lses_PTH), lse.numel(),
+            D=head_dim, D_PADDED=triton.next_power_of_2(head_dim), BLOCK_R=MERGED_ROWS,
+        )  # fmt: skip
+    return out, lse
+
+
+def store_kv(
+    k_TKD: torch.Tensor, v_TKD: torch.Tensor, pool_BLK2ND: torch.Tensor, layer: int, slot_mapping_T: torch.Tensor
+) -> None:
+    if not len(k_TKD) == len(v_TKD) == len(slot_mapping_T):
+        raise ValueError(f"store_kv wants a row per slot: K {len(k_TKD)}, V {len(v_TKD)}, slots {len(slot_mapping_T)}")
+    num_tokens, kv_heads, head_dim = k_TKD.shape
+    pool = pool_BLK2ND[:, layer]
+    if num_tokens:
+        store_kv_kernel[(num_tokens,)](
+            _dense_rows(k_TKD), _dense_rows(v_TKD), pool, slot_mapping_T,
+            *k_TKD.stride()[:2], *v_TKD.stride()[:2], *pool.stride()[:3],
+            KV_HEADS=kv_heads, HEADS_PADDED=triton.next_power_of_2(kv_heads), N=pool.shape[3],
+            D=head_dim, D_PADDED=triton.next_power_of_2(head_dim),
+        )  # fmt: skip
+
+
+def apply_rope(x_THD: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor) -> torch.Tensor:
+    num_tokens, num_heads, head_dim = x_THD.shape
+    out = x_THD.new_empty(x_THD.shape)
+    cos_TR, sin_TR = cos_TR.contiguous(), sin_TR.contiguous()
+    if num_tokens:
+        rope_kernel[(num_tokens,)](
+            _dense_rows(x_THD), cos_TR, sin_TR, out, x_THD.stride(0), x_THD.stride(1), cos_TR.stride(0),
+            H=num_heads, H_PADDED=triton.next_power_of_2(num_heads), R=cos_TR.shape[1],
+            D=head_dim, D_PADDED=triton.next_power_of_2(head_dim),
+        )  # fmt: skip
+    return out
+
+
+def tile_backward(
+    d_out_SBHD: torch.Tensor,
+    q_SBHD: torch.Tensor,
+    k_XBKD: torch.Tensor,
+    v_XBKD: torch.Tensor,
+    out_SBHD: torch.Tensor,
+    lse_SBH: torch.Tensor,
+    scale: float,
+    is_causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    inputs = [_dense_rows(x) for x in (q_SBHD, k_XBKD, v_XBKD, d_out_SBHD)]
+    num_queries, num_sequences, num_heads, head_dim = q_SBHD.shape
+    num_keys, _, kv_heads, _ = k_XBKD.shape
+    delta = (d_out_SBHD.float() * out_SBHD.float()).sum(-1)
+    d_q, d_k, d_v = (torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (q_SBHD, k_XBKD, v_XBKD))
+    strides = [stride for x in inputs for stride in x.stride()[:3]]
+    rows, keys = (32, 32) if q_SBHD.dtype == torch.float32 or head_dim > 128 else (64, 64)
+    shapes = {"H": num_heads, "G": num_heads // kv_heads, "D": head_dim, "D_PADDED": _padded(head_dim)}
+    options = {"CAUSAL": is_causal, "EXACT": _is_exact(q_SBHD, k_XBKD), "num_warps": 8, "num_stages": 2}
+    shapes |= options | {"BLOCK_M": rows, "BLOCK_N": keys}
+    given = (*inputs, lse_SBH.contiguous(), delta)
+    sizes = (scale, num_queries, num_keys, *strides)
+    key_gradients_kernel[(triton.cdiv(num_keys, keys), kv_heads, num_sequences)](*given, d_k, d_v, *sizes, **shapes)
+    query_gradients_kernel[(triton.cdiv(num_queries, rows), num_heads, num_sequences)](*given, d_q, *sizes, **shapes)
+    return d_q, d_k, d_v
+
+
+def gather_rblocks(pool_BLK2ND: torch.Tensor, block_ids: torch.Tensor) -> torch.Tensor:
+    return pool_BLK2ND.index_select(0, block_ids)  # whole rows: torch's copy has nothing to gain
+
+
+def scatter_rblocks(data_MLK2ND: torch.Tensor, pool_BLK2ND: torch.Tensor, block_ids: torch.Tensor) -> None:
+    pool_BLK2ND.index_copy_(0, block_ids, data_MLK2ND)
+
+
+def _new_partial(q_THD: torch.Tensor, *parts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for out and lse, `parts` times."""
+    shapes = (*parts, *q_THD.shape), (*parts, *q_THD.shape[:2])
+    out, lse = (torch.empty(shape, dtype=torch.float32, device=q_THD.device) for shape in shapes)
+    return out, lse
+
+
+def _check(q_THD: torch.Tensor, pool_BLK2ND: torch.Tensor, *indices: torch.Tensor) -> None:
+    if q_THD.shape[1] % pool_BLK2ND.shape[2]:
+        raise ValueError(f"{q_THD.shape[1]} query heads are no multiple of {pool_BLK2ND.shape[2]} KV heads")
+    if any(index.dtype != torch.int64 or not index.is_contiguous() for index in indices):
+        raise ValueError("indices must be contiguous int64")
+    _dense_rows(q_THD)
+
+
+def _scales_of_layer(
+    pool_BLK2ND: torch.Tensor, layer: int, scales: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    num_rblocks, num_layers, kv_heads, _, size, head_dim = pool_BLK2ND.shape
+    shapes = [(num_rblocks, num_layers, kv_heads, extent) for extent in (head_dim, size)]
+    if [tuple(x.shape) for x in scales] != shapes:
+        raise ValueError(
+            f"scales of K and V must be {shapes[0]} and {shapes[1]}, not {[tuple(x.shape) for x in scales]}"
+        )
+    return _dense_rows(scales[0])[:, layer], _dense_rows(scales[1])[:, layer]
+
+
+def _dense_rows(x: torch.Tensor) -> torch.Tensor:
+    if x.stride(-1) != 1:
+        raise ValueError("the head dim must be contiguous")
+    return x
+
+
+def _rows_per_tile(num_rows: int, num_sequences: int, group: int) -> int:
+    """Decode: one token's heads in a tile; prefill: as many rows as the tensor cores like."""
+    if num_rows <= num_sequences * group:
+        return min(PREFILL_ROWS, max(SMALLEST_TILE, triton.next_power_of_2(group)))
+    return PREFILL_ROWS if num_rows > num_sequences * PREFILL_ROWS // 2 else 64
+
+
+def _keys_per_step(rblock_size: int, dtype: torch.dtype) -> int:
+    """A divisor of the rBlock where there is one that fits, so that a step reads from one rBlock only."""
+    largest = 32 if dtype == torch.float32 else 64
+    if rblock_size >= 16 and rblock_size % 16 == 0:
+        return next(keys for keys in (largest, 32, 16) if rblock_size % keys == 0)
+    return 32
+
+
+def _num_splits(device: torch.device, num_programs: int, num_rblocks: int, num_sequences: int) -> int:
+    """As many as fill the GPU twice, but no split of fewer than 4 rBlocks on average."""
+    wanted = triton.cdiv(2 * _num_multiprocessors(device), max(1, num_programs))
+    return max(1, min(wanted, num_rblocks // (4 * max(1, num_sequences)), 128))
+
+
+@cache
+def _num_multiprocessors(device: torch.device) -> int:
+    return 6 if IS_INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _padded(head_dim: int) -> int:
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def _is_exact(q_THD: torch.Tensor, pool: torch.Tensor) -> bool:
+    """Rather fp32: heads of so few dims leave the tensor cores idle anyway, and rounded weights would show in them."""
+    return IS_INTERPRETED or q_THD.dtype != pool.dtype or pool.dtype == torch.float32 or q_THD.shape[2] < 32

@@ -1,0 +1,62 @@
+"""int8 K and V: every backend computes what the scales say, near what the numbers were."""
+
+import pytest
+import torch
+
+from megatron_distkv.ops import micro_attention_int8, quantize_rblocks
+from tests.ops.batch import LAYER, Batch, Case, Sequence
+from tests.ops.dense import relative_error
+
+
+def attend(batch: Batch, **limits: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Over the batch's pool in int8; the batch's K and V become what the int8 numbers stand for."""
+    int8, k_scales, v_scales = quantize_rblocks(batch.pool.nan_to_num(0.0))
+    k, v = int8[:, LAYER].float().unbind(2)
+    pool_BK2ND = torch.stack([k * k_scales[:, LAYER, :, None], v * v_scales[:, LAYER, ..., None]], dim=2)
+    for s, sequence in enumerate(batch.case.sequences):
+        ids = batch.ids[int(batch.cu_blocks[s]) : int(batch.cu_blocks[s + 1])]
+        kv_2MNKD = pool_BK2ND[ids].permute(2, 0, 3, 1, 4)
+        batch.k[s], batch.v[s] = kv_2MNKD.flatten(1, 2)[:, : sequence.num_keys].unbind()
+    indices = (batch.ids, batch.starts, batch.cu_blocks, batch.cu_queries, batch.positions)
+    return micro_attention_int8(batch.q, int8, k_scales, v_scales, LAYER, *indices, batch.scale, True, **limits)
+
+
+SEQUENCES = [Sequence(150, 1), Sequence(41, 3), Sequence(70, 2), Sequence(90, 80), Sequence(5, 0)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("kv_heads", "group", "head_dim"), [(2, 1, 128), (2, 4, 128), (1, 8, 64), (1, 16, 256), (2, 3, 80), (1, 5, 30)]
+)
+def test_the_numbers_that_the_scales_stand_for(dtype: torch.dtype, kv_heads: int, group: int, head_dim: int) -> None:
+    # Given some channels of K far larger than others, and a window and a soft cap
+    batch = Batch(Case(torch.float32, kv_heads, group, head_dim, 36, SEQUENCES))
+    batch.pool[:, :, :, 0, :, ::7] *= 10
+    batch.q = batch.q.to(dtype)
+    limits = {"window": 60, "soft_cap": 20.0}
+
+    # When computed from int8
+    out, lse = attend(batch, **limits)
+
+    # Then nothing is lost beyond what int8 says: queries keep 15 bits, weights 16
+    expected, expected_lse = batch.expected(**limits)
+    assert relative_error(out, expected) < 1e-3
+    assert (lse - expected_lse).abs().max() < 1e-3
+
+
+def test_the_error_against_the_numbers_before() -> None:
+    batch = Batch(Case(torch.bfloat16, 2, 4, 128, 64, [Sequence(2048, 1), Sequence(512, 40)]))
+    exact, exact_lse = batch.expected()
+    out, lse = attend(batch)
+    assert relative_error(out, exact) < 1.5e-2
+    assert (lse - exact_lse).abs().max() < 1e-2
+
+
+def test_scales_that_do_not_fit_are_refused(backend: str) -> None:
+    if backend == "reference":
+        pytest.skip("torch raises errors of its own")
+    batch = Batch(Case(torch.float32, 1, 2, 64, 8, [Sequence(16, 1)]))
+    int8, k_scales, v_scales = quantize_rblocks(batch.pool.nan_to_num(0.0))
+    indices = (batch.ids, batch.starts, batch.cu_blocks, batch.cu_queries, batch.positions)
+    with pytest.raises(ValueError, match="scales"):
+        micro_attention_int8(batch.q, int8, k_scales[:1], v_scales, LAYER, *indices, 1.0, True)

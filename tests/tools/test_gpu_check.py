@@ -1,0 +1,36 @@
+"""The GPU check must run whole the first time that a GPU is at hand: so it goes its whole way here, interpreted."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+CHECK = Path(__file__).resolve().parents[2] / "tools/gpu_check.py"
+
+
+def test_a_dry_run_checks_and_reports_every_kernel(tmp_path: Path) -> None:
+    # Given a folder that is not the checkout, as on a machine where nothing is installed
+    command = [sys.executable, "-W", "ignore", str(CHECK), "--dry-run", "--out", str(tmp_path)]
+
+    # When the check runs dry
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280)
+
+    # Then conformance was run, and every kernel has its row
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "conformance: passed" in result.stdout
+    works = [row["work"].split(",")[0] for row in json.loads((tmp_path / "gpu_check.json").read_text())["figures"]]
+    assert works[:4] == ["decode", "prefill", "backward", "merge of 8 partials"]
+    assert "| decode" in (tmp_path / "gpu_check.md").read_text()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, str(CHECK)], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "no GPU here" in result.stderr

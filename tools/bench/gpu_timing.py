@@ -1,0 +1,48 @@
+"""Times of work on a GPU: events around each call, the L2 cache flushed before it, works taken in turn."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+Work = Callable[[], object]
+# More than any L2; written before each timed call so that nothing of the call before lies there.
+FLUSH_BYTES = 256 << 20
+
+
+class Stopwatch:
+    """On a machine without a GPU (a dry run) it takes wall time."""
+
+    def __init__(self, device: str) -> None:
+        self.on_gpu = device == "cuda"
+        self._flush = torch.empty(FLUSH_BYTES if self.on_gpu else 1, dtype=torch.int8, device=device)
+
+    def in_turn(self, works: dict[str, Work], runs: int) -> dict[str, list[float]]:
+        """Seconds of each work in each of `runs` rounds: A B C A B C ..."""
+        for work in works.values():
+            work()
+        times: dict[str, list[float]] = {name: [] for name in works}
+        for _ in range(runs):
+            for name, work in works.items():
+                times[name].append(self._seconds(work))
+        return times
+
+    def _seconds(self, work: Work) -> float:
+        self._flush.zero_()
+        if not self.on_gpu:
+            begin = time.perf_counter()
+            work()
+            return time.perf_counter() - begin
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        before.record()
+        work()
+        after.record()
+        after.synchronize()
+        return float(before.elapsed_time(after)) / 1e3
+
+
+def median_ratio(ours: list[float], theirs: list[float]) -> float:
+    """How many times as fast as theirs ours is: the median over the rounds."""
+    return statistics.median(b / a for a, b in zip(ours, theirs, strict=True))

@@ -1,0 +1,141 @@
+"""Compile the Triton kernels for Hopper (sm_90) on any machine, and read from the machine code what will be slow.
+
+A row per kernel and shape: registers of a thread, bytes it spills, shared memory, how many copies stay in flight while
+it computes (cp.async.wait_group; 0 means that loads are not pipelined), tensor-core instructions. Ends with 1 where a
+kernel spills or an attention loop is not pipelined.
+usage: TRITON_INTERPRET=0 python -m tools.compile_triton [--json FILE]
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from megatron_distkv.kernels.triton.attention import attention_kernel
+from megatron_distkv.kernels.triton.backward import key_gradients_kernel, query_gradients_kernel
+from megatron_distkv.kernels.triton.merge import merge_kernel
+from megatron_distkv.kernels.triton.store import rope_kernel, store_kv_kernel
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+HOPPER = GPUTarget("cuda", 90, 32)
+FLOATS = {"scale", "soft_cap"}
+POINTERS_TO_FP32 = {"OUT", "LSE", "OUTS", "LSES", "DELTA", "D_K", "D_V", "D_Q", "COS", "SIN", "K_SCALES", "V_SCALES"}
+POINTERS_TO_INT64 = {"IDS", "STARTS", "CU_BLOCKS", "CU_QUERIES", "POSITIONS", "SLOTS"}
+HEAD = {"D": 128, "D_PADDED": 128}
+ATTENTION = {
+    "H": 32,
+    "G": 4,
+    "N": 64,
+    **HEAD,
+    "BLOCK_N": 64,
+    "WINDOWED": False,
+    "CAPPED": False,
+    "EXACT": False,
+    "INT8": False,
+}
+TILE = {"H": 32, "G": 4, **HEAD, "BLOCK_M": 64, "BLOCK_N": 64, "CAUSAL": True, "EXACT": False}
+
+
+class Built(NamedTuple):
+    kernel: str
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    copies_in_flight: int
+    tensor_core: str
+
+
+class Wanted(NamedTuple):
+    name: str
+    kernel: Any
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
+    is_pipelined: bool = False
+
+
+WANTED = [
+    Wanted("decode, group 4", attention_kernel, {**ATTENTION, "BLOCK_M": 16, "CAUSAL": True}, 4, 3, True),
+    Wanted("decode, group 4, no mask", attention_kernel, {**ATTENTION, "BLOCK_M": 16, "CAUSAL": False}, 4, 3, True),
+    Wanted("prefill, causal", attention_kernel, {**ATTENTION, "BLOCK_M": 128, "CAUSAL": True}, 8, 3, True),
+    Wanted("prefill, no mask", attention_kernel, {**ATTENTION, "BLOCK_M": 128, "CAUSAL": False}, 8, 3, True),
+    Wanted("merge", merge_kernel, {**HEAD, "BLOCK_R": 4}, 4, 3),
+    Wanted("store_kv", store_kv_kernel, {"KV_HEADS": 8, "HEADS_PADDED": 8, "N": 64, **HEAD}, 4, 3),
+    Wanted("apply_rope", rope_kernel, {"H": 32, "H_PADDED": 32, "R": 128, **HEAD}, 4, 3),
+    Wanted("backward, keys", key_gradients_kernel, TILE, 8, 2),
+    Wanted("backward, queries", query_gradients_kernel, TILE, 8, 2),
+]
+
+
+def build(wanted: Wanted) -> Built:
+    names = wanted.kernel.arg_names
+    types = {name: "constexpr" if name in wanted.constants else type_of(name) for name in names}
+    # What a launch would see: aligned pointers, strides in multiples of 16 elements.
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if types[name].startswith("*") or name.endswith("_stride") or name == "v_offset"
+    }
+    constants = {(names.index(name),): value for name, value in wanted.constants.items()}
+    source = ASTSource(fn=wanted.kernel, signature=types, constexprs=constants, attrs=aligned)
+    options = {"num_warps": wanted.num_warps, "num_stages": wanted.num_stages}
+    compiled = triton.compile(source, target=HOPPER, options=options)
+    ptx = compiled.asm["ptx"]
+    usage = resource_usage(compiled.asm["cubin"])
+    in_flight = max((int(count) for count in re.findall(r"cp\.async\.wait_group\s+(\d+)", ptx)), default=0)
+    cores = next((name for name in ("wgmma", "mma.sync") if name in ptx), "none")
+    return Built(wanted.name, usage["REG"], usage["STACK"] + usage["LOCAL"], compiled.metadata.shared, in_flight, cores)
+
+
+def type_of(name: str) -> str:
+    if name in FLOATS:
+        return "fp32"
+    if name in POINTERS_TO_INT64:
+        return "*i64"
+    if name in POINTERS_TO_FP32:
+        return "*fp32"
+    return "*bf16" if name.isupper() else "i32"
+
+
+def resource_usage(cubin: bytes) -> dict[str, int]:
+    """As NVIDIA's own tool reads it, which comes with Triton."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        printed = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
+    function = printed.partition("Function")[2]
+    return {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", function)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    rows, faults = [], []
+    print(f"triton {triton.__version__}, sm_90, bf16, head dim 128, rBlocks of 64 tokens")
+    print(f"{'kernel':<26}{'registers':>10}{'spilled':>9}{'shared':>9}{'in flight':>11}  tensor cores")
+    for wanted in WANTED:
+        row = build(wanted)
+        rows.append(row._asdict())
+        print(f"{row.kernel:<26}{row.registers:>10}{row.spilled_bytes:>9}{row.shared_bytes:>9}", end="")
+        print(f"{row.copies_in_flight:>11}  {row.tensor_core}", flush=True)
+        if row.spilled_bytes:
+            faults.append(f"{row.kernel} spills {row.spilled_bytes} bytes of a thread")
+        if wanted.is_pipelined and row.copies_in_flight < 2:
+            faults.append(f"{row.kernel} does not load ahead")
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    for fault in faults:
+        print(f"error: {fault}", file=sys.stderr)
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
