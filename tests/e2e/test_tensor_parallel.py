@@ -1,9 +1,11 @@
 """Two instances of two ranks each, started by the deepspeed launcher, lend each other memory."""
 
+import threading
 from pathlib import Path
 
 from megatron_distkv.launch.local_cluster import LocalCluster
 
+from megatron_distkv.cli.main import main
 from tests.e2e.conftest import OWN_TOKENS, Reference, cluster_config, openai_client
 from tests.e2e.test_api import GREEDY, as_text, random_prompt, wait_for_no_debts
 
@@ -18,3 +20,28 @@ def test_tensor_parallel_instances_lend_and_agree_with_one_rank(byte_llama: Path
             (kv,) = answer.usage.kv  # type: ignore[union-attr]
             assert bool(kv["max_borrowed_rblocks"]) == (length > OWN_TOKENS)
         wait_for_no_debts(cluster)
+
+        # When one of them leaves in mid-stream
+        prompt, usage, text, drain = random_prompt(40, seed=40), None, "", None
+        body = {"ignore_eos": True, "instance": "instance-0"}
+        greedy = {"model": "distkv", "temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
+        for chunk in client.completions.create(prompt=prompt, max_tokens=80, extra_body=body, **greedy):
+            usage = chunk.usage or usage
+            text += "".join(choice.text for choice in chunk.choices)
+            if drain is None:
+                arguments = [
+                    "drain",
+                    "instance-0",
+                    "--ledger",
+                    cluster.ledger_url,
+                    "--pool",
+                    cluster.config.ledger.pool,
+                ]
+                drain = threading.Thread(target=main, args=(arguments,))
+                drain.start()
+        # Then the other goes on with the KV of both ranks
+        assert drain is not None
+        drain.join()
+        assert text == as_text(reference(prompt, 80))
+        (kv,) = usage.kv  # type: ignore[union-attr]
+        assert (kv["instance"], kv["num_recomputed_tokens"]) == ("instance-1", 0)
