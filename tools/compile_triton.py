@@ -39,7 +39,7 @@ ATTENTION = {
     "EXACT": False,
     "INT8": False,
 }
-TILE = {"H": 32, "G": 4, **HEAD, "BLOCK_M": 64, "BLOCK_N": 64, "CAUSAL": True, "EXACT": False}
+TILE = {"H": 32, "G": 4, **HEAD, "BLOCK_M": 32, "BLOCK_N": 64, "CAUSAL": True, "EXACT": False}
 
 
 class Built(NamedTuple):

@@ -4,6 +4,7 @@
 // load of K (quads.h: up to sixteen) and of V; what lies AHEAD_BYTES further on this walk is prefetched meanwhile.
 #pragma once
 
+#include "few_tiles.h"
 #include "int8_quads.h"
 #include "isa.h"
 #include "kinds.h"
@@ -11,153 +12,10 @@
 
 namespace {
 
-using distkv::CHUNK_TOKENS;
 using distkv::FEW_ROWS;
 using distkv::Item;
 
 constexpr int64_t AHEAD_BYTES = 32 * 1024;
-
-// s[r][t] = q[r] . k[t] for R query rows; `ahead` is the distance in bytes to what to prefetch.
-template <class X, int R, bool PREFETCH>
-inline void few_scores(const typename X::Query* q, int64_t padded, const typename X::Element* k, int64_t head_dim,
-                       int64_t num_keys, ptrdiff_t ahead, float* s) {
-  constexpr int J = W / R;  // tokens at a time: W accumulators, which one transposition sums up
-  const int64_t whole = head_dim / X::CHUNK * X::CHUNK, rest = head_dim - whole;
-  int64_t t = 0;
-  for (; t + J <= num_keys; t += J) {
-    vf sums[W];
-#pragma GCC unroll 16
-    for (int i = 0; i < W; ++i) sums[i] = vf{};
-    for (int64_t d = 0; d < whole; d += X::CHUNK) {
-      typename X::Operand keys[J];
-#pragma GCC unroll 16
-      for (int j = 0; j < J; ++j) {
-        const typename X::Element* key = k + (t + j) * head_dim + d;
-        keys[j] = X::load(key);
-        if (PREFETCH) prefetch((const char*)key + ahead);
-      }
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        const typename X::Operand query = X::load_query(q + r * padded + d);
-#pragma GCC unroll 16
-        for (int j = 0; j < J; ++j) sums[r * J + j] = X::multiply_add(query, keys[j], sums[r * J + j]);
-      }
-    }
-    if (rest) {
-#pragma GCC unroll 16
-      for (int j = 0; j < J; ++j) {
-        const typename X::Operand key = X::load_first(k + (t + j) * head_dim + whole, rest);
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r)
-          sums[r * J + j] = X::multiply_add(X::load_query(q + r * padded + whole), key, sums[r * J + j]);
-      }
-    }
-    const vf scores = sums_of_lanes(sums);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) memcpy(s + r * CHUNK_TOKENS + t, (const float*)&scores + r * J, J * sizeof(float));
-  }
-  for (; t < num_keys; ++t) {
-    for (int r = 0; r < R; ++r) {
-      vf sum = {};
-      const typename X::Element* key = k + t * head_dim;
-      for (int64_t d = 0; d < whole; d += X::CHUNK)
-        sum = X::multiply_add(X::load_query(q + r * padded + d), X::load(key + d), sum);
-      if (rest) sum = X::multiply_add(X::load_query(q + r * padded + whole), X::load_first(key + whole, rest), sum);
-      s[r * CHUNK_TOKENS + t] = sum_lane(sum);
-    }
-  }
-}
-
-// acc[r][d] = acc[r][d] * shrink[r] + sum over tokens of p[r][t] v[t][d], for C chunks of dims from `d` on.
-// With `rest`, C is 1 and only the first `rest` dims of the chunk exist.
-template <class X, int R, int C, bool PREFETCH>
-inline void few_values(const typename X::Weight* p, const typename X::Element* v, int64_t head_dim, int64_t num_keys,
-                       int64_t d, int64_t rest, ptrdiff_t ahead, const float* shrink, float* acc, int64_t padded) {
-  constexpr int N = C * X::PARTS;
-  vf sums[R * N];
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 16
-    for (int i = 0; i < N; ++i) sums[r * N + i] = load(acc + r * padded + d + i * W) * splat(shrink[r]);
-  const auto add = [&](int64_t t, const typename X::Element* value, const typename X::Element* next)
-                       __attribute__((always_inline)) {
-    typename X::Operand values[N];
-#pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) {
-      if (rest)
-        X::load_first_values(value, next, rest, values);
-      else
-        X::load_values(value + c * X::CHUNK, next ? next + c * X::CHUNK : nullptr, values + c * X::PARTS);
-      if (PREFETCH) {
-        prefetch((const char*)(value + c * X::CHUNK) + ahead);
-        if (X::STEP == 2) prefetch((const char*)(value + head_dim + c * X::CHUNK) + ahead);
-      }
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const typename X::Operand weight = X::weight(p + r * CHUNK_TOKENS + t);
-#pragma GCC unroll 16
-      for (int i = 0; i < N; ++i) sums[r * N + i] = X::multiply_add(weight, values[i], sums[r * N + i]);
-    }
-  };
-  int64_t t = 0;
-  for (const typename X::Element* value = v + d; t + X::STEP <= num_keys; t += X::STEP, value += X::STEP * head_dim)
-    add(t, value, value + head_dim);
-  if (t < num_keys) add(t, v + t * head_dim + d, nullptr);
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 16
-    for (int i = 0; i < N; ++i) store(acc + r * padded + d + i * W, sums[r * N + i]);
-}
-
-template <class X, int R, bool PREFETCH>
-inline void few_all_values(const typename X::Weight* p, const typename X::Element* v, int64_t head_dim,
-                           int64_t num_keys, ptrdiff_t ahead, const float* shrink, float* acc, int64_t padded) {
-  constexpr int ACCUMULATORS = W == 4 ? 8 : W;
-  constexpr int MOST = ACCUMULATORS / R / X::PARTS > 4 ? 4 : ACCUMULATORS / R / X::PARTS;
-  constexpr int C = MOST < 1 ? 1 : MOST;
-  const int64_t whole = head_dim / X::CHUNK * X::CHUNK;
-  int64_t d = 0;
-  for (; d + C * X::CHUNK <= whole; d += C * X::CHUNK)
-    few_values<X, R, C, PREFETCH>(p, v, head_dim, num_keys, d, 0, ahead, shrink, acc, padded);
-  for (; d < whole; d += X::CHUNK)
-    few_values<X, R, 1, PREFETCH>(p, v, head_dim, num_keys, d, 0, ahead, shrink, acc, padded);
-  if (d < head_dim) few_values<X, R, 1, PREFETCH>(p, v, head_dim, num_keys, d, head_dim - d, ahead, shrink, acc, padded);
-}
-
-// Scores of one row to weights 2^(score - top); keeps the row's running top and its sums (one per lane), gives what to
-// shrink acc by. Most chunks hold no new top: then nothing is reduced across lanes.
-template <class X>
-inline void few_weights(const float* s, Seen seen, int64_t num_keys, float scale, float* top, float* sums,
-                        float* shrink, typename X::Weight* p) {
-  constexpr int64_t MOST = CHUNK_TOKENS / W;
-  const vi lanes = lane_numbers(), begin = vi{} + (int32_t)seen.begin, end = vi{} + (int32_t)seen.end;
-  const int64_t vectors = (num_keys + W - 1) / W;
-  vf scores[MOST], most = splat(*top);
-#pragma GCC unroll 4
-  for (int64_t i = 0; i < vectors; ++i) {
-    const vi keys = lanes + (int32_t)(i * W);
-    scores[i] = ((keys >= begin) & (keys < end)) ? load(s + i * W) * splat(scale) : splat(NO_SCORE);
-    most = vmax(most, scores[i]);
-  }
-  const float old_top = *top;
-  *shrink = 1;
-  vf total = load(sums);
-  if (any_above(most, splat(old_top))) {
-    *top = max_lane(most);
-    *shrink = exp2_of(old_top - *top);
-    total = total * splat(*shrink);
-  }
-  const vf base = splat(*top == NO_SCORE ? 0.f : *top);
-#pragma GCC unroll 4
-  for (int64_t i = 0; i < vectors; ++i) {
-    const vi keys = lanes + (int32_t)(i * W);
-    const vf weights = ((keys >= begin) & (keys < end)) ? exp2_of(scores[i] - base) : vf{};
-    X::store_weights(p + i * W, weights);
-    total = total + weights;
-  }
-  store(sums, total);
-}
 
 template <class X>
 struct FewRows {
@@ -291,7 +149,7 @@ struct FewRows {
 #if defined(__AVX512VNNI__)
     if constexpr (X::IS_DOTS) return add_int8_values(state, v, n, ahead);
 #endif
-    for_tiles([&](auto tile, int64_t r) {
+    for_value_tiles([&](auto tile, int64_t r) {
       constexpr int R = decltype(tile)::ROWS;
       const typename X::Weight* p = weights + r * CHUNK_TOKENS;
       float* out = acc + (state + r) * padded;
@@ -337,10 +195,18 @@ struct FewRows {
     static constexpr int ROWS = R;
   };
 
+  // Pairs of V are made by shuffling: eight rows at a time share them.
+  template <class F>
+  void for_value_tiles(F work) const {
+    int64_t r = 0;
+    if constexpr (X::IS_PAIRS)
+      for (; is_quads && rows - r >= 7; r += 8) work(Tile<8>{}, r);
+    for_tiles(work, r);
+  }
+
   // Tiles of four rows, then two or one; three are a tile of four with an empty row.
   template <class F>
-  void for_tiles(F work) const {
-    int64_t r = 0;
+  void for_tiles(F work, int64_t r = 0) const {
     for (; rows - r >= 3; r += 4) work(Tile<4>{}, r);
     if (rows - r == 2) work(Tile<2>{}, r);
     if (rows - r == 1) work(Tile<1>{}, r);

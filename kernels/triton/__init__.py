@@ -133,7 +133,7 @@ def tile_backward(
     delta = (d_out_SBHD.float() * out_SBHD.float()).sum(-1)
     d_q, d_k, d_v = (torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (q_SBHD, k_XBKD, v_XBKD))
     strides = [stride for x in inputs for stride in x.stride()[:3]]
-    rows, keys = (32, 32) if q_SBHD.dtype == torch.float32 or head_dim > 128 else (64, 64)
+    rows, keys = (32, 32) if q_SBHD.dtype == torch.float32 or head_dim > 128 else (32, 64)
     shapes = {"H": num_heads, "G": num_heads // kv_heads, "D": head_dim, "D_PADDED": _padded(head_dim)}
     options = {"CAUSAL": is_causal, "EXACT": _is_exact(q_SBHD, k_XBKD), "num_warps": 8, "num_stages": 2}
     shapes |= options | {"BLOCK_M": rows, "BLOCK_N": keys}
