@@ -47,6 +47,7 @@ class Faults:
     counts: Counter[str] = field(default_factory=Counter)
     _repairs: list[Repair] = field(default_factory=list)
     _broken: set[str] = field(default_factory=set)
+    _drains: "list[subprocess.Popen[bytes]]" = field(default_factory=list)
 
     def break_something(self) -> None:
         """One of the kinds that this pool can suffer now."""
@@ -73,6 +74,8 @@ class Faults:
             self.repair(now=True)
             time.sleep(0.05)
         self.repair()
+        for draining in self._drains:
+            draining.wait(LEAVES_WITHIN_S)
 
     # ------------------------------------------------------------------ instances and lenders
 
@@ -88,13 +91,15 @@ class Faults:
         if name is not None and LEDGER not in self._broken:
             within_s = self.rng.uniform(0.0, 6.0)
             command = [sys.executable, "-m", "megatron_distkv.cli.main", "drain", name, "--within", str(within_s)]
+            leaving = self.cluster.child(name).process  # ends a little later than the command, or without it
             draining = subprocess.Popen(
                 [*command, "--pool", self.cluster.config.ledger.pool],
                 env={**os.environ, LEDGER_VARIABLE: self.cluster.ledger_url},
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
             )
-            self._note("drain of an instance, another joins", name, within_s, lambda: None, draining)
+            self._drains.append(draining)
+            self._note("drain of an instance, another joins", name, within_s, lambda: None, leaving)
 
     def _kill_lender(self) -> None:
         self._kill("a lender", self._pick(self.cluster.lender_ids))
