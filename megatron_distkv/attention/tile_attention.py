@@ -31,7 +31,7 @@ def attend(
         k, v = (x.repeat_interleave(group, 1) for x in (k, v))
     else:
         q = _fold(q, group)
-    out, lse = (_flash if q.device.type == "cpu" else _plain)(q, k, v, 0.0, is_causal, scale=scale)
+    out, lse = (_flash if _has_flash(q) else _plain)(q, k, v, 0.0, is_causal, scale=scale)
     if not is_causal:
         out, lse = _unfold(out, group), _unfold(lse.unsqueeze(-1), group).squeeze(-1)
     return out.permute(2, 0, 1, 3), lse.permute(2, 0, 1)
@@ -48,7 +48,7 @@ def attend_backward(
     is_causal: bool,
 ) -> Gradients:
     """This tile's share of the gradients; `out` and `lse` are those over all keys, not over the tile's."""
-    if q_SBHD.device.type != "cpu":
+    if not _has_flash(q_SBHD):
         return Gradients(*tile_backward(d_out_SBHD, q_SBHD, k_XBKD, v_XBKD, out_SBHD, lse_SBH, scale, is_causal))
     q, k, v, out, d_out = (x.permute(1, 2, 0, 3) for x in (q_SBHD, k_XBKD, v_XBKD, out_SBHD, d_out_SBHD))
     lse = lse_SBH.permute(1, 2, 0)
@@ -63,6 +63,10 @@ def attend_backward(
     else:
         d_q = _unfold(d_q, group)
     return Gradients(*(x.permute(2, 0, 1, 3) for x in (d_q, d_k, d_v)))
+
+
+def _has_flash(x: torch.Tensor) -> bool:
+    return x.device.type == "cpu"
 
 
 def _fold(x_BHSD: torch.Tensor, group: int) -> torch.Tensor:
