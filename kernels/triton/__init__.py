@@ -51,7 +51,7 @@ def micro_attention(
     # Every sequence may end in a tile of its own that is not full.
     num_tiles = num_tokens * group // rows + num_sequences
     num_splits = _num_splits(q_THD.device, num_tiles * kv_heads, len(block_ids_M), num_sequences)
-    final = out or _new_partial(q_THD)
+    final = _checked_partial(q_THD, *out) if out else _new_partial(q_THD)
     outs, lses = (x[None] for x in final) if num_splits == 1 else _new_partial(q_THD, num_splits)
     if num_tokens == 0:
         return final
@@ -91,9 +91,11 @@ def _merge_into(
 def store_kv(
     k_TKD: torch.Tensor, v_TKD: torch.Tensor, pool_BLK2ND: torch.Tensor, layer: int, slot_mapping_T: torch.Tensor
 ) -> None:
-    if not len(k_TKD) == len(v_TKD) == len(slot_mapping_T):
-        raise ValueError(f"store_kv wants a row per slot: K {len(k_TKD)}, V {len(v_TKD)}, slots {len(slot_mapping_T)}")
     num_tokens, kv_heads, head_dim = k_TKD.shape
+    if not k_TKD.shape == v_TKD.shape == (len(slot_mapping_T), *pool_BLK2ND.shape[2:3], *pool_BLK2ND.shape[5:]):
+        raise ValueError("K and V must be of one shape: a row per slot, the pool's heads and head size")
+    if not pool_BLK2ND.is_contiguous() or slot_mapping_T.dtype != torch.int64:
+        raise ValueError("the pool must be contiguous, slots int64")
     pool = pool_BLK2ND[:, layer]
     if num_tokens:
         store_kv_kernel[(num_tokens,)](
@@ -159,7 +161,20 @@ def _new_partial(q_THD: torch.Tensor, *parts: int) -> tuple[torch.Tensor, torch.
     return out, lse
 
 
+def _checked_partial(
+    q_THD: torch.Tensor, out_THD: torch.Tensor, lse_TH: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A kernel writes wherever it is told to."""
+    if out_THD.shape != q_THD.shape or lse_TH.shape != q_THD.shape[:2]:
+        raise ValueError("out must have the queries' shape, lse that of their heads")
+    if not all(x.dtype == torch.float32 and x.is_contiguous() and x.device == q_THD.device for x in (out_THD, lse_TH)):
+        raise ValueError("out and lse must be contiguous fp32 tensors on the queries' device")
+    return out_THD, lse_TH
+
+
 def _check(q_THD: torch.Tensor, pool_BLK2ND: torch.Tensor, *indices: torch.Tensor) -> None:
+    if not pool_BLK2ND.is_contiguous() or pool_BLK2ND.shape[-1] != q_THD.shape[-1]:
+        raise ValueError("the pool must be contiguous and have the queries' head size")
     if q_THD.shape[1] % pool_BLK2ND.shape[2]:
         raise ValueError(f"{q_THD.shape[1]} query heads are no multiple of {pool_BLK2ND.shape[2]} KV heads")
     if any(index.dtype != torch.int64 or not index.is_contiguous() for index in indices):
