@@ -23,7 +23,7 @@ PROMPT = [40 + i % 80 for i in range(120)]
 @pytest.fixture
 def cluster(byte_llama: Path) -> Iterator[LocalCluster]:
     changes = {
-        "instances": 4,
+        "instances": 5,
         "kv_cache": {"num_rblocks": 128, "rblock_size": 8},
         "lending": {"deadline_s": 2.0, "max_moved_rblocks_per_step": 2},
     }
@@ -56,6 +56,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 def test_a_drained_instance_hands_its_requests_over_and_any_may_die_meanwhile(cluster: LocalCluster) -> None:
     drains: list[threading.Thread] = []
+    heirs, killed = ("instance-3", "instance-4"), []
 
     def drain(name: str) -> None:
         arguments = ["drain", name, "--ledger", cluster.ledger_url, "--pool", cluster.config.ledger.pool]
@@ -90,11 +91,12 @@ def test_a_drained_instance_hands_its_requests_over_and_any_may_die_meanwhile(cl
     texts, _ = stream(cluster, "instance-1", drain_and_kill)
     assert texts == calm
 
-    # When its successor is killed
+    # When its successor is killed, before or after it has the request
     def drain_and_kill_heir() -> None:
         drain("instance-2")
-        wait_until(lambda: used("instance-3") > 0 or is_leaving("instance-2"))
-        os.killpg(cluster.child("instance-3").process.pid, signal.SIGKILL)
+        wait_until(lambda: any(used(heir) > 0 for heir in heirs) or is_leaving("instance-2"))
+        killed.append(max(heirs, key=used))
+        os.killpg(cluster.child(killed[0]).process.pid, signal.SIGKILL)
 
     texts, _ = stream(cluster, "instance-2", drain_and_kill_heir)
     assert texts == calm
@@ -102,4 +104,6 @@ def test_a_drained_instance_hands_its_requests_over_and_any_may_die_meanwhile(cl
     # And nothing of all this stays
     for thread in drains:
         thread.join()
-    wait_until(lambda: not cluster.ledger.snapshot().loans and not cluster.ledger.snapshot().live)
+    stays = {heir for heir in heirs if heir not in killed}
+    wait_until(lambda: {record.instance for record in cluster.ledger.snapshot().live} == stays)
+    wait_until(lambda: not cluster.ledger.snapshot().loans)
