@@ -126,8 +126,9 @@ class Handover:
         return passage if self._has_room_for(passage, len(self._left(passage, whole=True)) + 1) else None
 
     def _most(self, successor: InstanceRecord) -> int:
-        """rBlocks that a request may ever have there, without this instance."""
+        """rBlocks that a request may ever have there, without this instance and who was lost a moment ago."""
         others = (x for x in self._live() if x.instance not in (successor.instance, self._identity.instance))
+        others = (x for x in others if not self._desk.shuns(x.instance))
         lendable = sum(record.lendable_at_most for record in others if record.state is InstanceState.UP)
         return successor.total + successor.host_rblocks + lendable
 

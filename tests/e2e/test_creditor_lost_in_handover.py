@@ -1,4 +1,4 @@
-"""A lender is killed while the request that it holds rBlocks of moves between instances: real processes, kill -9."""
+"""A lender is killed while a request, part of which it holds, moves between instances: real processes, kill -9."""
 
 import threading
 import time
@@ -13,7 +13,7 @@ from megatron_distkv.cli.main import main
 from megatron_distkv.ledger import InstanceRecord
 from tests.e2e.conftest import RBLOCK_SIZE, cluster_config, openai_client
 
-LEAVES, HEIR, LENDER = "instance-0", "instance-1", "lender-0"
+LEAVES, HEIR = "instance-0", "instance-1"
 NUM_RBLOCKS = 48
 PROMPT = [40 + i % 80 for i in range(NUM_RBLOCKS * RBLOCK_SIZE + 64)]
 SAMPLED = {"model": "distkv", "seed": 7, "temperature": 0.9, "logprobs": 1, "max_tokens": 100}
@@ -30,7 +30,7 @@ def cluster(byte_llama: Path) -> Iterator[LocalCluster]:
     """So slow a copy, and such frequent heartbeats, that there is a middle to kill in."""
     changes = {
         "instances": 2,
-        "lenders": 1,
+        "lenders": 2,
         "lender_rblocks": 2 * NUM_RBLOCKS,
         "kv_cache": {"num_rblocks": NUM_RBLOCKS, "rblock_size": RBLOCK_SIZE},
         "lending": {"deadline_s": 2.0, "max_moved_rblocks_per_step": 1},
@@ -67,6 +67,11 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.002)
 
 
+def lent(cluster: LocalCluster, name: str) -> int:
+    found = record(cluster, name)
+    return 0 if found is None else found.lent
+
+
 def uses_memory(cluster: LocalCluster, name: str) -> bool:
     found = record(cluster, name)
     return found is not None and found.local_used > 0
@@ -75,32 +80,34 @@ def uses_memory(cluster: LocalCluster, name: str) -> bool:
 def test_a_creditor_killed_in_the_middle_of_a_handover(cluster: LocalCluster) -> None:
     # Given what is answered when nothing happens
     calm = ask(cluster, LEAVES)
-    held = calm.kv["max_borrowed_rblocks"][LENDER]
+    held = sum(calm.kv["max_borrowed_rblocks"].values())
     wait_until(lambda: not cluster.ledger.snapshot().loans and not uses_memory(cluster, HEIR))
+    killed: list[str] = []
     drain = threading.Thread(target=main, args=(["drain", LEAVES, "--ledger", cluster.ledger_url],))
 
     # When the lender is killed while a request, part of which it holds, is copied from one instance to another
     def drain_and_kill() -> None:
-        assert {loan.creditor for loan in cluster.ledger.snapshot().loans} == {LENDER}
+        killed.append(max(cluster.lender_ids, key=lambda name: lent(cluster, name)))
+        assert lent(cluster, killed[0]) > 0
         drain.start()
         wait_until(lambda: uses_memory(cluster, HEIR))
-        cluster.kill(LENDER)
+        cluster.kill(killed[0])
 
     got = ask(cluster, LEAVES, drain_and_kill)
 
     # Then the one that leaves noticed before the request was gone
     log = (cluster.run_dir / f"{LEAVES}.log").read_text()
-    assert log.index(f"lost creditor {LENDER}") < log.rindex(f"goes on in {HEIR}")
+    assert log.index(f"lost creditor {killed[0]}") < log.rindex(f"goes on in {HEIR}")
     # And the client has what it would have had, for what the lender held
     assert got.text == calm.text
     assert got.logprobs == pytest.approx(calm.logprobs, abs=1e-4)
-    print(held, got.kv, calm.kv)
     assert 0 < got.kv["num_recomputed_tokens"] <= (held + 2) * RBLOCK_SIZE
     assert got.kv["instance"] == HEIR
 
     # And nothing stays: an instance that finds its own books wrong when it is idle ends
     drain.join()
     assert cluster.child(LEAVES).process.wait(20) == 0
-    wait_until(lambda: {x.instance for x in cluster.ledger.snapshot().live} == {HEIR})
+    stays = {HEIR, *cluster.lender_ids} - set(killed)
+    wait_until(lambda: {x.instance for x in cluster.ledger.snapshot().live} == stays)
     wait_until(lambda: not cluster.ledger.snapshot().loans and not uses_memory(cluster, HEIR))
-    assert cluster.child(HEIR).is_running
+    assert set(cluster.dead_parts()) == {LEAVES, *killed}
