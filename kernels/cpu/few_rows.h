@@ -136,32 +136,35 @@ struct FewRows {
     const int64_t state = h * held;
     score(state, k, n, k_ahead);
     bend_scores(a, scores, held * CHUNK_TOKENS);
-    for (int64_t r = 0; r < held; ++r)
+    const char* v_to_come = (const char*)(k + slab) + v_ahead;
+    Fetch fetch{v_to_come, v_to_come + (v_ahead ? n * a.head_dim * (int64_t)sizeof(Element) : 0)};
+    for (int64_t r = 0; r < held; ++r) {
+      fetch.lines(smaller(16, 64 / held));
       few_weights<X>(scores + r * CHUNK_TOKENS, r < rows ? seen[r].within(from, n) : Seen{0, 0}, n, score_scale(a),
                      tops + state + r, sums + (state + r) * W, shrinks + r, weights + r * CHUNK_TOKENS);
+    }
     if constexpr (X::IS_INT8)
       for (int64_t r = 0; r < held; ++r)
         for (int64_t t = 0; t < n; ++t) ((float*)weights)[r * CHUNK_TOKENS + t] *= v_scales[from + t];
-    add_values(state, k + slab, n, v_ahead);
+    add_values(state, k + slab, n, fetch);
   }
 
-  void add_values(int64_t state, const Element* v, int64_t n, ptrdiff_t ahead) {
+  void add_values(int64_t state, const Element* v, int64_t n, Fetch& fetch) {
 #if defined(__AVX512VNNI__)
-    if constexpr (X::IS_DOTS) return add_int8_values(state, v, n, ahead);
+    if constexpr (X::IS_DOTS) return add_int8_values(state, v, n, fetch);
 #endif
     for_value_tiles([&](auto tile, int64_t r) {
       constexpr int R = decltype(tile)::ROWS;
       const typename X::Weight* p = weights + r * CHUNK_TOKENS;
       float* out = acc + (state + r) * padded;
-      if (r == 0) few_all_values<X, R, true>(p, v, a.head_dim, n, ahead, shrinks + r, out, padded);
-      else few_all_values<X, R, false>(p, v, a.head_dim, n, 0, shrinks + r, out, padded);
+      few_all_values<X, R>(p, v, a.head_dim, n, larger(R, rows - r), fetch, shrinks + r, out, padded);
     });
   }
 
 #if defined(__AVX512VNNI__)
   Int8Queries bytes() const { return {query_bytes, offsets, units}; }
 
-  void add_int8_values(int64_t state, const int8_t* v, int64_t n, ptrdiff_t ahead) {
+  void add_int8_values(int64_t state, const int8_t* v, int64_t n, Fetch& fetch) {
     uint8_t *high = weight_bytes, *low = high + FEW_ROWS * CHUNK_TOKENS;
     float worth[FEW_ROWS];
     for (int64_t r = 0; r < held; ++r) {
@@ -169,9 +172,10 @@ struct FewRows {
       for (int64_t t = n; t < CHUNK_TOKENS; ++t) p[t] = 0;
       worth[r] = pack_weights(p, high + r * CHUNK_TOKENS, low + r * CHUNK_TOKENS);
     }
+    fetch.spread_over(held / 4 * (a.head_dim / 32) * (n / 4));
     for (int64_t r = 0; r < held; r += 4)
-      int8_values(high + r * CHUNK_TOKENS, low + r * CHUNK_TOKENS, worth + r, v, a.head_dim, n, r == 0 ? ahead : 0,
-                  shrinks + r, acc + (state + r) * padded, padded);
+      int8_values(high + r * CHUNK_TOKENS, low + r * CHUNK_TOKENS, worth + r, v, a.head_dim, n, fetch, shrinks + r,
+                  acc + (state + r) * padded, padded);
   }
 #endif
 

@@ -5,6 +5,7 @@
 // Their rounding is far below that of K and V. vpdpbusd wants one factor unsigned: K + 128, which `offset` takes back.
 #pragma once
 
+#include "fetch.h"
 #include "kinds.h"
 
 #if defined(__AVX512VNNI__)
@@ -143,8 +144,7 @@ inline float pack_weights(const float* p, uint8_t* high, uint8_t* low) {
 // `v` on. Of 64 dims, vector i holds dims 16 * lane + 4 * i to + 3.
 template <int HALF>
 inline void int8_values_of(const uint8_t* high, const uint8_t* low, const float* unit, const int8_t* v,
-                           int64_t head_dim, int64_t num_keys, const char* fetched, const float* shrink, float* acc,
-                           int64_t padded) {
+                           int64_t head_dim, int64_t num_keys, Fetch& fetch, const float* shrink, float* acc, int64_t padded) {
   __m512i highs[8], lows[8];
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) highs[i] = lows[i] = _mm512_setzero_si512();
@@ -173,8 +173,7 @@ inline void int8_values_of(const uint8_t* high, const uint8_t* low, const float*
 #pragma GCC unroll 1
   for (; t + 4 <= num_keys; t += 4, at += 4 * head_dim) {
     add(t, at, at + head_dim, at + 2 * head_dim, at + 3 * head_dim);
-    prefetch(fetched + t * 32);
-    prefetch(fetched + t * 32 + 64);
+    fetch.step();
   }
   if (t < num_keys) {  // the missing ones have no weight
     const int64_t last = num_keys - 1 - t;
@@ -191,11 +190,10 @@ inline void int8_values_of(const uint8_t* high, const uint8_t* low, const float*
 }
 
 inline void int8_values(const uint8_t* high, const uint8_t* low, const float* unit, const int8_t* v, int64_t head_dim,
-                        int64_t num_keys, ptrdiff_t ahead, const float* shrink, float* acc, int64_t padded) {
+                        int64_t num_keys, Fetch& fetch, const float* shrink, float* acc, int64_t padded) {
   for (int64_t d = 0; d < head_dim; d += 64) {
-    const char* fetched = (const char*)(v + d * num_keys) + ahead;  // in the order of memory
-    int8_values_of<0>(high, low, unit, v + d, head_dim, num_keys, fetched, shrink, acc + d, padded);
-    int8_values_of<1>(high, low, unit, v + d, head_dim, num_keys, fetched + 32 * num_keys, shrink, acc + d, padded);
+    int8_values_of<0>(high, low, unit, v + d, head_dim, num_keys, fetch, shrink, acc + d, padded);
+    int8_values_of<1>(high, low, unit, v + d, head_dim, num_keys, fetch, shrink, acc + d, padded);
   }
 }
 
