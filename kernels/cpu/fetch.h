@@ -22,4 +22,8 @@ struct Fetch {
   }
 };
 
+inline void fetch_all(const float* p, int64_t count) {
+  for (int64_t i = 0; i < count; i += 16) prefetch(p + i);
+}
+
 }  // namespace
