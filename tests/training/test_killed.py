@@ -5,28 +5,46 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pytest
 from megatron_distkv.launch.commands import free_port
 
 from megatron_distkv.config.train import TrainConfig
 from megatron_distkv.model import find_checkpoint
+from tests.training.jobs import board_of
 from tests.training.test_deepspeed import VALUES
 
 SCRIPT = Path(__file__).with_name("killed_training.py")
 STEPS = 10
 
 
-def train(config: Path, output: Path, *, resume: bool, save: int = 0, operation: int = 0) -> int:
-    env = {
-        **os.environ, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    arguments = [str(config), str(output), str(int(resume)), str(save), str(operation)]
-    command = [sys.executable, str(SCRIPT), *arguments]
-    done = subprocess.run(command, env=env, capture_output=True, timeout=200, check=False)
-    assert done.returncode in (0, -signal.SIGKILL), done.stderr.decode()[-3000:]
-    return done.returncode
+Train = Callable[..., int]
+
+
+@pytest.fixture
+def train(tmp_path: Path) -> Iterator[Train]:
+    """Runs to its end, or to its death; returns the exit status."""
+    with (tmp_path / "log").open("w+") as log:
+        process = subprocess.Popen(
+            [sys.executable, str(SCRIPT)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert process.stdin is not None
+        assert process.stdout is not None
+
+        def run(config: Path, output: Path, *, resume: bool, save: int = 0, operation: int = 0) -> int:
+            process.stdin.write(json.dumps([str(config), str(output), resume, save, operation, free_port()]) + "\n")
+            process.stdin.flush()
+            status = int(process.stdout.readline())
+            assert status in (0, -signal.SIGKILL), Path(log.name).read_text()[-3000:]
+            return status
+
+        yield run
+        process.stdin.close()
+        process.stdout.close()
+        assert process.wait(30) == 0
 
 
 def saved_steps(output: Path) -> tuple[int | None, list[int]]:
@@ -34,7 +52,7 @@ def saved_steps(output: Path) -> tuple[int | None, list[int]]:
     return find_checkpoint(output).step, sorted(int(path.name[5:]) for path in output.glob("iter_*"))
 
 
-def test_a_run_that_is_killed_in_mid_save_ends_as_one_that_was_not(tmp_path: Path) -> None:
+def test_a_run_that_is_killed_in_mid_save_ends_as_one_that_was_not(train: Train, tmp_path: Path) -> None:
     # Given a run that saves every second step, and what each save does to the disk
     values = {**VALUES, "steps": STEPS, "save_every": 2, "evaluate_every": 100, "zero_stage": 2}
     config = tmp_path / "train.json"
@@ -56,6 +74,10 @@ def test_a_run_that_is_killed_in_mid_save_ends_as_one_that_was_not(tmp_path: Pat
     assert json.loads((output / "losses.json").read_text()) == losses[4:]
     log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
     assert [line["loss"] for line in log] == losses
+    # And TensorBoard shows each step once, though some were taken twice
+    shown = board_of(output)
+    assert {"loss", "learning_rate", "gradient_norm", "tokens_per_s", "mfu"} <= shown.keys()
+    assert shown["loss"] == [(step, pytest.approx(loss)) for step, loss in enumerate(losses, 1)]
     # And nothing of the saves in between stays
     assert saved_steps(output) == (10, [8, 10])
     assert not (output / ".saving").exists()
