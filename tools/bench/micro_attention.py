@@ -28,7 +28,7 @@ from megatron_distkv.ops import (
 )
 from tools.bench.ceilings import Work, in_turn, matrix_product, median_ratio, read_probe
 from tools.bench.machine import describe_machine
-from tools.bench.rblock_sequence import LAYER, SIZE, Sequence, Shape, cache_bytes
+from tools.bench.rblock_sequence import LAYER, SIZE, Sequence, Shape, cache_bytes, pool_pages
 from tools.bench.wanted import attention_in_float64, check
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -181,7 +181,7 @@ def figure(
 
 
 def device() -> str:
-    return f"CPU, {backend_in_use()} {instruction_set() or ''}".strip()
+    return f"CPU, {backend_in_use()} {instruction_set() or ''}".strip() + f", pools on {pool_pages()}"
 
 
 WORKS = {"decode": decode, "int8": int8, "prefill": prefill, "moves": moves, "dispatch": dispatch}
@@ -198,7 +198,7 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     if args.isa and not cpu.use_instruction_set(args.isa):
         parser.error(f"no instruction set {args.isa} here")
-    print(describe_machine())
+    print(f"{describe_machine()}; {device()}")
     figures = []
     for name, work in WORKS.items():
         if args.only in (None, name):
