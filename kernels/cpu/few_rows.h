@@ -1,7 +1,7 @@
 // MicroAttention for few query rows per KV head (decode): bound by reading K and V once.
 //
 // rBlock by rBlock, head by head, K then V: the order in which they lie in memory. Four query rows share each
-// load of K (quads.h: up to sixteen) and of V; what lies AHEAD_BYTES further on this walk is prefetched meanwhile.
+// load of K (quads.h: up to sixteen) and of V; what lies further on this walk is prefetched meanwhile (fetch.h).
 #pragma once
 
 #include "few_tiles.h"
@@ -15,8 +15,6 @@ namespace {
 using distkv::FEW_ROWS;
 using distkv::Item;
 
-constexpr int64_t AHEAD_BYTES = 32 * 1024;
-
 template <class X>
 struct FewRows {
   using Element = typename X::Element;
@@ -26,6 +24,7 @@ struct FewRows {
   const int64_t rows = item.row_end - item.row_begin;
   const bool is_quads = X::IS_DOTS || (X::IS_PAIRS && rows >= 3 && a.head_dim % 8 == 0);
   const int64_t held = is_quads ? round_up(rows, 4) : rows + (rows % 4 == 3);  // with the empty rows that fill a tile
+  const bool waits_for_memory = rows <= 4 && (X::IS_PAIRS || sizeof(Element) == 4);
   const int64_t padded = round_up(a.head_dim, X::CHUNK);
   const int64_t slab = (int64_t)a.rblock_size * a.head_dim;           // elements of one head's K, or V
   const int64_t stretch = (item.head_end - item.head_begin) * 2 * slab;  // what of an rBlock this item reads
@@ -121,9 +120,17 @@ struct FewRows {
       for (int64_t d = 0; d < a.head_dim; ++d) scaled[r * padded + d] = q[r * padded + d] * k_scales[d];
   }
 
-  // The distance in bytes from element `place` of rBlock b's stretch to what the walk reads AHEAD_BYTES later.
-  ptrdiff_t ahead_of(int64_t b, const Element* base, int64_t place) const {
-    int64_t target = place + AHEAD_BYTES / (int64_t)sizeof(Element);
+  // From element `place` of rBlock b's stretch.
+  Ahead ahead_of(int64_t b, const Element* base, int64_t place) const {
+    Ahead ahead;
+    ahead.times = waits_for_memory ? 3 : 1;
+    for (int i = 0; i < ahead.times; ++i) ahead.by[i] = distance_to(b, base, place, AHEAD_BYTES[i] / (int64_t)sizeof(Element));
+    return ahead;
+  }
+
+  // In bytes, to what the walk reads `later` elements later.
+  ptrdiff_t distance_to(int64_t b, const Element* base, int64_t place, int64_t later) const {
+    int64_t target = place + later;
     const int64_t block = b;
     while (target >= stretch && b + 1 < item.block_end) {
       target -= stretch;
@@ -135,14 +142,14 @@ struct FewRows {
     return (const char*)(other + target) - (const char*)(base + place);
   }
 
-  void over_chunk(int64_t h, const Element* k, int64_t n, int64_t from, const Seen* seen, ptrdiff_t k_ahead,
-                  ptrdiff_t v_ahead) {
+  void over_chunk(int64_t h, const Element* k, int64_t n, int64_t from, const Seen* seen, const Ahead& k_ahead,
+                  const Ahead& v_ahead) {
     const int64_t state = h * held;
     if (X::IS_INT8) token_scales = v_scales + from;
     score(state, k, n, k_ahead);
     bend_scores(a, scores, held * CHUNK_TOKENS);
-    const char* v_to_come = (const char*)(k + slab) + v_ahead;
-    Fetch fetch{v_to_come, v_to_come + (v_ahead ? n * a.head_dim * (int64_t)sizeof(Element) : 0)};
+    const char* v = (const char*)(k + slab);
+    Fetch fetch{v, v + n * a.head_dim * (int64_t)sizeof(Element), v_ahead};
     for (int64_t r = 0; r < held; ++r) {
       fetch.lines(smaller(16, 64 / held));
       few_weights<X>(scores + r * CHUNK_TOKENS, r < rows ? seen[r].within(from, n) : Seen{0, 0}, n, score_scale(a),
@@ -186,7 +193,7 @@ struct FewRows {
   }
 #endif
 
-  void score(int64_t state, const Element* k, int64_t n, ptrdiff_t ahead) {
+  void score(int64_t state, const Element* k, int64_t n, const Ahead& ahead) {
     const typename X::Query* q = X::IS_INT8 ? (const typename X::Query*)scaled : queries + state * padded;
 #if defined(__AVX512VNNI__)
     if constexpr (X::IS_DOTS) return int8_scores(bytes(), held, k, a.head_dim, n, ahead, scores);
@@ -197,7 +204,7 @@ struct FewRows {
       constexpr int R = decltype(tile)::ROWS;
       float* s = scores + r * CHUNK_TOKENS;
       if (r == 0) few_scores<X, R, true>(q, padded, k, a.head_dim, n, ahead, s);
-      else few_scores<X, R, false>(q + r * padded, padded, k, a.head_dim, n, 0, s);
+      else few_scores<X, R, false>(q + r * padded, padded, k, a.head_dim, n, ahead, s);
     });
   }
 

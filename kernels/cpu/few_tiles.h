@@ -8,10 +8,10 @@ namespace {
 
 using distkv::CHUNK_TOKENS;
 
-// s[r][t] = q[r] . k[t] for R query rows; `ahead` is the distance in bytes to what to prefetch.
+// s[r][t] = q[r] . k[t] for R query rows; `ahead` leads to what to prefetch.
 template <class X, int R, bool PREFETCH>
 inline void few_scores(const typename X::Query* q, int64_t padded, const typename X::Element* k, int64_t head_dim,
-                       int64_t num_keys, ptrdiff_t ahead, float* s) {
+                       int64_t num_keys, const Ahead& ahead, float* s) {
   constexpr int J = W / R;  // tokens at a time: W accumulators, which one transposition sums up
   const int64_t whole = head_dim / X::CHUNK * X::CHUNK, rest = head_dim - whole;
   int64_t t = 0;
@@ -25,7 +25,7 @@ inline void few_scores(const typename X::Query* q, int64_t padded, const typenam
       for (int j = 0; j < J; ++j) {
         const typename X::Element* key = k + (t + j) * head_dim + d;
         keys[j] = X::load(key);
-        if (PREFETCH) prefetch((const char*)key + ahead);
+        if (PREFETCH) ahead.prefetch_from(key);
       }
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {

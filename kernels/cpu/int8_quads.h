@@ -56,7 +56,7 @@ struct Int8Queries {
 // D is the head size, or 0 where it is none of the usual ones.
 template <int Q, int D>
 inline void int8_scores_of(const Int8Queries& q, int64_t first, int64_t rows, const int8_t* k, int64_t head_dim,
-                           int64_t num_keys, ptrdiff_t ahead, float* s) {
+                           int64_t num_keys, const Ahead& ahead, float* s) {
   constexpr int J = 8 / Q;
   const int64_t dims = D ? D : head_dim;
   const int8_t *high = q.parts + first * 4 * dims, *low = high + rows * dims;
@@ -86,7 +86,7 @@ inline void int8_scores_of(const Int8Queries& q, int64_t first, int64_t rows, co
           }
         }
 #pragma GCC unroll 2
-        for (int i = 0; i < J * 16; i += 64) prefetch((const char*)keys + ahead + d * J + i);
+        for (int i = 0; i < J * 16; i += 64) ahead.prefetch_from((const char*)keys + d * J + i);
       }
     };
     if (last >= J - 1) add([](int64_t j) { return j; });
@@ -114,17 +114,17 @@ inline void int8_scores_of(const Int8Queries& q, int64_t first, int64_t rows, co
 
 template <int Q>
 inline void int8_scores_of(const Int8Queries& q, int64_t first, int64_t rows, const int8_t* k, int64_t head_dim,
-                           int64_t num_keys, ptrdiff_t ahead, float* s) {
+                           int64_t num_keys, const Ahead& ahead, float* s) {
   if (head_dim == 128) return int8_scores_of<Q, 128>(q, first, rows, k, head_dim, num_keys, ahead, s);
   int8_scores_of<Q, 0>(q, first, rows, k, head_dim, num_keys, ahead, s);
 }
 
 inline void int8_scores(const Int8Queries& q, int64_t rows, const int8_t* k, int64_t head_dim, int64_t num_keys,
-                        ptrdiff_t ahead, float* s) {
+                        const Ahead& ahead, float* s) {
   int64_t quad = 0;
   for (; quad + 2 <= rows / 4; quad += 2)
-    int8_scores_of<2>(q, quad, rows, k, head_dim, num_keys, quad == 0 ? ahead : 0, s);
-  if (quad < rows / 4) int8_scores_of<1>(q, quad, rows, k, head_dim, num_keys, quad == 0 ? ahead : 0, s);
+    int8_scores_of<2>(q, quad, rows, k, head_dim, num_keys, quad == 0 ? ahead : Ahead{}, s);
+  if (quad < rows / 4) int8_scores_of<1>(q, quad, rows, k, head_dim, num_keys, quad == 0 ? ahead : Ahead{}, s);
 }
 
 // Weights of one row, times the tokens' scales, as bytes, high then low part, each [CHUNK_TOKENS], with zeros after the

@@ -4,6 +4,7 @@
 // load serves four rows, and what is left to sum up per key is within a lane. Needs heads of a multiple of 8 dims.
 #pragma once
 
+#include "fetch.h"
 #include "kinds.h"
 
 namespace {
@@ -28,10 +29,10 @@ inline vf sums_in_lanes(const vf* a) {
   return (vf)_mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
 }
 
-// s[row][t] = q[row] . k[t] for Q quads; `ahead` is the distance in bytes to what to prefetch. D is the head size, or 0
+// s[row][t] = q[row] . k[t] for Q quads; `ahead` leads to what to prefetch. D is the head size, or 0
 // where it is none of the usual ones. Scores of the few keys after the last are garbage.
 template <int Q, int D>
-inline void quad_scores_of(const uint16_t* q, const uint16_t* k, int64_t head_dim, int64_t num_keys, ptrdiff_t ahead,
+inline void quad_scores_of(const uint16_t* q, const uint16_t* k, int64_t head_dim, int64_t num_keys, const Ahead& ahead,
                            float* s) {
   constexpr int J = Q <= 2 ? 8 : 4;  // keys at a time
   const int64_t dims = D ? D : head_dim, steps = dims / QUAD_DIMS;
@@ -56,7 +57,7 @@ inline void quad_scores_of(const uint16_t* q, const uint16_t* k, int64_t head_di
         }
         // In the order of memory, evenly: bursts would fill the buffers that hold what is on its way.
 #pragma GCC unroll 4
-        for (int i = 0; i < J * 16; i += 64) prefetch((const char*)keys + ahead + u * J * 16 + i);
+        for (int i = 0; i < J * 16; i += 64) ahead.prefetch_from((const char*)keys + u * J * 16 + i);
       }
     };
     if (last >= J - 1) add([](int64_t j) { return j; });
@@ -76,7 +77,7 @@ inline void quad_scores_of(const uint16_t* q, const uint16_t* k, int64_t head_di
 }
 
 template <int Q>
-inline void quad_scores(const uint16_t* q, const uint16_t* k, int64_t head_dim, int64_t num_keys, ptrdiff_t ahead,
+inline void quad_scores(const uint16_t* q, const uint16_t* k, int64_t head_dim, int64_t num_keys, const Ahead& ahead,
                         float* s) {
   if (head_dim == 128) return quad_scores_of<Q, 128>(q, k, head_dim, num_keys, ahead, s);
   if (head_dim == 64) return quad_scores_of<Q, 64>(q, k, head_dim, num_keys, ahead, s);
@@ -84,7 +85,7 @@ inline void quad_scores(const uint16_t* q, const uint16_t* k, int64_t head_dim, 
 }
 
 inline void all_quad_scores(int64_t num_quads, const uint16_t* q, const uint16_t* k, int64_t head_dim,
-                            int64_t num_keys, ptrdiff_t ahead, float* s) {
+                            int64_t num_keys, const Ahead& ahead, float* s) {
   if (num_quads == 1) return quad_scores<1>(q, k, head_dim, num_keys, ahead, s);
   if (num_quads == 2) return quad_scores<2>(q, k, head_dim, num_keys, ahead, s);
   if (num_quads == 3) return quad_scores<3>(q, k, head_dim, num_keys, ahead, s);
