@@ -7,6 +7,7 @@ import ctypes
 
 import torch
 
+from .attention import attend_again as attend_again
 from .attention import micro_attention as micro_attention
 from .library import DTYPES, Rope, Store, check, check_indices, library
 

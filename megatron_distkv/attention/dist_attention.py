@@ -12,7 +12,7 @@ from megatron_distkv.attention.partial import merge_partials
 from megatron_distkv.attention.rotary import RotaryConfig, RotaryTable, rotary_table, sequence_table
 from megatron_distkv.errors import ConfigError
 from megatron_distkv.messages import Scoring
-from megatron_distkv.ops import apply_rope, micro_attention, store_kv
+from megatron_distkv.ops import apply_rope, micro_attention_out, store_kv
 
 
 class DistAttention(torch.nn.Module):
@@ -93,7 +93,8 @@ class DistAttention(torch.nn.Module):
         store_kv(k_TKD, v_TKD, pool, self.layer, metadata.slot_mapping_T, *angles)
         if debtor is not None:
             debtor.ask(self.layer, q_THD, self.scoring)
-        out_THD, lse_TH = micro_attention(
+        out_THD, lse_TH = metadata.results(q_THD)
+        micro_attention_out(
             q_THD,
             pool,
             self.layer,
@@ -106,6 +107,8 @@ class DistAttention(torch.nn.Module):
             causal=True,
             window=self.scoring.window,
             soft_cap=self.scoring.soft_cap,
+            out_THD=out_THD,
+            lse_TH=lse_TH,
         )
         return out_THD if debtor is None else merge_partials(out_THD, lse_TH, debtor.answers())
 

@@ -87,6 +87,7 @@ class AttentionMetadata:
     cu_blocks: torch.Tensor
     remote: dict[str, RemoteShare]  # by creditor
     _tables: dict[tuple[RotaryConfig, int], RotaryTable] = field(default_factory=dict)
+    _results: dict[torch.Size, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def rotary_table(self, rotary: RotaryConfig, head_dim: int) -> RotaryTable:
         """Angles of this batch's positions: computed in the first layer, used by all."""
@@ -94,6 +95,16 @@ class AttentionMetadata:
         if key not in self._tables:
             self._tables[key] = rotary_table(self.positions_T, rotary, head_dim)
         return self._tables[key]
+
+    def results(self, q_THD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Room for a layer's out and lse (fp32), the same for all layers: what is in it lasts until the next one.
+
+        To make them anew costs a decode as much as the rest of its call, and a prefill the system's zeroing of pages.
+        """
+        if q_THD.shape not in self._results:
+            out_THD = torch.empty(q_THD.shape, dtype=torch.float32, device=q_THD.device)
+            self._results[q_THD.shape] = out_THD, out_THD.new_empty(q_THD.shape[:2])
+        return self._results[q_THD.shape]
 
 
 def build_metadata(

@@ -54,6 +54,11 @@ def kernels(*tensors: torch.Tensor) -> ModuleType:
     return _module(_chosen)
 
 
+def cpu_comes_first() -> bool:
+    """Whether the C++ kernels serve whatever they can serve."""
+    return _CPU_IS_BUILT and _chosen in ("auto", "cpu")
+
+
 def _triton_can_serve(*tensors: torch.Tensor) -> bool:
     return _has_triton() and bool(_module("triton").can_serve(*tensors))
 

@@ -10,7 +10,8 @@ MicroAttention, in the normalised form of FlashDecoding.
 
 import torch
 
-from megatron_distkv.ops.backend import kernels
+from megatron_distkv.kernels.cpu import attend_again
+from megatron_distkv.ops.backend import cpu_comes_first, kernels
 
 
 def micro_attention(
@@ -49,6 +50,9 @@ def micro_attention(
     )  # fmt: skip
     if torch.compiler.is_compiling():
         return torch.ops.distkv.micro_attention(*args)  # not otherwise: it costs 20 us a call
+    done = attend_again(*args) if cpu_comes_first() else None
+    if done is not None:
+        return done
     out, lse = kernels(q_THD, pool_BLK2ND).micro_attention(*args)
     return out, lse
 
@@ -85,7 +89,8 @@ def micro_attention_out(
     if torch.compiler.is_compiling():
         torch.ops.distkv.micro_attention_out(*args, out_THD, lse_TH)
         return
-    kernels(q_THD, pool_BLK2ND).micro_attention(*args, out=(out_THD, lse_TH))
+    if not cpu_comes_first() or attend_again(*args, (out_THD, lse_TH)) is None:
+        kernels(q_THD, pool_BLK2ND).micro_attention(*args, out=(out_THD, lse_TH))
 
 
 torch.library.custom_op("distkv::micro_attention_out", micro_attention_out, mutates_args=("out_THD", "lse_TH"))

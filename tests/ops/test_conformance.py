@@ -190,6 +190,33 @@ def test_into_tensors_at_hand() -> None:
         batch.check(out, lse)
 
 
+def test_a_kept_call_is_no_call_with_anything_else(backend: str) -> None:
+    if not backend.startswith("cpu"):
+        pytest.skip("only the C++ kernels keep calls")
+    # Given a call whose every argument is then replaced, one at a time, by one of another value or place
+    batch = Batch(Case(torch.float32, 2, 2, 16, 8, [Sequence(20, 1), Sequence(9, 1)]))
+    indices = {"ids": batch.ids, "starts": batch.starts, "positions": batch.positions}
+    for name, tensor in indices.items():
+        batch.check(*batch.attend())
+        setattr(batch, name, tensor.flip(0).contiguous())
+        other, _ = batch.attend()
+        setattr(batch, name, tensor.clone())
+        batch.check(*batch.attend())
+        assert not torch.allclose(other, batch.attend()[0])
+    for options in ((0.9, True), (batch.scale, False), (batch.scale, True, 3), (batch.scale, True, None, 0.5)):
+        calls = [
+            micro_attention(
+                batch.q, batch.pool, LAYER, batch.ids, batch.starts, batch.cu_blocks, batch.cu_queries,
+                batch.positions, *given,
+            )[0]
+            for given in ((batch.scale, True), options, (batch.scale, True))
+        ]  # fmt: skip
+        assert torch.equal(calls[0], calls[2])
+        assert not torch.allclose(calls[0], calls[1])
+    batch.q = batch.q.mT.contiguous().mT  # the same shape and numbers, other strides
+    batch.check(*batch.attend())
+
+
 def test_nothing_is_written_where_the_result_does_not_fit(backend: str) -> None:
     if backend == "reference":
         pytest.skip("torch raises errors of its own")

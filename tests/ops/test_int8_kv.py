@@ -60,3 +60,19 @@ def test_scales_that_do_not_fit_are_refused(backend: str) -> None:
     indices = (batch.ids, batch.starts, batch.cu_blocks, batch.cu_queries, batch.positions)
     with pytest.raises(ValueError, match="scales"):
         micro_attention_int8(batch.q, int8, k_scales[:1], v_scales, LAYER, *indices, 1.0, True)
+
+
+def test_other_scales_are_another_call(backend: str) -> None:
+    if not backend.startswith("cpu"):
+        pytest.skip("only the C++ kernels keep calls")
+    # Given a pool of full rBlocks and a call that is kept
+    batch = Batch(Case(torch.float32, 1, 2, 64, 8, [Sequence(16, 1)]))
+    pool, k_scales, v_scales = quantize_rblocks(batch.pool.nan_to_num(0.0))
+    indices = (batch.ids, batch.starts, batch.cu_blocks, batch.cu_queries, batch.positions)
+    first, _ = micro_attention_int8(batch.q, pool, k_scales, v_scales, LAYER, *indices, 0.1, True)
+    # When only V's scales are of another tensor, or K's
+    twice, _ = micro_attention_int8(batch.q, pool, k_scales, v_scales * 2, LAYER, *indices, 0.1, True)
+    colder, _ = micro_attention_int8(batch.q, pool, k_scales * 0, v_scales, LAYER, *indices, 0.1, True)
+    # Then they count
+    torch.testing.assert_close(twice, first * 2)
+    assert not torch.allclose(colder, first)

@@ -3,7 +3,7 @@
 Every answer is checked against float64 first; a wrong one ends the run. rBlocks lie in random order in a pool of at
 least four times the last-level cache; the ceiling is measured in turn with the work. Figures are medians; shares and
 ratios are medians over the rounds. With one thread times are this thread's CPU time, with more they are wall time.
-usage: python -m tools.bench.micro_attention [--threads 1] [--only decode] [--json FILE]
+usage: python -m tools.bench.micro_attention [--threads 1] [--only decode] [--json FILE] [--vllm-python PATH]
 """
 
 import argparse
@@ -11,6 +11,7 @@ import json
 import statistics
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -32,10 +33,12 @@ from megatron_distkv.ops import (
 from tools.bench.ceilings import Work, in_turn, matrix_product, median_ratio, read_probe
 from tools.bench.machine import describe_machine
 from tools.bench.rblock_sequence import LAYER, SIZE, Sequence, Shape, cache_bytes, pool_pages
+from tools.bench.vllm_peer import VllmPeer
 from tools.bench.wanted import attention_in_float64, check
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 torch_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+VLLM_TOLERANCE = 1e-2  # its results are bf16
 TOLERANCES = {torch.bfloat16: 4e-3, torch.float32: 1e-5}
 
 
@@ -50,28 +53,55 @@ class Figure(NamedTuple):
     peers: dict[str, float]
 
 
-def decode(threads: int, runs: int) -> Iterator[Figure]:
+class Run(NamedTuple):
+    """How it is measured: `vllm` is a peer where its Python was given."""
+
+    threads: int
+    runs: int
+    vllm: VllmPeer | None = None
+
+    def peers(
+        self,
+        q_THD: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        rows: torch.Tensor,
+        wanted: tuple[torch.Tensor, torch.Tensor],
+    ) -> dict[str, Work]:
+        """vLLM's op over the same q, k and v `[1, K, X, D]`, its answer checked in these rows of the queries."""
+        if self.vllm is None:
+            return {}
+        out = self.vllm.prepare(q_THD, k[0].transpose(0, 1), v[0].transpose(0, 1))
+        check((out[rows], wanted[1]), wanted, VLLM_TOLERANCE)  # it gives no LSE
+        return {"vLLM's op": self.vllm.work}
+
+
+def decode(run: Run) -> Iterator[Figure]:
     cases = [("bf16", 8, 4, 128), ("bf16", 8, 8, 128), ("bf16", 8, 1, 128), ("bf16", 1, 16, 128), ("fp32", 8, 4, 128)]
     for name, kv_heads, group, head_dim in cases:
         for context in (32768, 65536) if group == 4 and name == "bf16" else (32768 * 8 // kv_heads,):
             case = Sequence(Shape(kv_heads, group, head_dim, DTYPES[name]), context, 1, cache_bytes() * 4)
             k, v = case.dense_kv()
-            check(case.attend(), attention_in_float64(case.q, k, v, case.positions, case.scale), TOLERANCES[k.dtype])
+            wanted = attention_in_float64(case.q, k, v, case.positions, case.scale)
+            check(case.attend(), wanted, TOLERANCES[k.dtype])
+            has_peer = name == "bf16" and group == 4
+            peers = run.peers(case.q, k, v, torch.arange(1), wanted) if has_peer else {}
             folded = case.q.view(1, kv_heads, group, head_dim)
             times = in_turn(
                 {
                     "ours": case.attend,
-                    "ceiling": read_probe(case.pool, LAYER, case.ids, threads),
+                    "ceiling": read_probe(case.pool, LAYER, case.ids, run.threads),
                     "torch flash, dense KV": lambda q=folded, k=k, v=v: torch_flash(q, k, v),
+                    **peers,
                 },
-                threads,
-                runs,
+                run.threads,
+                run.runs,
             )
             work = f"decode {name} kv {kv_heads} group {group} D {head_dim} context {context}"
-            yield figure(work, threads, times, case.bytes_read / 1e9, "GB/s")
+            yield figure(work, run.threads, times, case.bytes_read / 1e9, "GB/s")
 
 
-def int8(threads: int, runs: int) -> Iterator[Figure]:
+def int8(run: Run) -> Iterator[Figure]:
     """Against bf16 in the same rounds: the ratio is that of tokens per second. The ceiling is that of int8's bytes."""
     case = Sequence(Shape(8, 4, 128, torch.bfloat16), 32768, 1, cache_bytes() * 4)
     pool = case.int8_pool()
@@ -82,15 +112,15 @@ def int8(threads: int, runs: int) -> Iterator[Figure]:
         raise SystemExit(f"wrong answer: int8 decode, error {error:.1e}")
     works: dict[str, Work] = {
         "ours": lambda: case.attend_int8(pool),
-        "ceiling": read_probe(pool[0], LAYER, case.ids, threads),
+        "ceiling": read_probe(pool[0], LAYER, case.ids, run.threads),
         "ours in bf16": case.attend,
     }
-    times = in_turn(works, threads, runs)
+    times = in_turn(works, run.threads, run.runs)
     work = f"decode int8 kv 8 group 4 D 128 context 32768, error {error:.1e}"
-    yield figure(work, threads, times, case.bytes_read / 2 / 1e9, "GB/s")
+    yield figure(work, run.threads, times, case.bytes_read / 2 / 1e9, "GB/s")
 
 
-def prefill(threads: int, runs: int) -> Iterator[Figure]:
+def prefill(run: Run) -> Iterator[Figure]:
     for name, chunk in (("bf16", 2048), ("bf16", 8192), ("fp32", 2048)):
         kv_heads, group, head_dim = 2, 4, 128
         case = Sequence(Shape(kv_heads, group, head_dim, DTYPES[name]), chunk, chunk)
@@ -99,6 +129,7 @@ def prefill(threads: int, runs: int) -> Iterator[Figure]:
         wanted = attention_in_float64(case.q[rows], k, v, rows, case.scale)
         out, lse = case.attend()
         check((out[rows], lse[rows]), wanted, TOLERANCES[k.dtype])
+        peers = run.peers(case.q, k, v, rows, wanted) if name == "bf16" else {}
         q, wide_k, wide_v = case.q.transpose(0, 1)[None], *(x.repeat_interleave(group, 1) for x in (k, v))
         product, operations = matrix_product(DTYPES[name])
         times = in_turn(
@@ -108,23 +139,24 @@ def prefill(threads: int, runs: int) -> Iterator[Figure]:
                 "torch sdpa, dense KV": lambda q=q, k=wide_k, v=wide_v: F.scaled_dot_product_attention(
                     q, k, v, is_causal=True
                 ),
+                **peers,
             },
-            threads,
-            runs,
+            run.threads,
+            run.runs,
         )
         amount = 2.0 * head_dim * kv_heads * group * chunk * (chunk + 1) / 1e9
         work = f"prefill {name} kv {kv_heads} group {group} D {head_dim} chunk {chunk}"
-        yield figure(work, threads, times, amount, "GFLOP/s", operations / 1e9)
+        yield figure(work, run.threads, times, amount, "GFLOP/s", operations / 1e9)
 
 
-def moves(threads: int, runs: int) -> Iterator[Figure]:
+def moves(run: Run) -> Iterator[Figure]:
     outs, lses = torch.randn(8, 2048, 32, 128), torch.randn(8, 2048, 32)
     wanted = (lses.double().softmax(0)[..., None] * outs.double()).sum(0), lses.double().logsumexp(0)
     check(merge(outs, lses), wanted, 1e-5)
     target = torch.empty_like(outs)
-    times = in_turn({"ours": lambda: merge(outs, lses), "ceiling": lambda: target.copy_(outs)}, threads, runs)
+    times = in_turn({"ours": lambda: merge(outs, lses), "ceiling": lambda: target.copy_(outs)}, run.threads, run.runs)
     # A copy moves each byte twice, the merge reads 8 parts and writes one.
-    yield figure("merge of 8 partials", threads, times, outs.nbytes * 9 / 8 / 1e9, "GB/s", outs.nbytes * 2 / 1e9)
+    yield figure("merge of 8 partials", run.threads, times, outs.nbytes * 9 / 8 / 1e9, "GB/s", outs.nbytes * 2 / 1e9)
 
     case = Sequence(Shape(8, 4, 128, torch.bfloat16), 64 * SIZE, 1, cache_bytes() * 4)
     half = torch.randperm(len(case.pool))[: len(case.pool) // 2].contiguous()
@@ -132,7 +164,8 @@ def moves(threads: int, runs: int) -> Iterator[Figure]:
         raise SystemExit("wrong answer: gather_rblocks")
     whole = case.pool[: len(half)]
     copies: dict[str, Work] = {"ours": lambda: gather_rblocks(case.pool, half), "ceiling": lambda: whole.clone()}
-    yield figure("gather for migration", threads, in_turn(copies, threads, runs), whole.nbytes * 2 / 1e9, "GB/s")
+    times = in_turn(copies, run.threads, run.runs)
+    yield figure("gather for migration", run.threads, times, whole.nbytes * 2 / 1e9, "GB/s")
 
     k, v = torch.randn(2, len(half) * SIZE, 8, 128, dtype=torch.bfloat16).unbind()
     slots = torch.cat([torch.arange(SIZE) + block * SIZE for block in half.tolist()])
@@ -155,11 +188,11 @@ def moves(threads: int, runs: int) -> Iterator[Figure]:
     }
     for name, works in stores.items():
         # Angles are not counted: they are read once per token, and lie in the cache in a decode
-        times = in_turn(works, threads, runs)
-        yield figure(f"{name} of {len(slots)} tokens", threads, times, pair.nbytes * 2 / 1e9, "GB/s")
+        times = in_turn(works, run.threads, run.runs)
+        yield figure(f"{name} of {len(slots)} tokens", run.threads, times, pair.nbytes * 2 / 1e9, "GB/s")
 
 
-def dispatch(threads: int, runs: int) -> Iterator[Figure]:
+def dispatch(run: Run) -> Iterator[Figure]:
     """What a decode call costs beside its work: one token, one key, one head."""
     case = Sequence(Shape(1, 1, 64, torch.bfloat16), SIZE, 1)
     case.positions = torch.zeros(1, dtype=torch.int64)
@@ -175,10 +208,10 @@ def dispatch(threads: int, runs: int) -> Iterator[Figure]:
         for _ in range(calls):
             micro_attention_out(case.q, case.pool, LAYER, *indices, case.scale, True, None, None, out, lse)
 
-    times = in_turn({"new results": new_results, "results at hand": results_at_hand}, threads, runs)
+    times = in_turn({"new results": new_results, "results at hand": results_at_hand}, run.threads, run.runs)
     for name, took in times.items():
         value = statistics.median(took) / calls * 1e6
-        yield Figure(f"dispatch of a decode call, {name}", device(), threads, value, "us", 3.0, 3.0 / value, {})
+        yield Figure(f"dispatch of a decode call, {name}", device(), run.threads, value, "us", 3.0, 3.0 / value, {})
 
 
 def figure(
@@ -200,6 +233,18 @@ def device() -> str:
 WORKS = {"decode": decode, "int8": int8, "prefill": prefill, "moves": moves, "dispatch": dispatch}
 
 
+def measure(run: Run, only: str | None) -> list[Figure]:
+    """Every figure, printed as it comes."""
+    figures = []
+    for name, work in WORKS.items():
+        if only in (None, name):
+            for row in work(run):
+                figures.append(row)
+                peers = "  ".join(f"{ratio:.1f}x {peer}" for peer, ratio in row.peers.items())
+                print(f"{row.work:48} {row.value:8.1f} {row.unit:8} of {row.ceiling:7.1f} = {row.share:4.2f}  {peers}")
+    return figures
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
@@ -207,18 +252,14 @@ def main() -> int:
     parser.add_argument("--only", choices=WORKS, help="one kind of work")
     parser.add_argument("--isa", help="an instruction set of the C++ kernels other than the best")
     parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--vllm-python", type=Path, help="a Python with vLLM on CPU: its op is a peer in bf16")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.isa and not cpu.use_instruction_set(args.isa):
         parser.error(f"no instruction set {args.isa} here")
     print(f"{describe_machine()}; {device()}")
-    figures = []
-    for name, work in WORKS.items():
-        if args.only in (None, name):
-            for row in work(args.threads, args.runs):
-                figures.append(row)
-                peers = "  ".join(f"{ratio:.1f}x {peer}" for peer, ratio in row.peers.items())
-                print(f"{row.work:48} {row.value:8.1f} {row.unit:8} of {row.ceiling:7.1f} = {row.share:4.2f}  {peers}")
+    with VllmPeer(args.vllm_python, args.threads) if args.vllm_python else nullcontext() as vllm:
+        figures = measure(Run(args.threads, args.runs, vllm), args.only)
     if args.json is not None:
         args.json.write_text(json.dumps([row._asdict() for row in figures], indent=1) + "\n")
     return 0
