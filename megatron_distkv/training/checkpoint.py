@@ -20,10 +20,12 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_distkv.config.train import TrainConfig
 from megatron_distkv.errors import CheckpointError
 from megatron_distkv.model.weights import torch_dist
+from megatron_distkv.model.weights.safe_load import reason
 from megatron_distkv.training.deepspeed_engine import whole_parameters
 from megatron_distkv.training.optimizer_state import MASTER, MOMENTS, get_state, link_states, make_room, set_state
 
@@ -91,11 +93,17 @@ def load_states(engine: Any, config: TrainConfig, run: SavedRun) -> None:
         }
         try:
             loaded = dist_checkpointing.load({"state": wanted}, str(run.directory))["state"]
-        except Exception as error:  # torch and Megatron raise all kinds for damaged files
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise CheckpointError(f"{run.directory}: cannot read the optimizer's {kind}: {reason[0]}") from None
+        except (Exception, CheckpointException) as error:  # torch and Megatron raise all kinds for damaged files
+            raise CheckpointError(f"{run.directory}: cannot read the optimizer's {kind}: {_reason(error)}") from None
         for name, (parameter, _) in shapes.items():
             set_state(engine, parameter, kind, loaded[name])
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what went wrong; torch keeps it in a collection of all ranks' failures."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return reason(error)
 
 
 def _description(config: TrainConfig, step: int) -> dict[str, Any]:

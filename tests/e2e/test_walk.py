@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import time
@@ -60,6 +61,7 @@ def test_the_walk_of_the_readme(tmp_path: Path) -> None:
     try:
         evaluate[evaluate.index("--base-url") + 1] = base_url(pool)
         assert "80 tokens  recall" in run(evaluate)
+        assert re.search(r"serve torch_dist checkpoint \S+ \(.*step 3\) at", pool.log.read_text())
     finally:
         pool.terminate()
         pool.end()

@@ -17,6 +17,10 @@ try:
     init_tensor_parallel(1, 2)
 except Exception as error:
     found["error"] = str(error)
+init_tensor_parallel(1)
+from pathlib import Path
+threads = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+found["gloo_loops"] = sum("gloo_tcp" in name for name in threads)
 print(json.dumps(found))
 """
 
@@ -36,3 +40,8 @@ def test_ranks_that_the_launcher_did_not_start_are_missed(found: dict[str, objec
 
 def test_the_model_comes_without_a_compiler_and_leaves_torchs_in_place(found: dict[str, object]) -> None:
     assert (found["compiler_is_imported"], found["compile_is_torchs"]) == (False, True)
+
+
+def test_groups_of_the_same_ranks_are_one_group(found: dict[str, object]) -> None:
+    """Each has a thread that never sleeps for long."""
+    assert found["gloo_loops"] <= 3  # of more than twenty groups

@@ -120,7 +120,7 @@ def hostile_optimizer_state(directory: Path, bomb: Bomb) -> str:
     place.offset, place.length = file.stat().st_size, len(piece.getvalue())
     file.write_bytes(file.read_bytes() + piece.getvalue())
     (directory / ".metadata").write_bytes(pickle.dumps(index))
-    return "cannot read the optimizer's exp_avg"
+    return f"CheckpointError: {directory}: cannot read the optimizer's exp_avg: "
 
 
 @pytest.mark.parametrize("make_hostile", [hostile_index, hostile_optimizer_state])
