@@ -66,10 +66,21 @@ def jump(pool: Pool, seconds: float) -> None:
 
 def jump_ahead(pool: Pool) -> None:
     jump(pool, 3600)
+    wait_for_reports(pool)
 
 
 def jump_back(pool: Pool) -> None:
     jump(pool, -3600)
+    wait_for_reports(pool)
+
+
+def wait_for_reports(pool: Pool) -> None:
+    """Each instance has renewed its lease since the jump, which took up to a half of it; or it has begun another."""
+
+    def leases_left_ms() -> list[int]:
+        return [record.lease_left_ms for record in pool.ledger.snapshot().instances]
+
+    assert_soon(lambda: min(leases_left_ms(), default=0) > 600, lambda: f"{leases_left_ms()}")
 
 
 @pytest.fixture(autouse=True)
