@@ -40,7 +40,7 @@ class LedgerTwins(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.now_ms = 1_000_000
+        self.now_ms = self.latest_ms = 1_763_700_000_000
         self.memory = MemoryLedger(clock_ms=lambda: self.now_ms)
         pool = f"twin-{next(pools)}"
         self.redis = RedisLedger(self.server.url, pool, timeout_s=30.0, clock_ms=lambda: self.now_ms)
@@ -177,6 +177,7 @@ class LedgerTwins(RuleBasedStateMachine):
     @rule(jump_ms=st.sampled_from([-3_600_000, -5_000, 5_001, 3_600_000]))
     def the_clock_jumps(self, jump_ms: int) -> None:
         """Costs the living half a lease at most."""
+        self.latest_ms = max(self.latest_ms, self.now_ms)
         before = {x.instance for x in self.memory.snapshot().instances if x.lease_left_ms > LEASE_S * 1000 / 2}
         self.now_ms += jump_ms
         assert before <= {x.instance for x in self.redis.snapshot().live}
@@ -193,7 +194,8 @@ class LedgerTwins(RuleBasedStateMachine):
 
     @rule()
     def lose_everything(self) -> None:
-        self.now_ms += 1 + len(self.given_epochs)  # epochs grow by one, and begin at the time: one per ms at most
+        # Epochs grow by one, and begin at the time: one per ms at most, and no loss while the clock is behind
+        self.now_ms = max(self.now_ms, self.latest_ms) + 1 + len(self.given_epochs)
         before = self.memory.snapshot()
         self.memory.lose_everything()
         self._wipe_redis()
