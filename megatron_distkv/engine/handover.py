@@ -18,6 +18,7 @@ from megatron_distkv.messages import HandedOver
 from megatron_distkv.rblock import num_rblocks_for
 from megatron_distkv.request import Request, RequestStatus
 from megatron_distkv.rmanager import Borrowing, Identity, Move, RManager, SuccessorDesk, new_adoption_id
+from megatron_distkv.transport import is_elsewhere
 
 logger = get_logger(__name__)
 # Without anybody who has room, all are asked again after this.
@@ -107,8 +108,9 @@ class Handover:
         return [*self._scheduler.waiting, *self._scheduler.running]
 
     def _successors(self) -> list[InstanceRecord]:
-        """Who could go on with a request, the freest first."""
+        """Who could go on with a request, the freest first: on this host, as its gateway is."""
         able = [x for x in self._live() if x.takes_requests and x.state is InstanceState.UP]
+        able = [x for x in able if not is_elsewhere(x.address)]
         others = [x for x in able if x.instance != self._identity.instance and not self._desk.shuns(x.instance)]
         return sorted(others, key=lambda record: record.free, reverse=True)
 

@@ -3,6 +3,7 @@
     {pool}:server             string   run id of the server that wrote the rest; another one drops it (all but events)
     {pool}:generation         string   names this life of the data
     {pool}:epoch              string   the last epoch given out; seeded from the server's clock (ms)
+    {pool}:clock              hash     the pool's own time (ms): wall, now, lease of the last report
     {pool}:leases             zset     instance -> end of its lease (ms)
     {pool}:free               zset     creditor -> rBlocks it would lend now; only those that may lend
     {pool}:instance:ID        hash     epoch address total reserved local_used lent borrowed state num_running

@@ -16,8 +16,8 @@ class MemoryLedger(MemoryMembers, MemoryLoans):
     """Members, their loans, and here the pool as a whole. `clock_ms` is injected by tests."""
 
     def snapshot(self) -> PoolSnapshot:
-        with self._lock:
-            now = self._clock_ms()
+        with self._operation():
+            now = self._state.now_ms
             entries = [self._state.entries[instance] for instance in sorted(self._state.entries)]
             return PoolSnapshot(
                 self._state.generation,
@@ -32,8 +32,8 @@ class MemoryLedger(MemoryMembers, MemoryLoans):
             )
 
     def lead(self, candidate: str, lease_s: float) -> bool:
-        with self._lock:
-            now = self._clock_ms()
+        with self._operation():
+            now = self._state.now_ms
             leader, until_ms = self._state.leader
             if leader != candidate and until_ms > now:
                 return False
@@ -41,8 +41,8 @@ class MemoryLedger(MemoryMembers, MemoryLoans):
             return True
 
     def publish_moves(self, leader: str, moves: Sequence[Move]) -> bool:
-        with self._lock:
-            if self._state.leader[0] != leader or self._state.leader[1] <= self._clock_ms():
+        with self._operation():
+            if self._state.leader[0] != leader or self._state.leader[1] <= self._state.now_ms:
                 return False
             for move in moves:
                 if move.source in self._state.entries:

@@ -11,7 +11,7 @@ from megatron_distkv.rblock import InstanceId, LoanId
 
 class MemoryLoans(LockedState):
     def recommend(self, debtor: InstanceId, num_rblocks: int, limit: int) -> list[Creditor]:
-        with self._lock:
+        with self._operation():
             records = [entry.record for entry in self._state.entries.values() if self._state.may_lend(entry.record)]
             records.sort(key=lambda record: (record.free_to_lend, record.instance), reverse=True)
             found: list[Creditor] = []
@@ -34,7 +34,7 @@ class MemoryLoans(LockedState):
         num_rblocks: int,
         pending_s: float,
     ) -> Refusal | None:
-        with self._lock:
+        with self._operation():
             loan = Loan(loan_id, debtor, debtor_epoch, creditor, creditor_epoch, num_rblocks, LoanState.PENDING)
             known = self._state.loans.get(loan_id)
             if known is not None:
@@ -42,11 +42,11 @@ class MemoryLoans(LockedState):
             refusal = self._state.why_not(loan)
             if refusal is None:
                 self._state.add(loan)
-                self._state.pending_until_ms[loan_id] = self._clock_ms() + int(pending_s * 1000)
+                self._state.pending_until_ms[loan_id] = self._state.now_ms + int(pending_s * 1000)
             return refusal
 
     def accept(self, loan_id: LoanId, creditor: InstanceId, creditor_epoch: int) -> Refusal | None:
-        with self._lock:
+        with self._operation():
             loan = self._state.loans.get(loan_id)
             if loan is None:
                 return Refusal.UNKNOWN_LOAN
@@ -59,7 +59,7 @@ class MemoryLoans(LockedState):
             return None
 
     def release(self, loan_id: LoanId, instance: InstanceId, epoch: int) -> int:
-        with self._lock:
+        with self._operation():
             loan = self._state.loans.get(loan_id)
             if loan is None:
                 return 0
@@ -67,7 +67,7 @@ class MemoryLoans(LockedState):
             return self._state.drop(loan_id, "release") if (instance, epoch) in sides else 0
 
     def reclaim(self, creditor: InstanceId, epoch: int, num_rblocks: int) -> list[Recall]:
-        with self._lock:
+        with self._operation():
             if not self._state.is_live(creditor, epoch):
                 return []
             mine = sorted(self.loans_of(creditor, epoch), key=lambda loan: (-loan.num_rblocks, loan.loan_id))
@@ -89,7 +89,7 @@ class MemoryLoans(LockedState):
         creditor_epoch: int,
         num_rblocks: int,
     ) -> Refusal | None:
-        with self._lock:
+        with self._operation():
             loan = Loan(loan_id, debtor, debtor_epoch, creditor, creditor_epoch, num_rblocks, LoanState.ACTIVE)
             known = self._state.loans.get(loan_id)
             if known is not None:
@@ -111,7 +111,7 @@ class MemoryLoans(LockedState):
         creditor: InstanceId,
         creditor_epoch: int,
     ) -> Refusal | None:
-        with self._lock:
+        with self._operation():
             state = self._state
             mine = (creditor, creditor_epoch)
             known = state.loans.get(new_loan_id)
@@ -133,7 +133,7 @@ class MemoryLoans(LockedState):
             return refusal
 
     def loans_of(self, creditor: InstanceId, epoch: int) -> list[Loan]:
-        with self._lock:
+        with self._operation():
             if not self._state.is_live(creditor, epoch):
                 raise LedgerUnavailable(f"the ledger does not know {creditor} (epoch {epoch}) now")
             return sorted((x for x in self._state.loans.values() if x.creditor == creditor), key=lambda x: x.loan_id)

@@ -25,15 +25,15 @@ class MemoryMembers(LockedState):
         generation: str = "",
         info: Mapping[str, str] | None = None,
     ) -> Registration:
-        with self._lock:
-            now = self._clock_ms()
+        with self._operation():
             old = self._state.entries.get(instance)
             if old is not None and 0 < epoch < old.record.epoch:
                 raise SupersededError(f"a newer {instance} has registered (epoch {old.record.epoch}, this is {epoch})")
             if old is not None:
                 self._state.bury(instance, "replaced")
-            self._state.generation = self._state.generation or f"g{now}"
-            self._state.epoch = max(self._state.epoch, now if self._state.epoch == 0 else 0)
+            wall_ms = self._state.wall_ms()
+            self._state.generation = self._state.generation or f"g{wall_ms}"
+            self._state.epoch = self._state.epoch or wall_ms
             is_survivor = epoch > 0 and generation != self._state.generation
             new_epoch = epoch if is_survivor else self._state.epoch + 1
             self._state.epoch = max(self._state.epoch, new_epoch)
@@ -41,18 +41,17 @@ class MemoryMembers(LockedState):
                 instance, new_epoch, address, total_rblocks, reserved_rblocks, 0, 0, 0, InstanceState.UP, 0, 0, 0, 0,
                 dict(info or {}),
             )  # fmt: skip
-            self._state.entries[instance] = Entry(record, now + int(lease_s * 1000))
+            self._state.entries[instance] = Entry(record, self._state.lease_until(lease_s))
             self._state.note("join", instance=instance, epoch=str(new_epoch))
             return Registration(new_epoch, self._state.generation)
 
     def heartbeat(self, instance: InstanceId, epoch: int, report: InstanceReport, lease_s: float) -> HeartbeatReply:
-        with self._lock:
-            now = self._clock_ms()
+        with self._operation():
             if not self._state.is_live(instance, epoch):
                 self._state.expire(EXPIRE_PER_HEARTBEAT)
                 return HeartbeatReply(known=False)
             entry = self._state.entries[instance]
-            entry.lease_end_ms = now + int(lease_s * 1000)
+            entry.lease_end_ms = self._state.lease_until(lease_s)
             entry.record = replace(
                 entry.record,
                 local_used=report.local_used_rblocks,
@@ -77,7 +76,7 @@ class MemoryMembers(LockedState):
             )
 
     def describe(self, instance: InstanceId, epoch: int, info: Mapping[str, str]) -> bool:
-        with self._lock:
+        with self._operation():
             if not self._state.is_live(instance, epoch):
                 return False
             entry = self._state.entries[instance]
@@ -85,10 +84,10 @@ class MemoryMembers(LockedState):
             return True
 
     def deregister(self, instance: InstanceId, epoch: int) -> None:
-        with self._lock:
+        with self._operation():
             if self._state.is_live(instance, epoch):
                 self._state.bury(instance, "leave")
 
     def expire(self, limit: int = 64) -> list[InstanceId]:
-        with self._lock:
+        with self._operation():
             return self._state.expire(limit)

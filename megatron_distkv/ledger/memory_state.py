@@ -1,9 +1,10 @@
 """What a memory ledger holds, and the rules of its changes."""
 
+import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 from megatron_distkv.ledger.records import InstanceRecord, InstanceState, Loan, Move, Recall, RequestPlacementEntry
@@ -27,7 +28,10 @@ class MemoryState:
     """Members and loans; each member's sums change with its loans."""
 
     def __init__(self, clock_ms: Callable[[], int]) -> None:
-        self.clock_ms = clock_ms
+        self.wall_ms = clock_ms
+        self.now_ms = 0
+        self.lease_ms = 0  # of the last report
+        self._seen_ms: int | None = None
         self.events: deque[dict[str, str]] = deque(maxlen=MAX_EVENTS)
         self.entries: dict[InstanceId, Entry] = {}
         self.loans: dict[LoanId, Loan] = {}
@@ -37,9 +41,22 @@ class MemoryState:
         self.generation = ""
         self.leader: tuple[str, int] = ("", 0)
 
+    def tick(self) -> None:
+        """An operation begins. The pool's own time follows the clock, but does not jump with it (as in _common.lua)."""
+        wall_ms = self.wall_ms()
+        passed_ms = 0 if self._seen_ms is None else max(0, wall_ms - self._seen_ms)
+        if self.lease_ms:
+            passed_ms = min(passed_ms, self.lease_ms // 2)
+        self.now_ms = wall_ms if self._seen_ms is None else self.now_ms + passed_ms
+        self._seen_ms = wall_ms
+
+    def lease_until(self, lease_s: float) -> int:
+        self.lease_ms = int(lease_s * 1000)
+        return self.now_ms + self.lease_ms
+
     def is_live(self, instance: InstanceId, epoch: int) -> bool:
         entry = self.entries.get(instance)
-        return entry is not None and entry.record.epoch == epoch and entry.lease_end_ms > self.clock_ms()
+        return entry is not None and entry.record.epoch == epoch and entry.lease_end_ms > self.now_ms
 
     def may_lend(self, record: InstanceRecord) -> bool:
         return record.state is InstanceState.UP and record.borrowed == 0 and record.free_to_lend > 0
@@ -102,7 +119,7 @@ class MemoryState:
         self.note(why, instance=instance)
 
     def expire(self, limit: int) -> list[InstanceId]:
-        now = self.clock_ms()
+        now = self.now_ms
         ended = sorted((entry.lease_end_ms, instance) for instance, entry in self.entries.items())
         dead = [instance for end_ms, instance in ended if end_ms <= now][:limit]
         for instance in dead:
@@ -125,7 +142,7 @@ class MemoryState:
             entry.placements.pop(key, None)
 
     def note(self, event: str, **fields: str) -> None:
-        self.events.append({"at_ms": str(self.clock_ms()), "event": event, **fields})
+        self.events.append({"at_ms": str(self.wall_ms()), "event": event, **fields})
 
 
 class LockedState:
@@ -135,6 +152,12 @@ class LockedState:
         self._clock_ms = clock_ms or (lambda: time.time_ns() // 1_000_000)
         self._lock = threading.RLock()
         self.lose_everything()
+
+    @contextlib.contextmanager
+    def _operation(self) -> Iterator[None]:
+        with self._lock:
+            self._state.tick()
+            yield
 
     def lose_everything(self) -> None:
         """What a restart of the server without its data does."""

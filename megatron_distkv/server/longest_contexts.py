@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from megatron_distkv.ledger import InstanceState, PoolSnapshot
 from megatron_distkv.server.pool_memory import longest_context_tokens
+from megatron_distkv.server.pool_view import takes_requests_here
 
 
 class _Seen(NamedTuple):
@@ -21,7 +22,7 @@ class LongestContexts:
         self._seen: deque[_Seen] = deque()
 
     def note(self, snapshot: PoolSnapshot) -> None:
-        records = [x for x in snapshot.live if x.takes_requests and x.state is InstanceState.UP]
+        records = [x for x in snapshot.live if takes_requests_here(x) and x.state is InstanceState.UP]
         seen = _Seen(self._clock_s(), {x.instance: longest_context_tokens(snapshot, x) for x in records})
         if self._seen and self._seen[-1].longest == seen.longest:
             self._seen.pop()

@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_distkv.errors import LedgerUnavailable
 from megatron_distkv.ledger import DebtLedger, InstanceRecord, InstanceState, PoolSnapshot
 from megatron_distkv.log import get_logger
+from megatron_distkv.transport import is_elsewhere
 
 logger = get_logger(__name__)
 REFRESH_INTERVAL_S = 0.25
@@ -43,8 +44,8 @@ class PoolView:
 
     @property
     def instances(self) -> list[InstanceRecord]:
-        """Those that take requests."""
-        return [record for record in self.members if record.takes_requests]
+        """Those that take requests of this gateway."""
+        return [record for record in self.members if takes_requests_here(record)]
 
     async def _keep_fresh(self) -> None:
         while True:
@@ -61,6 +62,11 @@ class PoolView:
             self.ledger_is_away = True
         for listener in self.when_looked:
             listener()
+
+
+def takes_requests_here(record: InstanceRecord) -> bool:
+    """A gateway speaks to instances through their unix sockets: those of other hosts only lend to its own."""
+    return record.takes_requests and not is_elsewhere(record.address)
 
 
 def request_socket_of(record: InstanceRecord) -> Path:

@@ -1,6 +1,6 @@
 """Tensors between two processes, over shared memory on one host, over TCP or TLS else. Every wait has a deadline."""
 
-from megatron_distkv.transport.address import Address, parse_address, this_host
+from megatron_distkv.transport.address import Address, is_elsewhere, parse_address, this_host
 from megatron_distkv.transport.channel import Channel, Reply, connect
 from megatron_distkv.transport.hello import PROTOCOL_VERSION, Hello
 from megatron_distkv.transport.listener import Answer, Handler, Listener, Request
@@ -23,6 +23,7 @@ __all__ = [
     "TensorSpec",
     "Tls",
     "connect",
+    "is_elsewhere",
     "load_tls",
     "pack_tensors",
     "parse_address",

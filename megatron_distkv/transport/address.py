@@ -7,6 +7,7 @@ tls://HOST:PORT  the same, inside of TLS
 ranks:N          tensor-parallel ranks of the instance; without it: 1
 """
 
+import functools
 import socket
 from pathlib import Path
 from typing import NamedTuple
@@ -69,6 +70,15 @@ def parse_address(text: str) -> Address:
     return address
 
 
+def is_elsewhere(address: str) -> bool:
+    """Whether a member says that it is on another host: the sockets that it names are none of ours. False: unknown."""
+    try:
+        return parse_address(address).host_id not in ("", this_host())
+    except ValueError:
+        return False
+
+
+@functools.cache
 def this_host() -> str:
     """Changes with each start of the machine; the same in all of its containers."""
     try:

@@ -16,7 +16,7 @@ from megatron_distkv.ledger import InstanceState
 from tests.e2e.conftest import cluster_config, openai_client
 
 # Two choices, sampled, with log-probabilities; so slow a copy that there is a middle to die in.
-SAMPLED = {"model": "distkv", "seed": 5, "temperature": 0.9, "logprobs": 1, "n": 2, "max_tokens": 300}
+SAMPLED = {"model": "distkv", "seed": 5, "temperature": 0.9, "logprobs": 1, "n": 2, "max_tokens": 700}
 PROMPT = [40 + i % 80 for i in range(120)]
 
 
@@ -24,7 +24,7 @@ PROMPT = [40 + i % 80 for i in range(120)]
 def cluster(byte_llama: Path) -> Iterator[LocalCluster]:
     changes = {
         "instances": 5,
-        "kv_cache": {"num_rblocks": 128, "rblock_size": 8},
+        "kv_cache": {"num_rblocks": 256, "rblock_size": 8},
         "lending": {"deadline_s": 2.0, "max_moved_rblocks_per_step": 2},
     }
     with LocalCluster(cluster_config(byte_llama, **changes)) as running:

@@ -14,7 +14,9 @@ from megatron_distkv.kvcache.rblock_shape import RBlockShape
 from megatron_distkv.ledger import MemoryLedger
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
 from megatron_distkv.rblock import InstanceId
+from megatron_distkv.request import Request
 from megatron_distkv.rmanager import Identity
+from megatron_distkv.sampling_params import SamplingParams
 from tests.conftest import MakeConfig
 
 
@@ -58,3 +60,24 @@ def test_of_two_shapes_that_join_at_the_same_moment_one_is_refused(order: str) -
     ledger.lose_everything()
     members[first].join()
     assert [record.instance for record in ledger.snapshot().instances] == [first]
+
+
+def test_a_new_member_is_used_within_two_of_its_reports(make_config: MakeConfig, server: EmbeddedServer) -> None:
+    params = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
+    with LLM(make_config("a", num_rblocks=8, url=server.url)) as a:
+        # Given a request that nobody has memory for
+        request = Request("waits", [5 + place % 90 for place in range(100)], params)
+        a.instance.add(request)
+        for _ in range(3):
+            assert a.instance.step() == []
+        # When one joins that has some, and reports rarely
+        rarely = {"url": server.url, "heartbeat_interval_s": 2.0, "lease_s": 10.0}
+        with LLM(make_config("b", ledger=rarely)) as b:
+            reports: list[None] = []
+            beat = b.instance._heartbeat.beat
+            b.instance._heartbeat.beat = lambda: (reports.append(None), beat())  # type: ignore[method-assign,assign]
+            while request.finish_reason is None:
+                a.instance.step()
+            # Then it lends before it has reported three times
+            assert len(reports) <= 2
+            assert request.max_borrowed_rblocks["b"] > 0

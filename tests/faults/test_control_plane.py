@@ -1,11 +1,12 @@
-"""Two gManagers at once, a flushed ledger, an empty one, and a replica without the last writes: requests never notice.
+"""Two gManagers at once, a flushed ledger, an empty one, a replica without the last writes, clocks that jump.
 
 After each fault ledger, creditors' tables and debtors' spans are equal again within some heartbeats, while requests go
 on; nothing is computed twice, because the loans themselves are held by the instances.
 """
 
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 import pytest
@@ -54,6 +55,38 @@ def fail_over(pool: Pool) -> None:
 def flush_and_fail_over(pool: Pool) -> None:
     flush(pool)
     fail_over(pool)
+
+
+def jump(pool: Pool, seconds: float) -> None:
+    """The server's clock is put right, by so much, as all who ask it see."""
+    for ledger in (raw(pool), *(instance._ledger for instance in pool.instances.values())):
+        assert isinstance(ledger, RedisLedger)
+        ledger._clock_ms = (lambda: int((time.time() + seconds) * 1000)) if seconds else None
+
+
+def jump_ahead(pool: Pool) -> None:
+    jump(pool, 3600)
+    wait_for_reports(pool)
+
+
+def jump_back(pool: Pool) -> None:
+    jump(pool, -3600)
+    wait_for_reports(pool)
+
+
+def wait_for_reports(pool: Pool) -> None:
+    """Each instance has renewed its lease since the jump, which took up to a half of it; or it has begun another."""
+
+    def leases_left_ms() -> list[int]:
+        return [record.lease_left_ms for record in pool.ledger.snapshot().instances]
+
+    assert_soon(lambda: min(leases_left_ms(), default=0) > 600, lambda: f"{leases_left_ms()}")
+
+
+@pytest.fixture(autouse=True)
+def the_right_time(pool: Pool) -> Iterator[None]:
+    yield
+    jump(pool, 0)
 
 
 class Managers:
@@ -106,7 +139,7 @@ def finish(pool: Pool, request: Request, name: str) -> None:
         instance.note_idle()
 
 
-@pytest.mark.parametrize("fault", [flush, restart_empty, fail_over, flush_and_fail_over])
+@pytest.mark.parametrize("fault", [flush, restart_empty, fail_over, flush_and_fail_over, jump_ahead, jump_back])
 def test_a_request_in_the_middle_never_notices(pool: Pool, fault: Callable[[Pool], None]) -> None:
     # Given a ledger whose replica saw the pool without any loan, and a request that has borrowed since
     pool.assert_accounts_settle()

@@ -25,9 +25,10 @@ import sys, time, msgspec, torch
 from megatron_distkv.messages import Acknowledge, QueryHeader
 from megatron_distkv.transport import Answer, Listener
 def answer(hello, request):
-    if msgspec.msgpack.decode(request.header, type=QueryHeader).layer == 1:
+    query = msgspec.msgpack.decode(request.header, type=QueryHeader)
+    if query.layer == 1:
         time.sleep(1.5)
-    return Answer(msgspec.msgpack.encode(Acknowledge()), [torch.ones(1, 2, 4), torch.zeros(1, 2)])
+    return Answer(msgspec.msgpack.encode(Acknowledge()), [torch.full((1, 2, 4), float(query.step)), torch.zeros(1, 2)])
 listener = Listener(sys.argv[1], "p", answer)
 print("ready", flush=True)
 time.sleep(60)
@@ -58,12 +59,14 @@ def debtor(tmp_path: Path, creditor: subprocess.Popen[str]) -> Iterator[Debtor]:
     peers.close()
 
 
-def ask(debtor: Debtor, layer: int) -> int:
-    """How many partials came."""
+def ask(debtor: Debtor, layer: int, step: int = 1) -> int:
+    """How many partials came, all of them of this step."""
     share = RemoteShare(torch.zeros(1, dtype=torch.int64), [QueryShare(["loan"], [0], 1)])
-    debtor.begin_step(1, {"c": share})
+    debtor.begin_step(step, {"c": share})
     debtor.ask(layer, torch.zeros(1, 2, 4))
-    return len(debtor.answers())
+    answers = debtor.answers()
+    assert all(float(partial.out_RHD[0, 0, 0]) == step for partial in answers)
+    return len(answers)
 
 
 def test_a_slow_creditor_that_lives_is_waited_for(debtor: Debtor) -> None:
@@ -79,6 +82,17 @@ def test_a_creditor_that_hangs_is_lost_long_before_the_last_deadline(
     assert ask(debtor, 0) == 0
     assert "no sign of life" in debtor.lost["c"]
     assert debtor.waited_s < MOST_S / 2
+
+    # And when it goes on, and answers that late, nobody listens there any more
+    os.kill(creditor.pid, signal.SIGCONT)
+    assert ask(debtor, 0, step=2) == 0
+    # Nor do stale answers come to who speaks to it again
+    peers = debtor._channels
+    assert isinstance(peers, Peers)
+    address = peers._addresses["c"]
+    peers.shun("c", 0.0)
+    peers.reach("c", address)
+    assert [ask(debtor, 0, step) for step in (3, 4, 5)] == [1, 1, 1]
 
 
 def test_a_creditor_that_dies_is_lost_at_once(debtor: Debtor, creditor: subprocess.Popen[str]) -> None:

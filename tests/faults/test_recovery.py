@@ -6,7 +6,9 @@ from contextlib import ExitStack
 import pytest
 import torch
 
+from megatron_distkv.engine.batch import StepPlan
 from megatron_distkv.engine.llm import LLM
+from megatron_distkv.engine.model_runner import StepResult
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
 from megatron_distkv.messages import TokenLogprobs
 from megatron_distkv.request import Request
@@ -125,6 +127,33 @@ def test_a_creditor_lost_in_prefill(run: Run, assert_nobody_could_tell: Check) -
     assert run.request.num_computed_tokens < len(run.request.prompt_token_ids)
     run.cut(run.creditors()[0])
     run.finish()
+    assert 0 < run.request.num_recomputed_tokens < len(run.request.prompt_token_ids)
+    assert_nobody_could_tell()
+
+
+@pytest.mark.parametrize("way", ["there", "home"])
+def test_a_creditor_lost_while_rblocks_travel(
+    way: str, run: Run, monkeypatch: pytest.MonkeyPatch, assert_nobody_could_tell: Check
+) -> None:
+    # Given rBlocks on their way to a creditor whom one of this step's moves is for, or on their way back
+    lost: list[str] = []
+    compute = run.a._run
+
+    def lose_on_the_way(plan: StepPlan) -> StepResult:
+        travelling = plan.moves if way == "there" else plan.pulls
+        if travelling and not lost and run.rblocks_at(travelling[0].creditor):
+            lost.append(travelling[0].creditor)
+            run.cut(lost[0])
+        return compute(plan)
+
+    run.until(lambda: len(run.token_ids) == (0 if way == "there" else 4))
+    # When it is lost before they have arrived
+    monkeypatch.setattr(run.a, "_run", lose_on_the_way)
+    if way == "home":
+        run.pool[run.creditors()[0]].instance.rmanager.reclaim_all()
+    run.finish()
+    # Then a part of the request is computed again
+    assert lost
     assert 0 < run.request.num_recomputed_tokens < len(run.request.prompt_token_ids)
     assert_nobody_could_tell()
 

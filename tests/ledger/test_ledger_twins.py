@@ -40,9 +40,10 @@ class LedgerTwins(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.now_ms = 1_000_000
+        self.now_ms = self.latest_ms = 1_763_700_000_000
         self.memory = MemoryLedger(clock_ms=lambda: self.now_ms)
-        self.redis = RedisLedger(self.server.url, f"twin-{next(pools)}", clock_ms=lambda: self.now_ms)
+        pool = f"twin-{next(pools)}"
+        self.redis = RedisLedger(self.server.url, pool, timeout_s=30.0, clock_ms=lambda: self.now_ms)
         self.epochs: dict[InstanceId, int] = {}
         self.generations: dict[InstanceId, str] = {}
         self.given_epochs: list[int] = []
@@ -169,9 +170,18 @@ class LedgerTwins(RuleBasedStateMachine):
     def describe(self, instance: InstanceId, off: int, said: str) -> None:
         assert not self.both("describe", instance, self.epoch(instance, off), {"ways": said}) or off == 0
 
-    @rule(passed_ms=st.sampled_from([1, 500, 2_999, 3_000, 5_000, 10_000]))
+    @rule(passed_ms=st.sampled_from([1, 500, 2_999, 3_000, 5_000, 5_000, 5_000]))
     def time_passes(self, passed_ms: int) -> None:
         self.now_ms += passed_ms
+
+    @rule(jump_ms=st.sampled_from([-3_600_000, -5_000, 5_001, 3_600_000]))
+    def the_clock_jumps(self, jump_ms: int) -> None:
+        """Costs the living half a lease at most."""
+        self.latest_ms = max(self.latest_ms, self.now_ms)
+        before = {x.instance for x in self.memory.snapshot().instances if x.lease_left_ms > LEASE_S * 1000 / 2}
+        self.now_ms += jump_ms
+        assert before <= {x.instance for x in self.redis.snapshot().live}
+        self.memory.snapshot()  # the twin hears of the time as often
 
     @rule(limit=st.integers(1, 3))
     def expire(self, limit: int) -> None:
@@ -184,7 +194,8 @@ class LedgerTwins(RuleBasedStateMachine):
 
     @rule()
     def lose_everything(self) -> None:
-        self.now_ms += 1 + len(self.given_epochs)  # epochs grow by one, and begin at the time: one per ms at most
+        # Epochs grow by one, and begin at the time: one per ms at most, and no loss while the clock is behind
+        self.now_ms = max(self.now_ms, self.latest_ms) + 1 + len(self.given_epochs)
         before = self.memory.snapshot()
         self.memory.lose_everything()
         self._wipe_redis()
@@ -239,7 +250,8 @@ class LedgerTwins(RuleBasedStateMachine):
         self.memory.expire(64)
         self.redis.expire(64)
         pending = {x.loan_id for x in self.memory.snapshot().loans if x.state is LoanState.PENDING}
-        assert all(self.memory._state.pending_until_ms[loan] > self.now_ms for loan in pending)
+        now_ms = self.memory.snapshot().taken_at_ms
+        assert all(self.memory._state.pending_until_ms[loan] > now_ms for loan in pending)
 
     def teardown(self) -> None:
         self._wipe_redis()

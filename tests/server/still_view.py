@@ -34,10 +34,10 @@ class StillView(PoolView):
 
 def member(
     name: str, total: int, used: int = 0, *, lent: int = 0, reserved: int = 0, borrowed: int = 0, epoch: int = 1,
-    requests: Path | str = "", **info: str,
+    requests: Path | str = "", address: str = "", **info: str,
 ) -> InstanceRecord:  # fmt: skip
     """An instance; `role="lender"` makes it a memory-only lender."""
     said = {"requests": str(requests), "rblock_size": str(RBLOCK_SIZE), "eos_token_ids": "[]", **info}
     return InstanceRecord(
-        InstanceId(name), epoch, "", total, reserved, used, lent, borrowed, InstanceState.UP, 0, 0, 0, 1000, said
+        InstanceId(name), epoch, address, total, reserved, used, lent, borrowed, InstanceState.UP, 0, 0, 0, 1000, said
     )

@@ -325,6 +325,22 @@ def test_without_a_ledger_instances_decide() -> None:
     play(story)
 
 
+def test_an_instance_of_another_host_lends_but_is_asked_nothing() -> None:
+    async def story() -> None:
+        pool = Pool(max_queue_wait_s=0.2)
+        pool.view.show(member("near", 8), member("far", 64, address="unix:/run/far.sock host:another tcp://far:7000"))
+        # Given a gateway whose host has the smaller instance, then that one takes what needs the other's memory
+        visitors = [pool.ask(6), pool.ask(12)]
+        await settle()
+        assert [visitor.at for visitor in visitors] == ["near", "near"]
+        # And who wants the far one hears that no gateway here reaches it
+        assert (await pool.ask(1, pinned="far").refused()).status == 400
+        for visitor in visitors:
+            await visitor.leave()
+
+    play(story)
+
+
 def test_a_pool_without_instances() -> None:
     async def story() -> None:
         pool = Pool(max_queue_wait_s=0.2)

@@ -4,15 +4,29 @@ local P = KEYS[1]
 local call = redis.call
 local EXPIRE_PER_HEARTBEAT, MAX_EVENTS = 4, 4096
 
-local function clock()
+local function text(number) return string.format('%.0f', number) end
+local function number(value) return tonumber(value or 0) or 0 end
+
+local function wall_clock()
   if ARGV[1] ~= '' then return tonumber(ARGV[1]) end
   local t = call('TIME')
   return t[1] * 1000 + math.floor(t[2] / 1000)
 end
-local now = clock()
 
-local function text(number) return string.format('%.0f', number) end
-local function number(value) return tonumber(value or 0) or 0 end
+-- The pool's own time follows the server's clock, but does not jump with it: it never goes back, and from one operation
+-- to the next it goes on by half a lease at most, so that no clock that is put right ends the leases of the living.
+local function pool_clock(wall)
+  local seen = call('HMGET', P .. ':clock', 'wall', 'now', 'lease')
+  local passed = seen[1] and math.max(0, wall - number(seen[1])) or 0
+  if seen[3] then passed = math.min(passed, math.floor(number(seen[3]) / 2)) end
+  local now = seen[2] and number(seen[2]) + passed or wall
+  call('HSET', P .. ':clock', 'wall', text(wall), 'now', text(now))
+  return now
+end
+
+local wall = wall_clock()
+local now = pool_clock(wall)
+local function note_lease(lease_ms) call('HSET', P .. ':clock', 'lease', lease_ms) end
 local function instance_key(id) return P .. ':instance:' .. id end
 local function loan_key(id) return P .. ':loan:' .. id end
 

@@ -10,6 +10,7 @@ end
 call('HSET', instance_key(id), 'local_used', ARGV[5], 'state', ARGV[6], 'num_running', ARGV[7], 'num_waiting', ARGV[8],
   'max_request_tokens', ARGV[9])
 call('ZADD', P .. ':leases', now + number(ARGV[4]), id)
+note_lease(ARGV[4])
 index(id)
 local placements = P .. ':placements:' .. id
 for i = 10, #ARGV, 3 do
