@@ -130,9 +130,7 @@ class Request:
         for gone in lost:
             kept = [piece for have in kept for piece in _without(have, gone)]
         self.num_computed_tokens = kept[-1].stop if kept else 0
-        edges = [0, *(edge for piece in kept for edge in (piece.start, piece.stop))]
-        gaps = zip(edges[0::2], edges[1::2], strict=False)
-        self.lost_ranges = [range(start, end) for start, end in gaps if start < end]
+        self.lost_ranges = gaps_before(kept)
         self.num_recomputed_tokens += num_before - sum(len(piece) for piece in kept)
 
     def start_over(self) -> None:
@@ -144,6 +142,13 @@ class Request:
     def finish(self, reason: FinishReason) -> None:
         self.status = RequestStatus.FINISHED
         self.finish_reason = reason
+
+
+def gaps_before(pieces: list[range]) -> list[range]:
+    """What lies before and between pieces that are in order and apart."""
+    edges = [0, *(edge for piece in pieces for edge in (piece.start, piece.stop))]
+    gaps = zip(edges[0::2], edges[1::2], strict=False)
+    return [range(start, end) for start, end in gaps if start < end]
 
 
 def _without(have: range, lost: range) -> list[range]:

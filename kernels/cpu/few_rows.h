@@ -28,7 +28,7 @@ struct FewRows {
   const int64_t held = is_quads ? round_up(rows, 4) : rows + (rows % 4 == 3);  // with the empty rows that fill a tile
   const int64_t padded = round_up(a.head_dim, X::CHUNK);
   const int64_t slab = (int64_t)a.rblock_size * a.head_dim;           // elements of one head's K, or V
-  const int64_t stretch = (item.head_end - item.head_begin) * 2 * slab;  // what of an rBlock this item reads
+  const int64_t stretch = (item.head_end - item.head_begin) * a.head_stride;  // what of an rBlock this item reads
   float *acc, *tops, *sums, *scores, *shrinks;
   typename X::Query* queries;
   typename X::Weight* weights;
@@ -98,7 +98,7 @@ struct FewRows {
     for (int64_t h = 0; first < most && h < item.head_end - item.head_begin; ++h) {
       if constexpr (X::IS_INT8) take_scales(a.block_ids[b], h);
       for (int64_t from = first; from < most; from += CHUNK_TOKENS) {
-        const int64_t n = smaller(CHUNK_TOKENS, most - from), place = h * 2 * slab + from * a.head_dim;
+        const int64_t n = smaller(CHUNK_TOKENS, most - from), place = h * a.head_stride + from * a.head_dim;
         over_chunk(h, base + place, n, from, seen, ahead_of(b, base, place), ahead_of(b, base, place + slab));
       }
     }
@@ -106,8 +106,8 @@ struct FewRows {
 
   // The rBlock's scales of K into a copy of the queries of KV head h; those of V into reach.
   void take_scales(int64_t id, int64_t h) {
-    const float* k_scales = scales_of(a, a.k_scales, id, item.head_begin + h, a.head_dim);
-    v_scales = scales_of(a, a.v_scales, id, item.head_begin + h, a.rblock_size);
+    const float* k_scales = scales_of(a, a.k_scales, id, item.head_begin + h, a.k_scales_stride);
+    v_scales = scales_of(a, a.v_scales, id, item.head_begin + h, a.v_scales_stride);
     const float* q = (const float*)queries + h * held * padded;
     for (int64_t r = 0; r < held; ++r)
       for (int64_t d = 0; d < a.head_dim; ++d) scaled[r * padded + d] = q[r * padded + d] * k_scales[d];

@@ -31,7 +31,11 @@ class Attention(Structure):
         ("num_tokens num_sequences num_listed num_blocks", c_int64),
         ("q", c_void_p),
         ("q_token_stride q_head_stride", c_int64),
-        ("pool k_scales v_scales block_ids block_starts cu_blocks cu_queries positions out lse", c_void_p),
+        ("pool", c_void_p),
+        ("head_stride", c_int64),
+        ("k_scales v_scales", c_void_p),
+        ("k_scales_stride v_scales_stride", c_int64),
+        ("block_ids block_starts cu_blocks cu_queries positions out lse", c_void_p),
     )
 
 
@@ -88,6 +92,16 @@ def check_indices(*tensors: torch.Tensor) -> None:
     for tensor in tensors:
         if tensor.dtype is not torch.int64 or not tensor.is_contiguous():
             raise ValueError("indices must be contiguous int64 tensors")
+
+
+def has_even_heads(x_BLKX: torch.Tensor) -> bool:
+    """Each head `[...]` of `[B, L, K, ...]` is contiguous, and all lie at even distances: maybe with gaps."""
+    if x_BLKX.is_contiguous():
+        return True
+    num_layers, kv_heads = x_BLKX.shape[1:3]
+    step = x_BLKX.stride(2)
+    is_even = x_BLKX.stride()[:2] == (num_layers * kv_heads * step, kv_heads * step)
+    return is_even and len(x_BLKX) > 0 and x_BLKX[0, 0, 0].is_contiguous() and step >= x_BLKX[0, 0, 0].numel()
 
 
 library = load_library()

@@ -24,7 +24,7 @@ from megatron_distkv.messages import (
     StoreHeader,
     decode,
 )
-from megatron_distkv.ops import gather_rblocks, scatter_rblocks
+from megatron_distkv.ops import gather_rblocks, readable, scatter_rblocks
 from megatron_distkv.transport import Answer, Hello, Request, TensorSpec, read_tensors
 
 logger = get_logger(__name__)
@@ -54,12 +54,18 @@ class Creditor:
         *,
         rank: int = 0,
         num_ranks: int = 1,
+        head_dim: int | None = None,
     ) -> None:
-        """`pool_BLK2ND` holds the heads of rank `rank` of `num_ranks`. Debtors may be cut otherwise."""
+        """`pool_BLK2ND` holds the heads of rank `rank` of `num_ranks`. Debtors may be cut otherwise.
+
+        `head_dim`: needed of a pool in int8 (ops.int8_kv), which does not tell.
+        """
         self._holds = HeadShare(rank, num_ranks, pool_BLK2ND.shape[2] * num_ranks)
         self._group = num_query_heads // pool_BLK2ND.shape[2]
         self._share = share or StepShare()
         self._pool = pool_BLK2ND
+        self._head_dim = head_dim or pool_BLK2ND.shape[-1]
+        self._kv = readable(pool_BLK2ND, self._head_dim)
         self._loans = loan_table
         self._num_query_heads = num_query_heads
         self._model_dtype = model_dtype
@@ -76,7 +82,7 @@ class Creditor:
         """
         zero = torch.zeros(1, dtype=torch.int64)
         scatter_rblocks(gather_rblocks(self._pool, zero), self._pool, zero)
-        return measure_query_us(self._pool, self._num_query_heads, self._model_dtype, self._scale)
+        return measure_query_us(self._pool, self._num_query_heads, self._head_dim, self._model_dtype, self._scale)
 
     def query(self, hello: Hello, request: Request) -> Answer:
         """MicroAttention of one layer over the debtor's rBlocks here (contract: messages.QueryHeader)."""
@@ -87,10 +93,10 @@ class Creditor:
         if isinstance(prepared, Refusal):
             return _acknowledge(prepared)
         heads = self._heads_of(hello)
-        shape = (prepared.index.num_rows, (heads.stop - heads.start) * self._group, self._pool.shape[-1])
+        shape = (prepared.index.num_rows, (heads.stop - heads.start) * self._group, self._head_dim)
         (q_THD,) = read_tensors(request.payload, [TensorSpec(shape, self._model_dtype)])
         with self._share.turn() as held_back_s:
-            out, lse = attend_heads(q_THD, self._pool, header.layer, prepared.index, self._scale, heads)
+            out, lse = attend_heads(q_THD, self._kv, header.layer, prepared.index, self._scale, heads)
         if self._loans.version != prepared.version and not self._may_query(hello, prepared.shares):
             return _acknowledge(Refusal.UNKNOWN_LOAN)  # a loan ended while we computed: the rBlocks may be another's
         return Answer(

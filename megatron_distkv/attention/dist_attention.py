@@ -84,15 +84,26 @@ class DistAttention(torch.nn.Module):
     def _paged(
         self, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, context: ForwardContext
     ) -> torch.Tensor:
-        """Store the new tokens, ask every creditor, compute what lies here meanwhile, merge."""
-        metadata, pool, debtor = context.metadata, context.pool_BLK2ND, context.debtor
+        """Ask every creditor, store the new tokens and compute what lies here meanwhile, merge."""
+        metadata, debtor = context.metadata, context.debtor
         if self.rotary.rotated_dims(self.head_dim):
             table = metadata.rotary_table(self.rotary, self.head_dim)
             q_THD, k_TKD = apply_rope(q_THD, *table), apply_rope(k_TKD, *table)
-        store_kv(k_TKD, v_TKD, pool, self.layer, metadata.slot_mapping_T)
         if debtor is not None:
             debtor.ask(self.layer, q_THD, self.scoring)
-        out_THD, lse_TH = micro_attention(
+        out_THD, lse_TH = self._here(q_THD, k_TKD, v_TKD, context)
+        return out_THD if debtor is None else merge_partials(out_THD, lse_TH, debtor.answers())
+
+    def _here(
+        self, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, context: ForwardContext
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store the new tokens; attention over all that lies in this rank's pool: out and lse."""
+        metadata, pool, scoring = context.metadata, context.pool_BLK2ND, self.scoring
+        if context.open_rblocks is not None:
+            positions_T = metadata.positions_T
+            return context.open_rblocks.attend(self.layer, q_THD, k_TKD, v_TKD, positions_T, self.scale, scoring)
+        store_kv(k_TKD, v_TKD, pool, self.layer, metadata.slot_mapping_T)
+        return micro_attention(
             q_THD,
             pool,
             self.layer,
@@ -103,10 +114,9 @@ class DistAttention(torch.nn.Module):
             metadata.positions_T,
             self.scale,
             causal=True,
-            window=self.scoring.window,
-            soft_cap=self.scoring.soft_cap,
+            window=scoring.window,
+            soft_cap=scoring.soft_cap,
         )
-        return out_THD if debtor is None else merge_partials(out_THD, lse_TH, debtor.answers())
 
     def _dense(self, q_SBHD: torch.Tensor, k_SBKD: torch.Tensor, v_SBKD: torch.Tensor) -> torch.Tensor:
         num_tokens, batch = q_SBHD.shape[:2]

@@ -8,6 +8,7 @@ import torch
 
 from megatron_distkv.attention.debtor import Debtor
 from megatron_distkv.attention.metadata import AttentionMetadata
+from megatron_distkv.attention.open_rblocks import OpenRBlocks
 
 
 @dataclass
@@ -15,6 +16,7 @@ class ForwardContext:
     metadata: AttentionMetadata
     pool_BLK2ND: torch.Tensor
     debtor: Debtor | None = None  # None: nothing is borrowed
+    open_rblocks: OpenRBlocks | None = None  # of a pool in int8, which new tokens do not go to at once
 
 
 _current: ForwardContext | None = None

@@ -20,6 +20,10 @@ class KVCacheConfig(FrozenConfig):
     never lent. Attention over them is computed by the CPU."""
     rblock_size: int = Field(64, ge=1)
     """Tokens per rBlock. 64 is the smallest size at which reads run near the memory's speed: docs/experiments.md."""
+    dtype: Literal["auto", "int8"] = "auto"
+    """Of K and V, here and with creditors; all members of a pool have the same. auto: the model's. int8: about half the
+    memory of bf16, at an error of about 1e-2 of attention's output. rBlocks that are not full yet lie beside the pool
+    in the model's dtype, one for each running request."""
 
 
 class SchedulerConfig(FrozenConfig):

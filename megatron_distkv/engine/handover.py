@@ -3,12 +3,15 @@
 One request at a time. Its full rBlocks, which never change, are copied to a successor while it goes on; when a step can
 copy all that is left, the request stands still for that step, and the successor is told the rest: where it stopped, and
 which of its rBlocks lie with creditors. Until the successor has said yes, everything stays here, so whoever is lost on
-the way costs nothing. Then the gateway is told where to ask, and the successor takes the loans over in its own name.
+the way costs nothing. (Of an int8 cache the rBlock that is not full yet stays behind: the successor computes those few
+tokens again.) Then the gateway is told where to ask, and the successor takes the loans over in its own name.
 """
 
 import time
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
+
+from msgspec.structs import replace
 
 from megatron_distkv.engine.receipt import receipt
 from megatron_distkv.engine.scheduler import Scheduler
@@ -17,7 +20,7 @@ from megatron_distkv.ledger import DebtLedger, InstanceRecord, InstanceState
 from megatron_distkv.log import get_logger
 from megatron_distkv.messages import AdoptHeader, HandedOver, InheritedSpan
 from megatron_distkv.rblock import HOST, LocalSpan, Span, num_rblocks_for
-from megatron_distkv.request import Request, RequestStatus
+from megatron_distkv.request import Request, RequestStatus, gaps_before
 from megatron_distkv.rmanager import Borrowing, Identity, Move, RManager, SuccessorDesk, new_adoption_id
 
 logger = get_logger(__name__)
@@ -173,8 +176,9 @@ class Handover:
         Without `whole` only those that never change any more.
         """
         request, size = passage.request, self._rmanager.rblock_size
-        computed = [range(num_rblocks_for(request.num_computed_tokens, size))]
-        of = computed if whole else self._rmanager.full_rblocks(request)
+        movable = self._rmanager.movable_ranges(request)
+        whole_rblocks = [range(x.start // size, num_rblocks_for(x.stop, size)) for x in movable]
+        of = whole_rblocks if whole else self._rmanager.full_rblocks(request)
         left: dict[int, tuple[int, bool]] = {}
         for span in self._rmanager.table(request).spans:
             if not isinstance(span, LocalSpan) and span.creditor != HOST:
@@ -203,16 +207,19 @@ class Handover:
 
     def _describe(self, passage: _Passage, elsewhere: list[InheritedSpan]) -> AdoptHeader:
         request = passage.request
+        kept = self._rmanager.movable_ranges(request)
+        num_left = request.num_computed_tokens - request.num_lost_tokens - sum(len(piece) for piece in kept)
+        kv = receipt(request)
         held = {rblock for span in self._rmanager.table(request).spans for rblock in _rblocks(span)}
         return AdoptHeader(
             passage.adoption_id,
             len(request.prompt_token_ids),
             len(request.output_token_ids),
-            request.num_computed_tokens,
-            [(lost.start, lost.stop) for lost in request.lost_ranges],
+            kept[-1].stop if kept else 0,
+            [(lost.start, lost.stop) for lost in gaps_before(kept)],
             request.sampling_seed,
             time.monotonic() - request.arrival_s,
-            receipt(request),
+            replace(kv, num_recomputed_tokens=kv.num_recomputed_tokens + num_left),
             {rblock: block_id for rblock, block_id in passage.there.items() if rblock in held},
             elsewhere,
         )

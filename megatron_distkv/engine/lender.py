@@ -112,7 +112,9 @@ class Lender:
     def _make_creditor(self, shape: RBlockShape) -> Creditor:
         pool_BLK2ND = shape.rank_pool(self.num_rblocks).tensor_BLK2ND
         scale = shape.head_dim**-0.5
-        return Creditor(pool_BLK2ND, self.loan_table, shape.query_heads_per_rank, shape.torch_dtype, scale)
+        return Creditor(
+            pool_BLK2ND, self.loan_table, shape.query_heads_per_rank, shape.torch_dtype, scale, head_dim=shape.head_dim
+        )
 
     def _open_doors(self, config: LenderConfig, creditor: Creditor) -> Doors:
         secret = read_secret(config.ledger.secret_file)

@@ -4,11 +4,22 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_distkv.attention import Creditor, Deadlines, Debtor, HostMemory, LoanTable, StepShare, Verification
-from megatron_distkv.config.instance import InstanceConfig
+from megatron_distkv.attention import (
+    Creditor,
+    Deadlines,
+    Debtor,
+    HostMemory,
+    LoanTable,
+    OpenRBlocks,
+    StepShare,
+    Verification,
+)
+from megatron_distkv.config.instance import InstanceConfig, KVCacheConfig
 from megatron_distkv.config.model import ModelConfig
 from megatron_distkv.engine.doors import tls_of
 from megatron_distkv.engine.model_runner import ModelRunner
+from megatron_distkv.errors import UserError
+from megatron_distkv.kvcache.open_slots import OpenSlots
 from megatron_distkv.kvcache.rblock_shape import RBlockShape
 from megatron_distkv.ledger import HOST_QUERY_US, QUERY_US
 from megatron_distkv.model import GPT, TensorParallel, build_gpt, find_checkpoint, load_weights
@@ -44,7 +55,7 @@ def build_rank(config: InstanceConfig, parallel: TensorParallel) -> Rank:
     model = checkpoint.model if config.dtype is None else checkpoint.model.model_copy(update={"dtype": config.dtype})
     module = build_gpt(model, parallel)
     load_weights(module, checkpoint, model)
-    shape = rblock_shape(model, config.kv_cache.rblock_size, parallel.size)
+    shape = rblock_shape(model, config.kv_cache, parallel.size)
     pool, dtype, num_query_heads = (
         shape.rank_pool(config.kv_cache.num_rblocks),
         shape.torch_dtype,
@@ -62,9 +73,9 @@ def build_rank(config: InstanceConfig, parallel: TensorParallel) -> Rank:
     loan_table = LoanTable()
     tensor, scale = pool.tensor_BLK2ND, model.head_dim**-0.5
     num_host = config.kv_cache.num_host_rblocks
-    host = HostMemory(shape.rank_pool(num_host).tensor_BLK2ND, scale) if num_host else None
-    rblock = TensorSpec(tuple(tensor.shape[1:]), dtype)
-    verification = Verification(config.lending.verify_one_in, rblock, scale, per_message, deadline_s)
+    host = HostMemory(shape.rank_pool(num_host).tensor_BLK2ND, scale, model.head_dim) if num_host else None
+    rblock = TensorSpec(tuple(tensor.shape[1:]), tensor.dtype)
+    verification = Verification(config.lending.verify_one_in, rblock, scale, per_message, deadline_s, model.head_dim)
     deadlines = Deadlines(config.lending.min_deadline_s, deadline_s, peers.is_alive)
     share = StepShare(config.lending.max_step_share)
     runner = ModelRunner(
@@ -75,9 +86,18 @@ def build_rank(config: InstanceConfig, parallel: TensorParallel) -> Rank:
         Debtor(peers, deadline_s, host, verification, deadlines),
         verification,
         share,
+        _open_rblocks(config, shape, tensor),
     )
     creditor = Creditor(
-        tensor, loan_table, num_query_heads, dtype, scale, share, rank=parallel.rank, num_ranks=parallel.size
+        tensor,
+        loan_table,
+        num_query_heads,
+        dtype,
+        scale,
+        share,
+        rank=parallel.rank,
+        num_ranks=parallel.size,
+        head_dim=model.head_dim,
     )
     costs = {QUERY_US: f"{creditor.warm_up():.1f}"}
     if host is not None:
@@ -85,16 +105,31 @@ def build_rank(config: InstanceConfig, parallel: TensorParallel) -> Rank:
     return Rank(config, model, parallel, shape, costs, identity, peers, loan_table, creditor, runner, secret)
 
 
-def rblock_shape(model: ModelConfig, rblock_size: int, tensor_parallel: int) -> RBlockShape:
-    return RBlockShape(
-        model.num_layers,
-        model.num_attention_heads,
-        model.num_kv_heads,
-        model.head_dim,
-        rblock_size,
-        model.dtype,
-        tensor_parallel,
-    )
+def rblock_shape(model: ModelConfig, cache: KVCacheConfig, tensor_parallel: int) -> RBlockShape:
+    """Raises UserError for what rBlocks cannot be."""
+    try:
+        return RBlockShape(
+            model.num_layers,
+            model.num_attention_heads,
+            model.num_kv_heads,
+            model.head_dim,
+            cache.rblock_size,
+            model.dtype,
+            tensor_parallel,
+            cache.dtype,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def num_own_open_slots(config: InstanceConfig) -> int | None:
+    """None: rBlocks that are not full lie where full ones do."""
+    return config.scheduler.max_running_requests if config.kv_cache.dtype == "int8" else None
+
+
+def _open_rblocks(config: InstanceConfig, shape: RBlockShape, pool_BLKX: torch.Tensor) -> OpenRBlocks | None:
+    num_slots = OpenSlots(num_own_open_slots(config)).num_slots
+    return OpenRBlocks(pool_BLKX, shape.open_pool(num_slots).tensor_BLK2ND) if num_slots else None
 
 
 def _mailbox_sizes(max_tokens: int, num_heads: int, head_dim: int, dtype: torch.dtype) -> MailboxSizes:

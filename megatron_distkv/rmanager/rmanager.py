@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from megatron_distkv.config.instance import LendingConfig
 from megatron_distkv.errors import IntegrityError
 from megatron_distkv.kvcache.block_table import BlockTable
+from megatron_distkv.kvcache.open_slots import OpenSlots
 from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
 from megatron_distkv.log import get_logger
 from megatron_distkv.rblock import HOST, HOST_LOAN, InstanceId, LoanId, Span, num_rblocks_for
@@ -44,7 +45,9 @@ class RManager:
         outlook: PoolOutlook,
         config: LendingConfig,
         rblock_size: int,
+        open_slots: OpenSlots,
     ) -> None:
+        self._open_slots = open_slots
         self._allocator = allocator
         self._host = host
         self._borrowing = borrowing
@@ -61,6 +64,10 @@ class RManager:
 
     def table(self, request: Request) -> BlockTable:
         return self._tables[request.request_id]
+
+    def open_slot(self, request: Request) -> int | None:
+        """Where its rBlock that is not full yet lies; None: where its table says, like all others."""
+        return self._open_slots.slot_of(request.request_id)
 
     def spans_before(self, request: Request, position: int) -> list[Span]:
         """Where the rBlocks of positions `[0, position)` lie."""
@@ -91,6 +98,7 @@ class RManager:
     def grow(self, request: Request, wanted: int) -> int:
         """Make room for the first `wanted` tokens of `next_range`; returns for how many there is room (0: none)."""
         self._requests[request.request_id] = request
+        self._open_slots.take(request.request_id)
         table = self._tables.setdefault(request.request_id, BlockTable())
         start = request.next_range.start
         missing = table.missing(self._rblocks_around(range(start, start + wanted)))
@@ -165,14 +173,16 @@ class RManager:
         """Give back everything that a request holds, here and with creditors."""
         table = self._tables.pop(request.request_id, None)
         self._requests.pop(request.request_id, None)
+        self._open_slots.give_back(request.request_id)
         if table is not None:
             self._moves = [move for move in self._moves if move.request_id != request.request_id]
             self._allocator.free(table.local_block_ids())
             self._host.free(table.block_ids_under(HOST_LOAN))
         self._borrowing.release_all(request.request_id)
 
-    def adopt(self, request: Request, table: BlockTable) -> None:
+    def adopt(self, request: Request, table: BlockTable, adoption_id: str) -> None:
         """A request comes from another instance, with its KV: the table's local rBlocks are allocated for it."""
+        self._open_slots.rename(adoption_id, request.request_id)
         self._requests[request.request_id] = request
         self._tables[request.request_id] = table
 
@@ -180,7 +190,8 @@ class RManager:
         """What lay under these loans is gone, and will be computed again."""
         size = self.rblock_size
         spans = table.remove_loans(loan_ids)
-        request.lose(*(range(x.first * size, (x.first + len(x.block_ids)) * size) for x in spans))
+        lost = [range(x.first * size, (x.first + len(x.block_ids)) * size) for x in spans]
+        request.lose(*lost, *self._open_ranges(request))
 
     def lose_creditor(self, creditor: str) -> list[Request]:
         """Nothing that lay at this creditor is there any more; returns the requests whose KV must be computed again."""
@@ -213,7 +224,7 @@ class RManager:
         """This instance is about to leave: ask for everything back."""
         self._outlook.reclaim(self._allocator.num_lent)
 
-    def check_integrity(self, kept_for_others: Sequence[int] = ()) -> None:
+    def check_integrity(self, kept_for_others: Sequence[int] = (), adoption_ids: Collection[str] = ()) -> None:
         """Between steps: tables in order, and every used rBlock in exactly one of them, or kept for an adoption."""
         if self._vacated or self._moves:
             raise IntegrityError(f"{len(self._vacated)} vacated rBlocks, {len(self._moves)} moves outlived their step")
@@ -221,6 +232,7 @@ class RManager:
         for table in tables:
             table.check_integrity()
         self._allocator.check_integrity([*kept_for_others, *(b for table in tables for b in table.local_block_ids())])
+        self._open_slots.check_integrity([*self._tables, *adoption_ids])
         self._host.check_integrity([b for table in tables for b in table.block_ids_under(HOST_LOAN)])
 
     # ------------------------------------------------------------------ inside
@@ -239,7 +251,8 @@ class RManager:
             lost = [range(span.first, span.first + len(span.block_ids)) for span in spans]
             lost += [rblocks for other, rblocks in arrived if other == request_id]
             size = self.rblock_size
-            self._requests[request_id].lose(*(range(x.start * size, x.stop * size) for x in lost))
+            request = self._requests[request_id]
+            request.lose(*(range(x.start * size, x.stop * size) for x in lost), *self._open_ranges(request))
         return [self._requests[request_id] for request_id in concerned]
 
     def _rblocks_around(self, positions: range) -> range:
@@ -249,6 +262,20 @@ class RManager:
         """rBlocks all of whose positions have their KV: only they may leave."""
         size = self.rblock_size
         return [range(num_rblocks_for(have.start, size), have.stop // size) for have in request.computed_ranges()]
+
+    def movable_ranges(self, request: Request) -> list[range]:
+        """Positions whose KV could go to another instance: all that are computed, less those in open slots."""
+        if not self._open_slots.are_needed:
+            return request.computed_ranges()
+        size = self.rblock_size
+        return [range(x.start * size, x.stop * size) for x in self.full_rblocks(request) if x]
+
+    def _open_ranges(self, request: Request) -> list[range]:
+        """What is lost with any other loss: a step that fails may have written over it in its slot."""
+        if not self._open_slots.are_needed:
+            return []
+        size = self.rblock_size
+        return [range(max(x.start, x.stop // size * size), x.stop) for x in request.computed_ranges()]
 
     def _num_missing(self, request: Request) -> int:
         """rBlocks that this request's tokens and one more lack here, beside what running requests still need."""
