@@ -11,7 +11,7 @@ from weakref import ref
 
 import torch
 
-from .library import DTYPES, KV_DTYPES, Attention, check, check_indices, has_even_heads, library
+from .library import DTYPES, KV_DTYPES, Attention, check, check_indices, head_stride, library
 
 Scales = tuple[torch.Tensor, torch.Tensor] | None  # of int8 K and V
 # q, pool, block_ids, block_starts, cu_blocks, cu_queries, positions, (scale, causal, window, soft_cap), scales
@@ -92,8 +92,8 @@ def _check_inputs(inputs: Inputs) -> None:
     q_THD, pool_BLK2ND, block_ids_M, block_starts_M, cu_blocks, cu_queries, positions_T, options, scales = inputs
     if positions_T.shape[0] != q_THD.shape[0] or block_starts_M.shape[0] != block_ids_M.shape[0]:
         raise ValueError("as many positions as queries and as many starts as rBlocks are needed")
-    if not has_even_heads(pool_BLK2ND) or pool_BLK2ND.shape[-1] != q_THD.shape[-1]:
-        raise ValueError("the pool's heads must be contiguous, at even distances, and have the queries' head size")
+    if pool_BLK2ND.shape[-1] != q_THD.shape[-1]:
+        raise ValueError("the pool must have the queries' head size")
     if any(limit is not None and limit <= 0 for limit in options[2:]):
         raise ValueError("a window or a soft cap must be positive")
     if scales is not None:
@@ -104,8 +104,8 @@ def _check_inputs(inputs: Inputs) -> None:
 def _check_scales(pool_BLK2ND: torch.Tensor, k_scales_BLKD: torch.Tensor, v_scales_BLKN: torch.Tensor) -> None:
     *heads, _, rblock_size, head_dim = pool_BLK2ND.shape
     for scales, width in ((k_scales_BLKD, head_dim), (v_scales_BLKN, rblock_size)):
-        if scales.shape != (*heads, width) or scales.dtype is not torch.float32 or not has_even_heads(scales):
-            raise ValueError("scales must be fp32, evenly spaced: K's per channel, V's per token, of every rBlock")
+        if scales.shape != (*heads, width) or scales.dtype is not torch.float32:
+            raise ValueError("scales must be fp32 tensors: K's per channel, V's per token, of every rBlock")
 
 
 def _arguments(inputs: Inputs) -> Attention:
@@ -121,17 +121,13 @@ def _arguments(inputs: Inputs) -> Attention:
         causal=causal, scale=scale, soft_cap=soft_cap or 0.0, window=window or 0,
         num_tokens=num_tokens, num_sequences=len(cu_queries) - 1, num_listed=len(block_ids_M), num_blocks=num_blocks,
         q_token_stride=q_THD.stride(0), q_head_stride=q_THD.stride(1), pool=pool_BLK2ND.data_ptr(),
-        head_stride=_head_stride(pool_BLK2ND),
+        head_stride=head_stride(pool_BLK2ND),
         block_ids=block_ids_M.data_ptr(), block_starts=block_starts_M.data_ptr(), cu_blocks=cu_blocks.data_ptr(),
         cu_queries=cu_queries.data_ptr(), positions=positions_T.data_ptr(),
         k_scales=scales and scales[0].data_ptr(), v_scales=scales and scales[1].data_ptr(),
-        k_scales_stride=_head_stride(scales[0]) if scales else 0,
-        v_scales_stride=_head_stride(scales[1]) if scales else 0,
+        k_scales_stride=head_stride(scales[0]) if scales else 0,
+        v_scales_stride=head_stride(scales[1]) if scales else 0,
     )  # fmt: skip
-
-
-def _head_stride(x_BLKX: torch.Tensor) -> int:
-    return x_BLKX[0, 0, 0].numel() if x_BLKX.is_contiguous() else x_BLKX.stride(2)
 
 
 def _call_of(inputs: Inputs) -> AttentionCall:

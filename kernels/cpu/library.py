@@ -94,14 +94,21 @@ def check_indices(*tensors: torch.Tensor) -> None:
             raise ValueError("indices must be contiguous int64 tensors")
 
 
-def has_even_heads(x_BLKX: torch.Tensor) -> bool:
-    """Each head `[...]` of `[B, L, K, ...]` is contiguous, and all lie at even distances: maybe with gaps."""
+def head_stride(x_BLKX: torch.Tensor) -> int:
+    """Elements from one head `[...]` of `[B, L, K, ...]` to the next, with the gap between them, if there is one.
+
+    Raises ValueError where they do not lie at even distances, or are not contiguous themselves.
+    """
+    width = x_BLKX[0, 0, 0].numel()
     if x_BLKX.is_contiguous():
-        return True
-    num_layers, kv_heads = x_BLKX.shape[1:3]
-    step = x_BLKX.stride(2)
-    is_even = x_BLKX.stride()[:2] == (num_layers * kv_heads * step, kv_heads * step)
-    return is_even and len(x_BLKX) > 0 and x_BLKX[0, 0, 0].is_contiguous() and step >= x_BLKX[0, 0, 0].numel()
+        return width
+    try:
+        heads = x_BLKX.view(-1, *x_BLKX.shape[3:])
+    except RuntimeError:
+        raise ValueError("heads of a pool, and their scales, must lie at even distances") from None
+    if not heads[0].is_contiguous():
+        raise ValueError("heads of a pool, and their scales, must be contiguous")
+    return heads.stride(0) if len(heads) > 1 else width
 
 
 library = load_library()

@@ -173,8 +173,7 @@ def _checked_partial(
 
 
 def _check(q_THD: torch.Tensor, pool_BLK2ND: torch.Tensor, *indices: torch.Tensor) -> None:
-    *_, size, head_dim = pool_BLK2ND.shape
-    if pool_BLK2ND.stride()[3:] != (size * head_dim, head_dim, 1) or head_dim != q_THD.shape[-1]:
+    if not pool_BLK2ND[0, 0, 0].is_contiguous() or pool_BLK2ND.shape[-1] != q_THD.shape[-1]:
         raise ValueError("the pool's heads must be contiguous and have the queries' head size")
     if q_THD.shape[1] % pool_BLK2ND.shape[2]:
         raise ValueError(f"{q_THD.shape[1]} query heads are no multiple of {pool_BLK2ND.shape[2]} KV heads")

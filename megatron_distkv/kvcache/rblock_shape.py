@@ -12,7 +12,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Positive = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
 
 
-class RBlockShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class RBlockShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Counts are those of the whole model; each of `tensor_parallel` ranks holds the same share of all heads."""
 
     num_layers: Positive

@@ -32,8 +32,8 @@ def quantize_rblocks(pool_BLK2ND: torch.Tensor) -> Int8RBlocks:
     k_BLKND, v_BLKND = (part.float() for part in pool_BLK2ND.unbind(3))
     k_scales_BLKD = k_BLKND.abs().amax(dim=-2).div_(LARGEST)
     v_scales_BLKN = v_BLKND.abs().amax(dim=-1).div_(LARGEST)
-    k_BLKND /= k_scales_BLKD.unsqueeze(-2).clamp_min(torch.finfo(torch.float32).tiny)
-    v_BLKND /= v_scales_BLKN.unsqueeze(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    k_BLKND = k_BLKND / k_scales_BLKD.unsqueeze(-2).clamp_min(torch.finfo(torch.float32).tiny)
+    v_BLKND = v_BLKND / v_scales_BLKN.unsqueeze(-1).clamp_min(torch.finfo(torch.float32).tiny)
     numbers = torch.stack([k_BLKND, v_BLKND], dim=3).round_().to(torch.int8)
     return Int8RBlocks(numbers, k_scales_BLKD, v_scales_BLKN)
 
