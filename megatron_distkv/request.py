@@ -46,6 +46,7 @@ class Request:
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: FinishReason | None = None
     sampling_seed: int = field(default_factory=lambda: random.getrandbits(63))
+    kv_dtype: str = ""
     num_preemptions: int = 0
     num_recomputed_tokens: int = 0
     num_tokens_at_losses: int = 0  # what starting over at each loss would have computed again

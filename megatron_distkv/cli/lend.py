@@ -68,7 +68,7 @@ def _size(config: LenderConfig, shape: RBlockShape) -> str:
     wanted, free = num_rblocks * shape.rblock_bytes, free_memory_bytes()
     if free is not None and wanted > free:
         raise UserError(f"{wanted / GIB:.1f} GiB are more than the {free / GIB:.1f} GiB that are free on this machine")
-    return f"{num_rblocks} rBlocks of {shape.rblock_size} tokens ({wanted / GIB:.3g} GiB)"
+    return f"{num_rblocks} rBlocks of {shape.rblock_size} tokens ({wanted / GIB:.3g} GiB, {shape.kv_name})"
 
 
 def _shape(args: argparse.Namespace) -> RBlockShape:

@@ -60,6 +60,7 @@ class Instance:
         return self._admission.refuse(request)
 
     def add(self, request: Request) -> None:
+        request.kv_dtype = self._rank.shape.kv_name
         self.scheduler.add(request)
 
     def adopt(self, request: Request, adoption_id: str) -> bool:

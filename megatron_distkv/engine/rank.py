@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import msgspec
 import torch
 
 from megatron_distkv.attention import (
@@ -22,11 +23,13 @@ from megatron_distkv.errors import UserError
 from megatron_distkv.kvcache.open_slots import OpenSlots
 from megatron_distkv.kvcache.rblock_shape import RBlockShape
 from megatron_distkv.ledger import HOST_QUERY_US, QUERY_US
+from megatron_distkv.log import get_logger
 from megatron_distkv.model import GPT, TensorParallel, build_gpt, find_checkpoint, load_weights
 from megatron_distkv.rblock import InstanceId
 from megatron_distkv.rmanager import Identity, MailboxSizes, Migration, Peers
 from megatron_distkv.transport import TensorSpec, read_secret
 
+logger = get_logger(__name__)
 # Migrated rBlocks travel in messages of about this size: large enough for full bandwidth, small enough for a mailbox.
 STORE_MESSAGE_BYTES = 8 << 20
 # Room for a message's header: the physical ids of a hundred thousand rBlocks.
@@ -61,6 +64,8 @@ def build_rank(config: InstanceConfig, parallel: TensorParallel) -> Rank:
         shape.torch_dtype,
         shape.query_heads_per_rank,
     )
+    if parallel.is_leader:
+        logger.info("KV cache: %s", _in_words(shape, config))
     per_message = min(config.lending.max_moved_rblocks_per_step, max(1, STORE_MESSAGE_BYTES // pool.rblock_bytes))
     sizes = _mailbox_sizes(config.scheduler.max_batched_tokens, num_query_heads, model.head_dim, dtype)
     moved_bytes = HEADER_BYTES + per_message * pool.rblock_bytes
@@ -120,6 +125,16 @@ def rblock_shape(model: ModelConfig, cache: KVCacheConfig, tensor_parallel: int)
         )
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def _in_words(shape: RBlockShape, config: InstanceConfig) -> str:
+    cache = config.kv_cache
+    words = f"{cache.num_rblocks} rBlocks of {shape.rblock_size} tokens in {shape.kv_name}"
+    words += f", {cache.num_rblocks * shape.rblock_bytes / 2**30:.3g} GiB"
+    if num_own := num_own_open_slots(config):
+        one = msgspec.structs.replace(shape, kv_dtype="auto").rblock_bytes
+        words += f"; up to {num_own} that are not full beside them in {shape.dtype}, of {one / 2**20:.3g} MiB each"
+    return words
 
 
 def num_own_open_slots(config: InstanceConfig) -> int | None:

@@ -36,6 +36,11 @@ class RBlockShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
         return _DTYPES[self.dtype]
 
     @property
+    def kv_name(self) -> str:
+        """Of the dtype of K and V in a pool."""
+        return "int8" if self.kv_dtype == "int8" else self.dtype
+
+    @property
     def kv_torch_dtype(self) -> torch.dtype:
         """Of K and V in a pool."""
         return torch.int8 if self.kv_dtype == "int8" else self.torch_dtype
