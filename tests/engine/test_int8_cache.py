@@ -89,14 +89,18 @@ def test_steps_of_any_size_host_memory_and_preemption_change_nothing(
         assert_same(completion.token_ids, completion.logprobs, expected(prompt))
 
 
+@pytest.mark.parametrize("when", ["prefill", "decode"])
 def test_what_lies_with_lenders_is_checked_lost_and_computed_again(
-    make_config: MakeConfig, server: EmbeddedServer, tmp_path: Path, expected: Callable[[list[int]], Completion]
+    when: str,
+    make_config: MakeConfig,
+    server: EmbeddedServer,
+    tmp_path: Path,
+    expected: Callable[[list[int]], Completion],
 ) -> None:
     # Given an instance of 128 tokens that has all answers of creditors computed again, and two lenders
     ledger = {"url": server.url, "heartbeat_interval_s": 0.1, "lease_s": 2.0}
-    config = make_config(
-        "a", kv_cache=cache(16), ledger=ledger, scheduler={"max_batched_tokens": 48}, lending={"verify_one_in": 1}
-    )
+    scheduler = {"max_batched_tokens": 13 if when == "prefill" else 48}
+    config = make_config("a", kv_cache=cache(16), ledger=ledger, scheduler=scheduler, lending={"verify_one_in": 1})
     (prompt,) = random_prompts(350)
     with LLM(config) as a:
         lenders = {}
@@ -107,8 +111,16 @@ def test_what_lies_with_lenders_is_checked_lost_and_computed_again(
         time.sleep(0.3)  # longer than the instance's view of the pool lasts
         request = Request("long", prompt, GREEDY)
         a.instance.add(request)
-        got = finish(a, request, until=lambda: len(request.output_token_ids) == 4)
-        # When the one that holds most is lost
+        # When the one that holds most is lost: in prefill while a step leaves an open rBlock for the next one
+        got = finish(
+            a,
+            request,
+            until=lambda: (
+                len(request.output_token_ids) == 4
+                if when == "decode"
+                else request.num_computed_tokens > 250 and request.num_computed_tokens % RBLOCK_SIZE == 5
+            ),
+        )
         held = a.instance.rmanager.table(request).remote_by_creditor()
         lost = max(held, key=held.__getitem__)
         lenders[lost].close()
@@ -116,6 +128,7 @@ def test_what_lies_with_lenders_is_checked_lost_and_computed_again(
         # Then what it held is computed again, and the open rBlock, and nobody can tell from the tokens
         num_lost = held[lost] * RBLOCK_SIZE
         assert num_lost <= request.num_recomputed_tokens < num_lost + RBLOCK_SIZE
+        assert when == "decode" or request.num_recomputed_tokens == num_lost + 5
         assert_same(got.token_ids + rest.token_ids, got.logprobs + rest.logprobs, expected(prompt))
         a.instance.check_integrity()
         (other,) = lenders.keys() - {lost}
