@@ -2,6 +2,7 @@
 
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -145,7 +146,7 @@ class Request:
         self.finish_reason = reason
 
 
-def gaps_before(pieces: list[range]) -> list[range]:
+def gaps_before(pieces: Sequence[range]) -> list[range]:
     """What lies before and between pieces that are in order and apart."""
     edges = [0, *(edge for piece in pieces for edge in (piece.start, piece.stop))]
     gaps = zip(edges[0::2], edges[1::2], strict=False)

@@ -10,7 +10,7 @@ from megatron_distkv.attention.head_share import HeadShare
 from megatron_distkv.attention.host_memory import HostMemory
 from megatron_distkv.attention.loan_table import LoanTable
 from megatron_distkv.attention.metadata import AttentionMetadata, RemoteShare, SequenceSlice, build_metadata
-from megatron_distkv.attention.open_rblocks import OpenRBlocks, OpenSlice
+from megatron_distkv.attention.open_rblocks import NewKeys, OpenRBlocks, OpenSlice
 from megatron_distkv.attention.partial import Partial, merge_partials
 from megatron_distkv.attention.rotary import RotaryConfig
 from megatron_distkv.attention.shard_order import ShardOrder
@@ -30,6 +30,7 @@ __all__ = [
     "HostMemory",
     "Line",
     "LoanTable",
+    "NewKeys",
     "OpenRBlocks",
     "OpenSlice",
     "Part",

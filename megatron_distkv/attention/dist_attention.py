@@ -8,6 +8,7 @@ import torch
 from megatron_distkv.attention.context_parallel import ContextShard, context_attention
 from megatron_distkv.attention.dense import dense_attention
 from megatron_distkv.attention.forward_context import ForwardContext, current_context
+from megatron_distkv.attention.open_rblocks import NewKeys
 from megatron_distkv.attention.partial import merge_partials
 from megatron_distkv.attention.rotary import RotaryConfig, RotaryTable, rotary_table, sequence_table
 from megatron_distkv.errors import ConfigError
@@ -86,23 +87,29 @@ class DistAttention(torch.nn.Module):
     ) -> torch.Tensor:
         """Ask every creditor, store the new tokens and compute what lies here meanwhile, merge."""
         metadata, debtor = context.metadata, context.debtor
+        angles: RotaryTable | tuple[()] = ()
         if self.rotary.rotated_dims(self.head_dim):
-            table = metadata.rotary_table(self.rotary, self.head_dim)
-            q_THD, k_TKD = apply_rope(q_THD, *table), apply_rope(k_TKD, *table)
+            angles = metadata.rotary_table(self.rotary, self.head_dim)
+            q_THD = apply_rope(q_THD, *angles)
         if debtor is not None:
             debtor.ask(self.layer, q_THD, self.scoring)
-        out_THD, lse_TH = self._here(q_THD, k_TKD, v_TKD, context)
+        out_THD, lse_TH = self._here(q_THD, k_TKD, v_TKD, angles, context)
         return out_THD if debtor is None else merge_partials(out_THD, lse_TH, debtor.answers())
 
     def _here(
-        self, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, context: ForwardContext
+        self,
+        q_THD: torch.Tensor,
+        k_TKD: torch.Tensor,
+        v_TKD: torch.Tensor,
+        angles: RotaryTable | tuple[()],
+        context: ForwardContext,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store the new tokens; attention over all that lies in this rank's pool: out and lse."""
         metadata, pool, scoring = context.metadata, context.pool_BLK2ND, self.scoring
         if context.open_rblocks is not None:
-            positions_T = metadata.positions_T
-            return context.open_rblocks.attend(self.layer, q_THD, k_TKD, v_TKD, positions_T, self.scale, scoring)
-        store_kv(k_TKD, v_TKD, pool, self.layer, metadata.slot_mapping_T)
+            new = NewKeys(k_TKD, v_TKD, angles)
+            return context.open_rblocks.attend(self.layer, q_THD, new, metadata.positions_T, self.scale, scoring)
+        store_kv(k_TKD, v_TKD, pool, self.layer, metadata.slot_mapping_T, *angles)
         return micro_attention(
             q_THD,
             pool,

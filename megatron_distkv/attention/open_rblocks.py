@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from megatron_distkv.attention.metadata import SequenceSlice
+from megatron_distkv.attention.rotary import RotaryTable
 from megatron_distkv.errors import IntegrityError
 from megatron_distkv.messages import Scoring
 from megatron_distkv.ops import merge, micro_attention, micro_attention_int8, pack_rblocks, store_kv, unpack_rblocks
@@ -26,6 +27,14 @@ class OpenSlice(SequenceSlice, Protocol):
     def open_slot(self) -> int | None:
         """Where the tokens of the rBlock that `start` lies in are, those before `start`."""
         ...
+
+
+class NewKeys(NamedTuple):
+    """K and V of a step's new tokens, `[T, K, D]`; K is to be turned by these angles, if there are any."""
+
+    k_TKD: torch.Tensor
+    v_TKD: torch.Tensor
+    angles: RotaryTable | tuple[()] = ()
 
 
 class _Writing(NamedTuple):
@@ -85,8 +94,7 @@ class OpenRBlocks:
         self,
         layer: int,
         q_THD: torch.Tensor,
-        k_TKD: torch.Tensor,
-        v_TKD: torch.Tensor,
+        new: NewKeys,
         positions_T: torch.Tensor,
         scale: float,
         scoring: Scoring,
@@ -94,7 +102,7 @@ class OpenRBlocks:
         """Store the new tokens; out `[T, H, D]` and lse `[T, H]`, fp32, over all local keys."""
         index = self._index
         assert index is not None
-        written, of_layer = self._store(index, layer, k_TKD, v_TKD)
+        written, of_layer = self._store(index, layer, new)
         rows = index.cu_queries, positions_T, scale
         limits = scoring.window, scoring.soft_cap
         own_out, own_lse = micro_attention(q_THD, written, of_layer, *index.own, *rows, True, *limits)
@@ -104,12 +112,12 @@ class OpenRBlocks:
         out, lse = micro_attention_int8(q_THD, kv, k_scales, v_scales, layer, *index.past, *rows, False, *limits)
         return merge(torch.stack([own_out, out]), torch.stack([own_lse, lse]))
 
-    def _store(self, index: _Index, layer: int, k_TKD: torch.Tensor, v_TKD: torch.Tensor) -> tuple[torch.Tensor, int]:
+    def _store(self, index: _Index, layer: int, new: NewKeys) -> tuple[torch.Tensor, int]:
         """What is written to, as computed, and which of its layers. Full rBlocks are in the pool, too."""
         written, of_layer = (self._slots, layer) if index.in_slots else (self._scratch, 0)
         if not index.in_slots:
             written[index.begun[0], 0] = self._slots[index.begun[1], layer]
-        store_kv(k_TKD, v_TKD, written, of_layer, index.places_T)
+        store_kv(new.k_TKD, new.v_TKD, written, of_layer, index.places_T, *new.angles)
         places, block_ids = index.filled
         if len(places):
             self._pool[block_ids, layer] = pack_rblocks(written[places, of_layer].unsqueeze(1))[:, 0]

@@ -127,6 +127,25 @@ def _torch() -> Iterator[Finding]:
     yield _backends()
     follows = "int8 (`--kv-cache-dtype int8`, on all members of a pool) halves the memory of bf16"
     yield Finding("KV cache dtypes", "the model's, int8", follows)
+    yield _pool_pages()
+
+
+def _pool_pages() -> Finding:
+    """Not what the system promises: what it gives to a pool made here and now."""
+    import torch
+
+    from megatron_distkv.kvcache.pool_memory import (
+        SMALLEST_ON_HUGE_PAGES_BYTES,
+        describe_pages,
+        huge_share,
+        zeroed_pool,
+    )
+
+    pool = zeroed_pool((SMALLEST_ON_HUGE_PAGES_BYTES,), torch.uint8)
+    if huge_share(pool) > 0:
+        return Finding("pool memory", describe_pages(pool), "fewer address translations while decode reads it")
+    switch = "/sys/kernel/mm/transparent_hugepage/enabled"
+    return Finding("pool memory", describe_pages(pool), f"decode is 5 to 10 % slower than with `madvise` in {switch}")
 
 
 def _backends() -> Finding:

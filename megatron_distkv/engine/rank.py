@@ -78,7 +78,8 @@ def build_rank(config: InstanceConfig, parallel: TensorParallel) -> Rank:
     loan_table = LoanTable()
     tensor, scale = pool.tensor_BLK2ND, model.head_dim**-0.5
     num_host = config.kv_cache.num_host_rblocks
-    host = HostMemory(shape.rank_pool(num_host).tensor_BLK2ND, scale, model.head_dim) if num_host else None
+    host_pool = shape.rank_pool(num_host) if num_host else None
+    host = HostMemory(host_pool.tensor_BLK2ND, scale, model.head_dim) if host_pool else None
     rblock = TensorSpec(tuple(tensor.shape[1:]), tensor.dtype)
     verification = Verification(config.lending.verify_one_in, rblock, scale, per_message, deadline_s, model.head_dim)
     deadlines = Deadlines(config.lending.min_deadline_s, deadline_s, peers.is_alive)
@@ -107,6 +108,9 @@ def build_rank(config: InstanceConfig, parallel: TensorParallel) -> Rank:
     costs = {QUERY_US: f"{creditor.warm_up():.1f}"}
     if host is not None:
         costs[HOST_QUERY_US] = f"{host.warm_up(num_query_heads, dtype):.1f}"
+    logger.info("pool of %s", pool.describe())
+    if host_pool is not None:
+        logger.info("host memory of %s", host_pool.describe())
     return Rank(config, model, parallel, shape, costs, identity, peers, loan_table, creditor, runner, secret)
 
 

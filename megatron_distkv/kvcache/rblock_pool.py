@@ -3,6 +3,7 @@
 import torch
 
 from megatron_distkv.errors import ConfigError
+from megatron_distkv.kvcache.pool_memory import describe_pages, zeroed_pool
 from megatron_distkv.rblock import int8_head_bytes
 
 
@@ -29,7 +30,7 @@ class RBlockPool:
         shape: tuple[int, ...] = (*heads, 2, rblock_size, head_dim)
         if dtype is torch.int8:
             shape, dtype = (*heads, int8_head_bytes(rblock_size, head_dim)), torch.uint8
-        self.tensor_BLK2ND = torch.zeros(shape, dtype=dtype, device=device)
+        self.tensor_BLK2ND = zeroed_pool(shape, dtype, device)
         self.rblock_size = rblock_size
 
     @property
@@ -39,3 +40,8 @@ class RBlockPool:
     @property
     def rblock_bytes(self) -> int:
         return self.tensor_BLK2ND[0].numel() * self.tensor_BLK2ND.element_size()
+
+    def describe(self) -> str:
+        """For people: how much memory, and on what pages it lies by now."""
+        size = f"{self.num_rblocks} rBlocks of {self.rblock_bytes / 2**10:.0f} KiB"
+        return f"{size} on {describe_pages(self.tensor_BLK2ND)}"

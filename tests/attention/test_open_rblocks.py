@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_distkv.attention import OpenRBlocks
+from megatron_distkv.attention import NewKeys, OpenRBlocks
 from megatron_distkv.errors import IntegrityError
 from megatron_distkv.kvcache.rblock_shape import RBlockShape
 from megatron_distkv.messages import Scoring
@@ -69,7 +69,7 @@ def run(prompts: list[Prompt], steps: list[list[tuple[int, int, int]]], scoring:
             q, k, v = (
                 torch.cat([getattr(prompts[x], name)[layer, start:end] for x, start, end in step]) for name in "qkv"
             )
-            out, _ = rblocks.attend(layer, q, k, v, positions_T, SCALE, scoring)
+            out, _ = rblocks.attend(layer, q, NewKeys(k, v), positions_T, SCALE, scoring)
             for x, start, end in step:
                 outs[x][layer, start:end], out = out[: end - start], out[end - start :]
     return outs
