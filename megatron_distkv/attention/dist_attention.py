@@ -90,6 +90,8 @@ class DistAttention(torch.nn.Module):
             table = metadata.rotary_table(self.rotary, self.head_dim)
             q_THD, k_TKD = apply_rope(q_THD, *table), apply_rope(k_TKD, *table)
         store_kv(k_TKD, v_TKD, pool, self.layer, metadata.slot_mapping_T)
+        if context.fixed is not None:
+            return context.fixed.attend(q_THD, pool, self.layer, self.scale, self.scoring)
         if debtor is not None:
             debtor.ask(self.layer, q_THD, self.scoring)
         out_THD, lse_TH = micro_attention(

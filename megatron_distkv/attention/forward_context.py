@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_distkv.attention.debtor import Debtor
+from megatron_distkv.attention.fixed_attention import FixedAttention
 from megatron_distkv.attention.metadata import AttentionMetadata
 
 
@@ -15,6 +16,7 @@ class ForwardContext:
     metadata: AttentionMetadata
     pool_BLK2ND: torch.Tensor
     debtor: Debtor | None = None  # None: nothing is borrowed
+    fixed: FixedAttention | None = None  # attention in fixed order, which asks by itself
 
 
 _current: ForwardContext | None = None

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from megatron_distkv.attention.fixed_leaves import FixedIndex
 from megatron_distkv.attention.shares import ShareIndex, attend_shares
 
 
@@ -33,7 +34,12 @@ class HeadShare(NamedTuple):
 
 
 def attend_heads(
-    q_THD: torch.Tensor, pool_BLK2ND: torch.Tensor, layer: int, index: ShareIndex, scale: float, kv_heads: slice
+    q_THD: torch.Tensor,
+    pool_BLK2ND: torch.Tensor,
+    layer: int,
+    index: ShareIndex | FixedIndex,
+    scale: float,
+    kv_heads: slice,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`attend_shares` of the query heads of `kv_heads` alone.
 

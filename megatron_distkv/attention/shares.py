@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from megatron_distkv.attention.fixed_leaves import FixedIndex
 from megatron_distkv.errors import DistkvError
 from megatron_distkv.messages import QueryShare, Scoring
 from megatron_distkv.ops import micro_attention
@@ -59,10 +60,12 @@ def attend_shares(
     q_THD: torch.Tensor,
     pool_BLK2ND: torch.Tensor,
     layer: int,
-    index: ShareIndex,
+    index: ShareIndex | FixedIndex,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Out `[T, H, D]` and lse `[T, H]`, fp32, where the pool lies. `scale` is the ordinary one."""
+    if isinstance(index, FixedIndex):  # T is then the number of partials
+        return index.attend(q_THD, pool_BLK2ND, layer, scale)
     scoring = index.scoring
     return micro_attention(
         q_THD, pool_BLK2ND, layer, index.block_ids_M, index.block_starts_M, index.cu_blocks, index.cu_queries,

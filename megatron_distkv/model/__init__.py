@@ -2,6 +2,7 @@
 
 from megatron_distkv.model.gpt import GPT, build_gpt
 from megatron_distkv.model.parallel import TensorParallel, init_tensor_parallel
+from megatron_distkv.model.row_tiles import tile_rows
 from megatron_distkv.model.weights import Checkpoint, find_checkpoint, load_weights
 
 __all__ = [
@@ -12,4 +13,5 @@ __all__ = [
     "find_checkpoint",
     "init_tensor_parallel",
     "load_weights",
+    "tile_rows",
 ]
