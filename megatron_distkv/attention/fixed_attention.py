@@ -71,9 +71,7 @@ class FixedAttention:
         carry_out(block.merges, out, lse)
         return out[block.roots_T]
 
-    def _ask(
-        self, questions: list[Question], q_THD: torch.Tensor, layer: int, scoring: Scoring
-    ) -> list[Question]:
+    def _ask(self, questions: list[Question], q_THD: torch.Tensor, layer: int, scoring: Scoring) -> list[Question]:
         """Those that have gone."""
         tells = self._told.setdefault(scoring, layer) == layer
         asked = []

@@ -1,4 +1,4 @@
-"""Partials of single rBlocks, and what the tree of fixed_order.py makes of them: in a pool, for its owner or a debtor."""
+"""Partials of single rBlocks in a pool, for its owner or for a debtor, and their merges (fixed_order.py)."""
 
 import threading
 from collections.abc import Sequence
@@ -160,5 +160,9 @@ def _check(shares: Sequence[QueryShare], rblock_size: int) -> None:
         raise DistkvError(f"{num_pairs} pairs of queries and rBlocks at one time")
     for share in shares:
         starts = share.block_starts
-        if len(starts) != len(share.block_ids) or len(set(starts)) < len(starts) or any(x % rblock_size for x in starts):
+        if (
+            len(starts) != len(share.block_ids)
+            or len(set(starts)) < len(starts)
+            or any(x % rblock_size for x in starts)
+        ):
             raise DistkvError("a fixed order needs each rBlock's own position")

@@ -18,19 +18,19 @@ FAN_IN = 8
 
 
 class Node(NamedTuple):
-    """Level 0: rBlock `index` of the request."""
+    """Level 0: rBlock `number` of the request."""
 
     level: int
-    index: int
+    number: int
 
     @property
     def parent(self) -> "Node":
-        return Node(self.level + 1, self.index // FAN_IN)
+        return Node(self.level + 1, self.number // FAN_IN)
 
     @property
     def leaves(self) -> range:
         width: int = FAN_IN**self.level
-        return range(self.index * width, (self.index + 1) * width)
+        return range(self.number * width, (self.number + 1) * width)
 
 
 # Where each node's partials begin in a buffer: one row per query, one after the other.
@@ -63,7 +63,7 @@ def cover(leaves: Iterable[int]) -> list[Node]:
 
 
 def _children(parent: Node) -> set[Node]:
-    return {Node(parent.level - 1, parent.index * FAN_IN + child) for child in range(FAN_IN)}
+    return {Node(parent.level - 1, parent.number * FAN_IN + child) for child in range(FAN_IN)}
 
 
 def merge_up(families: Sequence[Family], num_rows: int, *, to_cover: bool) -> Merges:
@@ -90,7 +90,8 @@ def _has_merges_from(family: Family, level: int) -> bool:
 
 def _merge_level(family: Family, level: int, end: int, columns: list[torch.Tensor], *, to_cover: bool) -> int:
     """Rows that this adds to a buffer that ends at `end`."""
-    places, bases = family.places, []
+    places = family.places
+    bases: list[list[int]] = []
     nodes = sorted(node for node in places if node.level == level)
     for parent, group in groupby(nodes, key=lambda node: node.parent):
         children = list(group)

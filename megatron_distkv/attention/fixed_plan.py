@@ -167,7 +167,9 @@ class _Build:
         families: list[Family],
         end: int,
     ) -> Question:
-        begin, shares, rows = end, [], []
+        begin = end
+        shares: list[QueryShare] = []
+        rows: list[int] = []
         for number, nodes in asked:
             piece, family = pieces[number], families[number]
             shares.append(self._share(piece, creditor, nodes))

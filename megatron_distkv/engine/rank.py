@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-from megatron.core.models.gpt import GPTModel
 
 from megatron_distkv.attention import (
     Creditor,
@@ -115,7 +114,7 @@ def rblock_shape(model: ModelConfig, rblock_size: int, tensor_parallel: int) -> 
     )
 
 
-def _make_deterministic(module: GPTModel, model: ModelConfig) -> None:
+def _make_deterministic(module: torch.nn.Module, model: ModelConfig) -> None:
     if model.mixture is not None:
         raise ConfigError("deterministic does not cover mixtures of experts yet: their products mix a batch's tokens")
     tile_rows(module)

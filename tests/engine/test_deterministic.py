@@ -1,4 +1,4 @@
-"""`deterministic`: the same bits alone, among others, and wherever a request's rBlocks lie, or have to be made again."""
+"""`deterministic`: the same bits alone, among others, wherever rBlocks lie, and after a loss."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from megatron_distkv.engine.llm import LLM
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
@@ -82,3 +83,14 @@ def answers_of(pool: Pool) -> dict[str, Answer]:
 def test_the_bits_of_a_request_are_its_own(dtype: str, pool_of: Callable[..., Pool]) -> None:
     found = answers_of(pool_of(dtype=dtype, deterministic=True))
     assert {way: got == found["alone"] for way, got in found.items()} == dict.fromkeys(found, True)
+
+
+def test_without_it_they_are_not(pool_of: Callable[..., Pool]) -> None:
+    """So the test above can fail. (Whether the batch's size alone changes bits is for torch's products to say.)"""
+    found = answers_of(pool_of(dtype="fp32"))
+    assert found["over host memory"] != found["alone"] != found["borrowed from two, one of them lost"]
+
+
+def test_what_it_does_not_go_with_is_refused(make_config: MakeConfig) -> None:
+    with pytest.raises(ValidationError, match=r"deterministic does not go with lending\.verify_one_in"):
+        make_config(deterministic=True, lending={"verify_one_in": 3})
