@@ -69,10 +69,8 @@ class World:
         fixed = FixedAttention(self.debtor, N, answers)
         fixed.begin_step(self.step, slices)
         packed = [torch.cat([self.qkv[r][i][-count:] for r, count in rows.items()])[:, None] for i in range(3)]
-        with forward_context(ForwardContext(metadata, self.pools["here"], self.debtor, fixed)):
-            out = layer._paged(
-                *(x.squeeze(1) for x in packed), ForwardContext(metadata, self.pools["here"], None, fixed)
-            )
+        context = ForwardContext(metadata, self.pools["here"], self.debtor, fixed)
+        out = layer._paged(*(x.squeeze(1) for x in packed), context)  # before it is rounded to the model's dtype
         assert self.debtor.lost == {}
         return dict(zip(rows, out.split(list(rows.values())), strict=True))
 
