@@ -35,9 +35,14 @@ def merge(outs_PTHD: torch.Tensor, lses_PTH: torch.Tensor) -> tuple[torch.Tensor
 
 
 def store_kv(
-    k_TKD: torch.Tensor, v_TKD: torch.Tensor, pool_BLK2ND: torch.Tensor, layer: int, slot_mapping_T: torch.Tensor
+    k_TKD: torch.Tensor,
+    v_TKD: torch.Tensor,
+    pool_BLK2ND: torch.Tensor,
+    layer: int,
+    slot_mapping_T: torch.Tensor,
+    angles: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
-    best_for(k_TKD, v_TKD, pool_BLK2ND).store_kv(k_TKD, v_TKD, pool_BLK2ND, layer, slot_mapping_T)
+    best_for(k_TKD, v_TKD, pool_BLK2ND).store_kv(k_TKD, v_TKD, pool_BLK2ND, layer, slot_mapping_T, angles)
 
 
 def apply_rope(x_THD: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor) -> torch.Tensor:

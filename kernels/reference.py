@@ -100,8 +100,15 @@ def merge(outs_PTHD: torch.Tensor, lses_PTH: torch.Tensor) -> tuple[torch.Tensor
 
 
 def store_kv(
-    k_TKD: torch.Tensor, v_TKD: torch.Tensor, pool_BLK2ND: torch.Tensor, layer: int, slot_mapping_T: torch.Tensor
+    k_TKD: torch.Tensor,
+    v_TKD: torch.Tensor,
+    pool_BLK2ND: torch.Tensor,
+    layer: int,
+    slot_mapping_T: torch.Tensor,
+    angles: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
+    if angles is not None:
+        k_TKD = _turned(k_TKD, *angles)
     rblock_size = pool_BLK2ND.shape[4]
     blocks, slots = slot_mapping_T // rblock_size, slot_mapping_T % rblock_size
     pool_BLK2ND[blocks, layer, :, 0, slots] = k_TKD.to(pool_BLK2ND.dtype)
@@ -109,11 +116,17 @@ def store_kv(
 
 
 def apply_rope(x_THD: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor) -> torch.Tensor:
+    return _turned(x_THD, cos_TR, sin_TR).to(x_THD.dtype)
+
+
+def _turned(x_THD: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor) -> torch.Tensor:
+    """In fp32, not rounded yet."""
+    x_THD = x_THD.to(torch.float32)
     rotated = cos_TR.shape[-1]
-    x = x_THD[..., :rotated].to(torch.float32)
+    x = x_THD[..., :rotated]
     left, right = x.chunk(2, dim=-1)
     turned = x * cos_TR[:, None] + torch.cat((-right, left), dim=-1) * sin_TR[:, None]
-    return torch.cat((turned.to(x_THD.dtype), x_THD[..., rotated:]), dim=-1)
+    return torch.cat((turned, x_THD[..., rotated:]), dim=-1)
 
 
 def gather_rblocks(pool_BLK2ND: torch.Tensor, block_ids: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,34 @@ from megatron_distkv.engine.llm import LLM
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
 from tests.model.llamas import save_llama
 
+# Files that take half a minute and more, the longest first: with short ones at the end no worker waits for another.
+SLOW_FILES = (
+    "e2e/test_chaos.py",
+    "training/test_deepspeed.py",
+    "e2e/test_unequal_tensor_parallelism.py",
+    "e2e/test_faults.py",
+    "e2e/test_drain.py",
+    "e2e/test_walk.py",
+    "training/test_documents.py",
+    "e2e/test_handover.py",
+    "e2e/test_lender.py",
+    "tools/test_gpu_check.py",
+    "training/test_killed.py",
+    "tools/test_compile_triton.py",
+    "model/test_deepspeed.py",
+    "ops/test_conformance.py",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """xdist would begin with files of many tests, and those of one long test come last."""
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ranks = {Path(__file__).parent / file: rank for rank, file in enumerate(SLOW_FILES)}
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
+
 
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:

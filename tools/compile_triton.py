@@ -39,6 +39,7 @@ ATTENTION = {
     "EXACT": False,
     "INT8": False,
 }
+STORE = {"KV_HEADS": 8, "HEADS_PADDED": 8, "N": 64, **HEAD}
 TILE = {"H": 32, "G": 4, **HEAD, "BLOCK_M": 32, "BLOCK_N": 64, "CAUSAL": True, "EXACT": False}
 
 
@@ -66,7 +67,8 @@ WANTED = [
     Wanted("prefill, causal", attention_kernel, {**ATTENTION, "BLOCK_M": 128, "CAUSAL": True}, 8, 3, True),
     Wanted("prefill, no mask", attention_kernel, {**ATTENTION, "BLOCK_M": 128, "CAUSAL": False}, 8, 3, True),
     Wanted("merge", merge_kernel, {**HEAD, "BLOCK_R": 4}, 4, 3),
-    Wanted("store_kv", store_kv_kernel, {"KV_HEADS": 8, "HEADS_PADDED": 8, "N": 64, **HEAD}, 4, 3),
+    Wanted("store_kv", store_kv_kernel, {**STORE, "R": 0}, 4, 3),
+    Wanted("store_kv with RoPE", store_kv_kernel, {**STORE, "R": 128}, 4, 3),
     Wanted("apply_rope", rope_kernel, {"H": 32, "H_PADDED": 32, "R": 128, **HEAD}, 4, 3),
     Wanted("backward, keys", key_gradients_kernel, TILE, 8, 2),
     Wanted("backward, queries", query_gradients_kernel, TILE, 8, 2),

@@ -54,13 +54,21 @@ def merge(outs_PTHD: torch.Tensor, lses_PTH: torch.Tensor) -> tuple[torch.Tensor
 
 
 def store_kv(
-    k_TKD: torch.Tensor, v_TKD: torch.Tensor, pool_BLK2ND: torch.Tensor, layer: int, slot_mapping_T: torch.Tensor
+    k_TKD: torch.Tensor,
+    v_TKD: torch.Tensor,
+    pool_BLK2ND: torch.Tensor,
+    layer: int,
+    slot_mapping_T: torch.Tensor,
+    angles: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     k_TKD, v_TKD = (x if x.stride(2) == 1 else x.contiguous() for x in (k_TKD, v_TKD))
     num_blocks, num_layers, kv_heads, _, rblock_size, head_dim = pool_BLK2ND.shape
     if not k_TKD.shape == v_TKD.shape == (slot_mapping_T.shape[0], kv_heads, head_dim) or k_TKD.dtype != v_TKD.dtype:
         raise ValueError("K and V must be of one dtype and shape: a row per slot, the pool's heads and head size")
+    if not pool_BLK2ND.is_contiguous():
+        raise ValueError("the pool must be contiguous")
     check_indices(slot_mapping_T)
+    cos_TR, sin_TR = (x.contiguous() for x in angles) if angles else (None, None)
     args = Store(
         ctypes.sizeof(Store),
         torch.get_num_threads(),
@@ -71,7 +79,7 @@ def store_kv(
         rblock_size,
         layer,
         num_layers,
-        0,
+        0 if cos_TR is None else cos_TR.shape[1],
         k_TKD.shape[0],
         num_blocks,
         k_TKD.data_ptr(),
@@ -80,6 +88,8 @@ def store_kv(
         k_TKD.stride(1),
         v_TKD.stride(0),
         v_TKD.stride(1),
+        None if cos_TR is None else cos_TR.data_ptr(),
+        None if sin_TR is None else sin_TR.data_ptr(),
         pool_BLK2ND.data_ptr(),
         slot_mapping_T.data_ptr(),
     )

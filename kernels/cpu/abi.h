@@ -39,14 +39,16 @@ struct DistkvAttention {
 };
 
 // Token t's K and V, [T, K, D] each, into slot slots[t] = rBlock id * N + offset of `layer`, cast to the pool's dtype.
+// The first `rotated` dims of K (0: none) are turned on the way, as distkv_apply_rope does, and rounded only once.
 struct DistkvStore {
   uint32_t struct_size;
   int32_t num_threads;
   int32_t source_dtype, pool_dtype;
-  int32_t kv_heads, head_dim, rblock_size, layer, num_layers, unused;
+  int32_t kv_heads, head_dim, rblock_size, layer, num_layers, rotated;
   int64_t num_tokens, num_blocks;
   const void *k, *v;
   int64_t k_token_stride, k_head_stride, v_token_stride, v_head_stride;
+  const float *cos, *sin;  // [T, rotated]
   void* pool;
   const int64_t* slots;
 };

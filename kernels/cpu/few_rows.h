@@ -33,12 +33,13 @@ struct FewRows {
   typename X::Query* queries;
   typename X::Weight* weights;
   // Only for int8:
-  float* scaled;                 // one KV head's queries times K's scales
-  const float* v_scales;         // of the rBlock and KV head at hand
-  int32_t* offsets;              // what int8_quads.h keeps
+  float* scaled;                        // one KV head's queries times K's scales
+  const float* v_scales = nullptr;      // of the rBlock and KV head at hand
+  const float* token_scales = nullptr;  // of the chunk at hand
+  int32_t* offsets;                     // what int8_quads.h keeps
   float* units;
   int8_t* query_bytes;
-  uint8_t* weight_bytes;         // high, then low
+  uint8_t* weight_bytes;                // high, then low
 
   FewRows(const DistkvAttention& attention, const Item& work, char* scratch) : a(attention), item(work) {
     const int64_t heads = item.head_end - item.head_begin, all = heads * held;
@@ -96,7 +97,7 @@ struct FewRows {
     }
     const Element* base = (const Element*)a.pool + slab_offset(a, a.block_ids[b], item.head_begin);
     for (int64_t h = 0; first < most && h < item.head_end - item.head_begin; ++h) {
-      if constexpr (X::IS_INT8) take_scales(a.block_ids[b], h);
+      if constexpr (X::IS_INT8) take_scales(b, h);
       for (int64_t from = first; from < most; from += CHUNK_TOKENS) {
         const int64_t n = smaller(CHUNK_TOKENS, most - from), place = h * 2 * slab + from * a.head_dim;
         over_chunk(h, base + place, n, from, seen, ahead_of(b, base, place), ahead_of(b, base, place + slab));
@@ -104,17 +105,20 @@ struct FewRows {
     }
   }
 
-  // The rBlock's scales of K into a copy of the queries of KV head h; those of V into reach.
-  void take_scales(int64_t id, int64_t h) {
-    const float* k_scales = scales_of(a, a.k_scales, id, item.head_begin + h, a.head_dim);
-    v_scales = scales_of(a, a.v_scales, id, item.head_begin + h, a.rblock_size);
+  // The rBlock's scales of K into a copy of the queries of KV head h; those of V into reach. Both of the next rBlock
+  // are prefetched: they lie elsewhere than what they scale.
+  void take_scales(int64_t b, int64_t h) {
+    const int64_t head = item.head_begin + h, next = a.block_ids[b + 1 < item.block_end ? b + 1 : b];
+    fetch_all(scales_of(a, a.k_scales, next, head, a.head_dim), a.head_dim);
+    fetch_all(scales_of(a, a.v_scales, next, head, a.rblock_size), a.rblock_size);
+    const float* k_scales = scales_of(a, a.k_scales, a.block_ids[b], head, a.head_dim);
+    v_scales = scales_of(a, a.v_scales, a.block_ids[b], head, a.rblock_size);
     const float* q = (const float*)queries + h * held * padded;
+#if defined(__AVX512VNNI__)
+    if constexpr (X::IS_DOTS) return pack_queries(q, k_scales);
+#endif
     for (int64_t r = 0; r < held; ++r)
       for (int64_t d = 0; d < a.head_dim; ++d) scaled[r * padded + d] = q[r * padded + d] * k_scales[d];
-#if defined(__AVX512VNNI__)
-    if constexpr (X::IS_DOTS)
-      for (int64_t r = 0; r < held; ++r) bytes().pack(scaled, padded, r, held, a.head_dim);
-#endif
   }
 
   // The distance in bytes from element `place` of rBlock b's stretch to what the walk reads AHEAD_BYTES later.
@@ -134,44 +138,51 @@ struct FewRows {
   void over_chunk(int64_t h, const Element* k, int64_t n, int64_t from, const Seen* seen, ptrdiff_t k_ahead,
                   ptrdiff_t v_ahead) {
     const int64_t state = h * held;
+    if (X::IS_INT8) token_scales = v_scales + from;
     score(state, k, n, k_ahead);
     bend_scores(a, scores, held * CHUNK_TOKENS);
-    for (int64_t r = 0; r < held; ++r)
+    const char* v_to_come = (const char*)(k + slab) + v_ahead;
+    Fetch fetch{v_to_come, v_to_come + (v_ahead ? n * a.head_dim * (int64_t)sizeof(Element) : 0)};
+    for (int64_t r = 0; r < held; ++r) {
+      fetch.lines(smaller(16, 64 / held));
       few_weights<X>(scores + r * CHUNK_TOKENS, r < rows ? seen[r].within(from, n) : Seen{0, 0}, n, score_scale(a),
                      tops + state + r, sums + (state + r) * W, shrinks + r, weights + r * CHUNK_TOKENS);
-    if constexpr (X::IS_INT8)
+    }
+    if constexpr (X::IS_INT8 && !X::IS_DOTS)
       for (int64_t r = 0; r < held; ++r)
-        for (int64_t t = 0; t < n; ++t) ((float*)weights)[r * CHUNK_TOKENS + t] *= v_scales[from + t];
-    add_values(state, k + slab, n, v_ahead);
+        for (int64_t t = 0; t < n; ++t) ((float*)weights)[r * CHUNK_TOKENS + t] *= token_scales[t];
+    add_values(state, k + slab, n, fetch);
   }
 
-  void add_values(int64_t state, const Element* v, int64_t n, ptrdiff_t ahead) {
+  void add_values(int64_t state, const Element* v, int64_t n, Fetch& fetch) {
 #if defined(__AVX512VNNI__)
-    if constexpr (X::IS_DOTS) return add_int8_values(state, v, n, ahead);
+    if constexpr (X::IS_DOTS) return add_int8_values(state, v, n, fetch);
 #endif
     for_value_tiles([&](auto tile, int64_t r) {
       constexpr int R = decltype(tile)::ROWS;
       const typename X::Weight* p = weights + r * CHUNK_TOKENS;
       float* out = acc + (state + r) * padded;
-      if (r == 0) few_all_values<X, R, true>(p, v, a.head_dim, n, ahead, shrinks + r, out, padded);
-      else few_all_values<X, R, false>(p, v, a.head_dim, n, 0, shrinks + r, out, padded);
+      few_all_values<X, R>(p, v, a.head_dim, n, larger(R, rows - r), fetch, shrinks + r, out, padded);
     });
   }
 
 #if defined(__AVX512VNNI__)
+  void pack_queries(const float* q, const float* k_scales) {
+    for (int64_t r = 0; r < held; ++r) bytes().pack(q + r * padded, k_scales, r, held, a.head_dim);
+  }
+
   Int8Queries bytes() const { return {query_bytes, offsets, units}; }
 
-  void add_int8_values(int64_t state, const int8_t* v, int64_t n, ptrdiff_t ahead) {
+  void add_int8_values(int64_t state, const int8_t* v, int64_t n, Fetch& fetch) {
     uint8_t *high = weight_bytes, *low = high + FEW_ROWS * CHUNK_TOKENS;
     float worth[FEW_ROWS];
-    for (int64_t r = 0; r < held; ++r) {
-      float* p = (float*)weights + r * CHUNK_TOKENS;
-      for (int64_t t = n; t < CHUNK_TOKENS; ++t) p[t] = 0;
-      worth[r] = pack_weights(p, high + r * CHUNK_TOKENS, low + r * CHUNK_TOKENS);
-    }
+    for (int64_t r = 0; r < held; ++r)
+      worth[r] = pack_weights((float*)weights + r * CHUNK_TOKENS, token_scales, n, high + r * CHUNK_TOKENS,
+                              low + r * CHUNK_TOKENS);
+    fetch.spread_over(held / 4 * (a.head_dim / 32) * (n / 4));
     for (int64_t r = 0; r < held; r += 4)
-      int8_values(high + r * CHUNK_TOKENS, low + r * CHUNK_TOKENS, worth + r, v, a.head_dim, n, r == 0 ? ahead : 0,
-                  shrinks + r, acc + (state + r) * padded, padded);
+      int8_values(high + r * CHUNK_TOKENS, low + r * CHUNK_TOKENS, worth + r, v, a.head_dim, n, fetch, shrinks + r,
+                  acc + (state + r) * padded, padded);
   }
 #endif
 

@@ -1,6 +1,7 @@
 // What few_rows.h does with one chunk of keys: scores, weights and values of up to eight query rows, for every kind.
 #pragma once
 
+#include "fetch.h"
 #include "kinds.h"
 
 namespace {
@@ -60,11 +61,10 @@ inline void few_scores(const typename X::Query* q, int64_t padded, const typenam
 
 // acc[r][d] = acc[r][d] * shrink[r] + sum over tokens of p[r][t] v[t][d], for C chunks of dims from `d` on.
 // With `rest`, C is 1 and only the first `rest` dims of the chunk exist.
-template <class X, int R, int C, bool PREFETCH>
+template <class X, int R, int C>
 inline void few_values(const typename X::Weight* p, const typename X::Element* v, int64_t head_dim, int64_t num_keys,
-                       int64_t d, int64_t rest, ptrdiff_t ahead, const float* shrink, float* acc, int64_t padded) {
+                       int64_t d, int64_t rest, Fetch& fetch, const float* shrink, float* acc, int64_t padded) {
   constexpr int N = C * X::PARTS;
-  const char* fetched = (const char*)(v + d * num_keys) + ahead;
   vf sums[R * N];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
@@ -80,11 +80,7 @@ inline void few_values(const typename X::Weight* p, const typename X::Element* v
       else
         X::load_values(value + c * X::CHUNK, next ? next + c * X::CHUNK : nullptr, values + c * X::PARTS);
     }
-    // In the order of memory, whatever the order of the walk over tokens and dims.
-    constexpr int64_t SHARE = X::STEP * C * X::CHUNK * sizeof(typename X::Element);
-    if (PREFETCH)
-#pragma GCC unroll 8
-      for (int64_t i = 0; i < SHARE; i += 64) prefetch(fetched + t / X::STEP * SHARE + i);
+    fetch.step();
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const typename X::Operand weight = X::weight(p + r * CHUNK_TOKENS + t);
@@ -102,19 +98,23 @@ inline void few_values(const typename X::Weight* p, const typename X::Element* v
     for (int i = 0; i < N; ++i) store(acc + r * padded + d + i * W, sums[r * N + i]);
 }
 
-template <class X, int R, bool PREFETCH>
+// These R rows fetch their part of what `rows_left` rows, these among them, have to fetch.
+template <class X, int R>
 inline void few_all_values(const typename X::Weight* p, const typename X::Element* v, int64_t head_dim,
-                           int64_t num_keys, ptrdiff_t ahead, const float* shrink, float* acc, int64_t padded) {
+                           int64_t num_keys, int64_t rows_left, Fetch& fetch, const float* shrink, float* acc,
+                           int64_t padded) {
   constexpr int ACCUMULATORS = W == 4 ? 8 : W;
   constexpr int MOST = ACCUMULATORS / R / X::PARTS > 4 ? 4 : ACCUMULATORS / R / X::PARTS;
   constexpr int C = MOST < 1 ? 1 : MOST;
-  const int64_t whole = head_dim / X::CHUNK * X::CHUNK;
+  const int64_t whole = head_dim / X::CHUNK * X::CHUNK, wide = whole / (C * X::CHUNK) * C * X::CHUNK;
+  const int64_t walks = wide / (C * X::CHUNK) + (whole - wide) / X::CHUNK + (whole < head_dim);
+  fetch.spread_over(walks * ((num_keys + X::STEP - 1) / X::STEP) * rows_left / R);
   int64_t d = 0;
-  for (; d + C * X::CHUNK <= whole; d += C * X::CHUNK)
-    few_values<X, R, C, PREFETCH>(p, v, head_dim, num_keys, d, 0, ahead, shrink, acc, padded);
+  for (; d < wide; d += C * X::CHUNK)
+    few_values<X, R, C>(p, v, head_dim, num_keys, d, 0, fetch, shrink, acc, padded);
   for (; d < whole; d += X::CHUNK)
-    few_values<X, R, 1, PREFETCH>(p, v, head_dim, num_keys, d, 0, ahead, shrink, acc, padded);
-  if (d < head_dim) few_values<X, R, 1, PREFETCH>(p, v, head_dim, num_keys, d, head_dim - d, ahead, shrink, acc, padded);
+    few_values<X, R, 1>(p, v, head_dim, num_keys, d, 0, fetch, shrink, acc, padded);
+  if (d < head_dim) few_values<X, R, 1>(p, v, head_dim, num_keys, d, head_dim - d, fetch, shrink, acc, padded);
 }
 
 // Scores of one row to weights 2^(score - top); keeps the row's running top and its sums (one per lane), gives what to

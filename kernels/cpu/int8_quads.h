@@ -5,6 +5,7 @@
 // Their rounding is far below that of K and V. vpdpbusd wants one factor unsigned: K + 128, which `offset` takes back.
 #pragma once
 
+#include "fetch.h"
 #include "kinds.h"
 
 #if defined(__AVX512VNNI__)
@@ -27,16 +28,16 @@ struct Int8Queries {
   int32_t* offset;  // per row and lane of its quad: 128 * the sum of the row
   float* unit;      // the same: what one is worth
 
-  void pack(const float* q, int64_t padded, int64_t r, int64_t rows, int64_t head_dim) const {
+  void pack(const float* q, const float* k_scales, int64_t r, int64_t rows, int64_t head_dim) const {
     vf most = {};
     for (int64_t d = 0; d < head_dim; d += W) {
-      const vf x = load(q + r * padded + d);
-      most = vmax(most, x < 0 ? -x : x);
+      const vf x = load(q + d) * load(k_scales + d);
+      most = vmax(most, (vf)_mm512_abs_ps((__m512)x));
     }
     const float top = max_lane(most), factor = top > 0 ? 16256.f / top : 0;
     __m512i sum = _mm512_setzero_si512();
     for (int64_t d = 0; d < head_dim; d += W) {
-      const __m512i x = _mm512_cvtps_epi32((__m512)(load(q + r * padded + d) * splat(factor)));
+      const __m512i x = _mm512_cvtps_epi32((__m512)(load(q + d) * load(k_scales + d) * splat(factor)));
       const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(x, _mm512_set1_epi32(64)), 7);
       const __m512i low = _mm512_sub_epi32(x, _mm512_slli_epi32(high, 7));
       int8_t* to = parts + r / 4 * 4 * head_dim + d / INT8_QUAD_DIMS * 64 + r % 4 * INT8_QUAD_DIMS;
@@ -126,10 +127,17 @@ inline void int8_scores(const Int8Queries& q, int64_t rows, const int8_t* k, int
   if (quad < rows / 4) int8_scores_of<1>(q, quad, rows, k, head_dim, num_keys, quad == 0 ? ahead : 0, s);
 }
 
-// Weights of one row as bytes, high then low part, each [CHUNK_TOKENS]; returns what one of them is worth.
-inline float pack_weights(const float* p, uint8_t* high, uint8_t* low) {
+// Weights of one row, times the tokens' scales, as bytes, high then low part, each [CHUNK_TOKENS], with zeros after the
+// last key; returns what one of them is worth.
+inline float pack_weights(float* p, const float* v_scales, int64_t num_keys, uint8_t* high, uint8_t* low) {
   vf most = {};
-  for (int64_t t = 0; t < CHUNK_TOKENS; t += W) most = vmax(most, load(p + t));
+  for (int64_t t = 0; t < CHUNK_TOKENS; t += W) {
+    const int64_t here = num_keys - t;
+    const __mmask16 keys = here >= W ? 0xffff : here > 0 ? (1u << here) - 1 : 0;
+    const vf x = (vf)_mm512_maskz_mul_ps(keys, (__m512)load(p + t), _mm512_maskz_loadu_ps(keys, v_scales + t));
+    most = vmax(most, x);
+    store(p + t, x);
+  }
   const float top = max_lane(most), factor = top > 0 ? 65280.f / top : 0;
   for (int64_t t = 0; t < CHUNK_TOKENS; t += W) {
     const __m512i x = _mm512_cvtps_epi32((__m512)(load(p + t) * splat(factor)));
@@ -143,8 +151,7 @@ inline float pack_weights(const float* p, uint8_t* high, uint8_t* low) {
 // `v` on. Of 64 dims, vector i holds dims 16 * lane + 4 * i to + 3.
 template <int HALF>
 inline void int8_values_of(const uint8_t* high, const uint8_t* low, const float* unit, const int8_t* v,
-                           int64_t head_dim, int64_t num_keys, const char* fetched, const float* shrink, float* acc,
-                           int64_t padded) {
+                           int64_t head_dim, int64_t num_keys, Fetch& fetch, const float* shrink, float* acc, int64_t padded) {
   __m512i highs[8], lows[8];
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) highs[i] = lows[i] = _mm512_setzero_si512();
@@ -173,8 +180,7 @@ inline void int8_values_of(const uint8_t* high, const uint8_t* low, const float*
 #pragma GCC unroll 1
   for (; t + 4 <= num_keys; t += 4, at += 4 * head_dim) {
     add(t, at, at + head_dim, at + 2 * head_dim, at + 3 * head_dim);
-    prefetch(fetched + t * 32);
-    prefetch(fetched + t * 32 + 64);
+    fetch.step();
   }
   if (t < num_keys) {  // the missing ones have no weight
     const int64_t last = num_keys - 1 - t;
@@ -191,11 +197,10 @@ inline void int8_values_of(const uint8_t* high, const uint8_t* low, const float*
 }
 
 inline void int8_values(const uint8_t* high, const uint8_t* low, const float* unit, const int8_t* v, int64_t head_dim,
-                        int64_t num_keys, ptrdiff_t ahead, const float* shrink, float* acc, int64_t padded) {
+                        int64_t num_keys, Fetch& fetch, const float* shrink, float* acc, int64_t padded) {
   for (int64_t d = 0; d < head_dim; d += 64) {
-    const char* fetched = (const char*)(v + d * num_keys) + ahead;  // in the order of memory
-    int8_values_of<0>(high, low, unit, v + d, head_dim, num_keys, fetched, shrink, acc + d, padded);
-    int8_values_of<1>(high, low, unit, v + d, head_dim, num_keys, fetched + 32 * num_keys, shrink, acc + d, padded);
+    int8_values_of<0>(high, low, unit, v + d, head_dim, num_keys, fetch, shrink, acc + d, padded);
+    int8_values_of<1>(high, low, unit, v + d, head_dim, num_keys, fetch, shrink, acc + d, padded);
   }
 }
 

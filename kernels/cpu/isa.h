@@ -33,7 +33,9 @@ struct Isa {
   // Rows [begin, end) of the merge; part p's out and lse are p * stride rows further on.
   void (*merge)(const float* outs, const float* lses, int64_t parts, int64_t stride, int64_t begin, int64_t end,
                 int64_t head_dim, float* out, float* lse);
-  void (*rope)(const DistkvRope&, int64_t token_begin, int64_t token_end);
+  // One row [D]: its first `rotated` dims turned, rotate-half; from and to may be of any two float dtypes.
+  void (*rotate)(const void* from, int32_t from_dtype, const float* cos, const float* sin, int64_t head_dim,
+                 int64_t rotated, void* to, int32_t to_dtype);
   void (*cast)(const void* from, int32_t from_dtype, void* to, int32_t to_dtype, int64_t count);
   float (*read)(const char* from, const char* ahead, int64_t bytes);
 };

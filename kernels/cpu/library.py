@@ -38,11 +38,11 @@ class Attention(Structure):
 class Store(Structure):
     _fields_ = _fields(
         ("struct_size", c_uint32),
-        ("num_threads source_dtype pool_dtype kv_heads head_dim rblock_size layer num_layers unused", c_int32),
+        ("num_threads source_dtype pool_dtype kv_heads head_dim rblock_size layer num_layers rotated", c_int32),
         ("num_tokens num_blocks", c_int64),
         ("k v", c_void_p),
         ("k_token_stride k_head_stride v_token_stride v_head_stride", c_int64),
-        ("pool slots", c_void_p),
+        ("cos sin pool slots", c_void_p),
     )
 
 

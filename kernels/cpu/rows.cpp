@@ -31,11 +31,17 @@ bool are_inside(const int64_t* ids, int64_t count, int64_t end) {
   return true;
 }
 
+bool can_rotate(int32_t rotated, int32_t head_dim) {
+  return rotated >= 0 && rotated <= head_dim && rotated % 2 == 0;
+}
+
 }  // namespace
 
 extern "C" int32_t distkv_store_kv(const DistkvStore* args) {
   const DistkvStore& a = *args;
   if (a.struct_size != sizeof a) return DISTKV_OTHER_ABI;
+  if (!can_rotate(a.rotated, a.head_dim)) return DISTKV_UNSUPPORTED;
+  if (a.layer < 0 || a.layer >= a.num_layers) return DISTKV_BAD_INDEX;
   if (!are_inside(a.slots, a.num_tokens, a.num_blocks * a.rblock_size)) return DISTKV_BAD_INDEX;
   const int64_t from = element_bytes(a.source_dtype), to = element_bytes(a.pool_dtype);
   const auto& isa = isa_in_use();
@@ -48,7 +54,9 @@ extern "C" int32_t distkv_store_kv(const DistkvStore* args) {
         char* v = k + static_cast<int64_t>(a.rblock_size) * a.head_dim * to;
         const char* new_k = static_cast<const char*>(a.k) + (t * a.k_token_stride + h * a.k_head_stride) * from;
         const char* new_v = static_cast<const char*>(a.v) + (t * a.v_token_stride + h * a.v_head_stride) * from;
-        isa.cast(new_k, a.source_dtype, k, a.pool_dtype, a.head_dim);
+        if (a.rotated == 0) isa.cast(new_k, a.source_dtype, k, a.pool_dtype, a.head_dim);
+        else isa.rotate(new_k, a.source_dtype, a.cos + t * a.rotated, a.sin + t * a.rotated, a.head_dim, a.rotated, k,
+                        a.pool_dtype);
         isa.cast(new_v, a.source_dtype, v, a.pool_dtype, a.head_dim);
       }
     }
@@ -57,11 +65,19 @@ extern "C" int32_t distkv_store_kv(const DistkvStore* args) {
 }
 
 extern "C" int32_t distkv_apply_rope(const DistkvRope* args) {
-  if (args->struct_size != sizeof *args) return DISTKV_OTHER_ABI;
-  if (args->rotated > args->head_dim || args->rotated % 2) return DISTKV_UNSUPPORTED;
+  const DistkvRope& a = *args;
+  if (a.struct_size != sizeof a) return DISTKV_OTHER_ABI;
+  if (!can_rotate(a.rotated, a.head_dim)) return DISTKV_UNSUPPORTED;
+  const int64_t bytes = element_bytes(a.dtype);
   const auto& isa = isa_in_use();
-  in_pieces(args->num_tokens, static_cast<int64_t>(args->num_heads) * args->head_dim * element_bytes(args->dtype),
-            args->num_threads, [&](int64_t begin, int64_t end) { isa.rope(*args, begin, end); });
+  in_pieces(a.num_tokens, bytes * a.num_heads * a.head_dim, a.num_threads, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t)
+      for (int64_t h = 0; h < a.num_heads; ++h) {
+        const char* x = static_cast<const char*>(a.x) + (t * a.token_stride + h * a.head_stride) * bytes;
+        char* out = static_cast<char*>(a.out) + (t * a.num_heads + h) * a.head_dim * bytes;
+        isa.rotate(x, a.dtype, a.cos + t * a.rotated, a.sin + t * a.rotated, a.head_dim, a.rotated, out, a.dtype);
+      }
+  });
   return DISTKV_OK;
 }
 

@@ -74,36 +74,6 @@ void merge_rows(const float* outs, const float* lses, int64_t parts, int64_t str
   }
 }
 
-template <class E>
-inline void rope_row(const typename E::Type* x, const float* cos, const float* sin, int64_t head_dim, int64_t rotated,
-                     typename E::Type* out) {
-  const int64_t half = rotated / 2;
-  for (int64_t d = 0; d < half; d += W) {
-    const int64_t n = smaller(W, half - d);
-    const vf left = load_first<E>(x + d, n), right = load_first<E>(x + half + d, n);
-    const vf cos_left = load_first<Fp32>(cos + d, n), cos_right = load_first<Fp32>(cos + half + d, n);
-    const vf sin_left = load_first<Fp32>(sin + d, n), sin_right = load_first<Fp32>(sin + half + d, n);
-    store_first<E>(out + d, left * cos_left - right * sin_left, n);
-    store_first<E>(out + half + d, right * cos_right + left * sin_right, n);
-  }
-  memcpy(out + rotated, x + rotated, (head_dim - rotated) * sizeof *x);
-}
-
-template <class E>
-inline void rope_of(const DistkvRope& a, int64_t token_begin, int64_t token_end) {
-  using Type = typename E::Type;
-  for (int64_t t = token_begin; t < token_end; ++t)
-    for (int64_t h = 0; h < a.num_heads; ++h)
-      rope_row<E>((const Type*)a.x + t * a.token_stride + h * a.head_stride, a.cos + t * a.rotated,
-                  a.sin + t * a.rotated, a.head_dim, a.rotated, (Type*)a.out + (t * a.num_heads + h) * a.head_dim);
-}
-
-void rope_tokens(const DistkvRope& a, int64_t token_begin, int64_t token_end) {
-  if (a.dtype == DISTKV_FP32) rope_of<Fp32>(a, token_begin, token_end);
-  else if (a.dtype == DISTKV_BF16) rope_of<Bf16>(a, token_begin, token_end);
-  else rope_of<Fp16>(a, token_begin, token_end);
-}
-
 template <class From, class To>
 inline void cast_of(const void* from, void* to, int64_t count) {
   const typename From::Type* source = (const typename From::Type*)from;
@@ -125,6 +95,51 @@ void cast(const void* from, int32_t from_dtype, void* to, int32_t to_dtype, int6
   else if (from_dtype == DISTKV_FP32) cast_from<Fp32>(from, to, to_dtype, count);
   else if (from_dtype == DISTKV_BF16) cast_from<Bf16>(from, to, to_dtype, count);
   else cast_from<Fp16>(from, to, to_dtype, count);
+}
+
+// Angles of one pair of vectors: dims d .. d + W and their partners, half of what is rotated further on.
+struct Turn {
+  vf cos_left, cos_right, sin_left, sin_right;
+
+  vf left(vf l, vf r) const { return l * cos_left - r * sin_left; }
+  vf right(vf l, vf r) const { return r * cos_right + l * sin_right; }
+};
+
+template <class From, class To>
+inline void rotate_of(const void* from, const float* cos, const float* sin, int64_t head_dim, int64_t rotated, void* to) {
+  const typename From::Type* x = (const typename From::Type*)from;
+  typename To::Type* out = (typename To::Type*)to;
+  const int64_t half = rotated / 2;
+  int64_t d = 0;
+  for (; d + W <= half; d += W) {
+    const Turn turn{load(cos + d), load(cos + half + d), load(sin + d), load(sin + half + d)};
+    const vf left = From::load(x + d), right = From::load(x + half + d);
+    To::store(out + d, turn.left(left, right));
+    To::store(out + half + d, turn.right(left, right));
+  }
+  if (const int64_t n = half - d; n > 0) {
+    const Turn turn{load_first<Fp32>(cos + d, n), load_first<Fp32>(cos + half + d, n), load_first<Fp32>(sin + d, n),
+                    load_first<Fp32>(sin + half + d, n)};
+    const vf left = load_first<From>(x + d, n), right = load_first<From>(x + half + d, n);
+    store_first<To>(out + d, turn.left(left, right), n);
+    store_first<To>(out + half + d, turn.right(left, right), n);
+  }
+  if (rotated < head_dim) cast_of<From, To>(x + rotated, out + rotated, head_dim - rotated);
+}
+
+template <class From>
+inline void rotate_from(const void* from, const float* cos, const float* sin, int64_t head_dim, int64_t rotated,
+                        void* to, int32_t to_dtype) {
+  if (to_dtype == DISTKV_FP32) rotate_of<From, Fp32>(from, cos, sin, head_dim, rotated, to);
+  else if (to_dtype == DISTKV_BF16) rotate_of<From, Bf16>(from, cos, sin, head_dim, rotated, to);
+  else rotate_of<From, Fp16>(from, cos, sin, head_dim, rotated, to);
+}
+
+void rotate(const void* from, int32_t from_dtype, const float* cos, const float* sin, int64_t head_dim,
+            int64_t rotated, void* to, int32_t to_dtype) {
+  if (from_dtype == DISTKV_FP32) rotate_from<Fp32>(from, cos, sin, head_dim, rotated, to, to_dtype);
+  else if (from_dtype == DISTKV_BF16) rotate_from<Bf16>(from, cos, sin, head_dim, rotated, to, to_dtype);
+  else rotate_from<Fp16>(from, cos, sin, head_dim, rotated, to, to_dtype);
 }
 
 // Sums `bytes` (a multiple of 256) while prefetching as much at `ahead`.

@@ -89,7 +89,12 @@ def _merge_into(
 
 
 def store_kv(
-    k_TKD: torch.Tensor, v_TKD: torch.Tensor, pool_BLK2ND: torch.Tensor, layer: int, slot_mapping_T: torch.Tensor
+    k_TKD: torch.Tensor,
+    v_TKD: torch.Tensor,
+    pool_BLK2ND: torch.Tensor,
+    layer: int,
+    slot_mapping_T: torch.Tensor,
+    angles: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     num_tokens, kv_heads, head_dim = k_TKD.shape
     if not k_TKD.shape == v_TKD.shape == (len(slot_mapping_T), *pool_BLK2ND.shape[2:3], *pool_BLK2ND.shape[5:]):
@@ -97,12 +102,13 @@ def store_kv(
     if not pool_BLK2ND.is_contiguous() or slot_mapping_T.dtype != torch.int64:
         raise ValueError("the pool must be contiguous, slots int64")
     pool = pool_BLK2ND[:, layer]
+    cos_TR, sin_TR = (x.contiguous() for x in angles) if angles else (k_TKD, k_TKD)
     if num_tokens:
         store_kv_kernel[(num_tokens,)](
-            _dense_rows(k_TKD), _dense_rows(v_TKD), pool, slot_mapping_T,
+            _dense_rows(k_TKD), _dense_rows(v_TKD), pool, slot_mapping_T, cos_TR, sin_TR,
             *k_TKD.stride()[:2], *v_TKD.stride()[:2], *pool.stride()[:3],
             KV_HEADS=kv_heads, HEADS_PADDED=triton.next_power_of_2(kv_heads), N=pool.shape[3],
-            D=head_dim, D_PADDED=triton.next_power_of_2(head_dim),
+            R=cos_TR.shape[1] if angles else 0, D=head_dim, D_PADDED=triton.next_power_of_2(head_dim),
         )  # fmt: skip
 
 
@@ -112,7 +118,7 @@ def apply_rope(x_THD: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor) 
     cos_TR, sin_TR = cos_TR.contiguous(), sin_TR.contiguous()
     if num_tokens:
         rope_kernel[(num_tokens,)](
-            _dense_rows(x_THD), cos_TR, sin_TR, out, x_THD.stride(0), x_THD.stride(1), cos_TR.stride(0),
+            _dense_rows(x_THD), cos_TR, sin_TR, out, x_THD.stride(0), x_THD.stride(1),
             H=num_heads, H_PADDED=triton.next_power_of_2(num_heads), R=cos_TR.shape[1],
             D=head_dim, D_PADDED=triton.next_power_of_2(head_dim),
         )  # fmt: skip

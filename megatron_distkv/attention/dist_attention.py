@@ -86,10 +86,11 @@ class DistAttention(torch.nn.Module):
     ) -> torch.Tensor:
         """Store the new tokens, ask every creditor, compute what lies here meanwhile, merge."""
         metadata, pool, debtor = context.metadata, context.pool_BLK2ND, context.debtor
+        angles: RotaryTable | tuple[()] = ()
         if self.rotary.rotated_dims(self.head_dim):
-            table = metadata.rotary_table(self.rotary, self.head_dim)
-            q_THD, k_TKD = apply_rope(q_THD, *table), apply_rope(k_TKD, *table)
-        store_kv(k_TKD, v_TKD, pool, self.layer, metadata.slot_mapping_T)
+            angles = metadata.rotary_table(self.rotary, self.head_dim)
+            q_THD = apply_rope(q_THD, *angles)
+        store_kv(k_TKD, v_TKD, pool, self.layer, metadata.slot_mapping_T, *angles)
         if context.fixed is not None:
             return context.fixed.attend(q_THD, pool, self.layer, self.scale, self.scoring)
         if debtor is not None:

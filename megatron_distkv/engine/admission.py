@@ -25,6 +25,10 @@ class Admission:
         longest = self._rmanager.longest_context_tokens()
         return longest if self._model.max_context_tokens is None else min(longest, self._model.max_context_tokens)
 
+    def never_fits_now(self, request: Request) -> bool:
+        """Whether the tokens that it has, and the next, fit into no pool of the present members."""
+        return min(request.num_tokens + 1, request.max_total_tokens) > self.longest_context_tokens()
+
     def _why_impossible(self, request: Request) -> tuple[str, str] | None:
         """Code and sentence."""
         longest = self.longest_context_tokens()

@@ -19,6 +19,7 @@ from megatron_distkv.engine.membership import Membership
 from megatron_distkv.engine.rank import Rank
 from megatron_distkv.engine.reporting import Reporting
 from megatron_distkv.engine.scheduler import Scheduler
+from megatron_distkv.engine.stranded import Stranded
 from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
 from megatron_distkv.ledger import HOST_RBLOCKS, WAYS, DebtLedger, write_ways
 from megatron_distkv.rmanager import (
@@ -52,6 +53,7 @@ class Parts:
     reporting: Reporting
     adopting: Adopting
     departure: Departure
+    stranded: Stranded
     doors: Doors
     heartbeat: Heartbeat
     ways: Ways
@@ -84,7 +86,7 @@ def assemble(rank: Rank, ledger: DebtLedger) -> Parts:
     heartbeat = Heartbeat(ledger, me, config.ledger, lending, late_releases, membership.join, lambda: reporting.report)
     return Parts(
         allocator, host, membership, followers, borrowing, lending, adoptions, rmanager, scheduler, admission,
-        reporting, adopting, departure, doors, heartbeat, ways,
+        reporting, adopting, departure, Stranded(admission, scheduler), doors, heartbeat, ways,
     )  # fmt: skip
 
 

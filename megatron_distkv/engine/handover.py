@@ -7,35 +7,21 @@ the way costs nothing. Then the gateway is told where to ask, and the successor 
 """
 
 import time
-from collections.abc import Container, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 
-from megatron_distkv.engine.receipt import receipt
+from megatron_distkv.engine.passage import Passage, RBlockHere
 from megatron_distkv.engine.scheduler import Scheduler
 from megatron_distkv.errors import LedgerUnavailable
 from megatron_distkv.ledger import DebtLedger, InstanceRecord, InstanceState
 from megatron_distkv.log import get_logger
-from megatron_distkv.messages import AdoptHeader, HandedOver, InheritedSpan
-from megatron_distkv.rblock import HOST, LocalSpan, Span, num_rblocks_for
+from megatron_distkv.messages import HandedOver
+from megatron_distkv.rblock import num_rblocks_for
 from megatron_distkv.request import Request, RequestStatus
 from megatron_distkv.rmanager import Borrowing, Identity, Move, RManager, SuccessorDesk, new_adoption_id
 
 logger = get_logger(__name__)
 # Without anybody who has room, all are asked again after this.
 RETRY_S = 0.1
-
-
-@dataclass
-class _Passage:
-    """A request on its way. `there`: its rBlock -> physical id at the successor, where it has been copied to."""
-
-    request: Request
-    successor: InstanceRecord
-    adoption_id: str
-    block_ids: list[int]
-    setbacks: tuple[int, int]
-    there: dict[int, int] = field(default_factory=dict)
-    planned: dict[int, int] = field(default_factory=dict)
 
 
 class Handover:
@@ -58,14 +44,14 @@ class Handover:
         self._rmanager = rmanager
         self._scheduler = scheduler
         self._max_rblocks_per_step = max_rblocks_per_step
-        self._passage: _Passage | None = None
+        self._passage: Passage | None = None
         self._retry_at_s = float("-inf")
         self.farewells: list[HandedOver] = []
 
     def begin_step(self) -> None:
         """Choose the next request, or let the present one stand still when the rest of it fits into this step."""
         passage = self._passage
-        if passage is not None and not _goes_on(passage):
+        if passage is not None and not passage.goes_on:
             self._give_up()
         elif passage is not None and len(self._left(passage, whole=True)) <= self._max_rblocks_per_step:
             passage.request.status = RequestStatus.LEAVING
@@ -76,27 +62,24 @@ class Handover:
     def plan(self) -> list[Move]:
         """What this step copies to the successor."""
         passage = self._passage
-        if passage is None or not _goes_on(passage):
+        if passage is None or not passage.goes_on:
             return []
         left = self._left(passage, whole=passage.request.status is RequestStatus.LEAVING)
         chosen = dict(list(left.items())[: self._max_rblocks_per_step])
         if not self._has_room_for(passage, len(passage.there) + len(chosen)):
             self._give_up()
             return []
-        free = [block_id for block_id in passage.block_ids if block_id not in set(passage.there.values())]
-        passage.planned = dict(zip(chosen, free, strict=False))
-        return [*_copies(passage, chosen, from_host=False), *_copies(passage, chosen, from_host=True)]
+        return passage.plan(chosen)
 
     def end_step(self, lost: Mapping[str, str]) -> None:
         passage = self._passage
         if passage is None:
             return
-        if passage.successor.instance in lost or not _goes_on(passage):
+        if passage.successor.instance in lost or not passage.goes_on:
             self._give_up()
             self._retry_at_s = float("-inf")  # with another
             return
-        passage.there.update(passage.planned)
-        passage.planned = {}
+        passage.arrive()
         if passage.request.status is RequestStatus.LEAVING and not self._left(passage, whole=True):
             self._close(passage)
 
@@ -135,97 +118,60 @@ class Handover:
         except LedgerUnavailable:
             return ()
 
-    def _start(self, request: Request, successor: InstanceRecord) -> _Passage | None:
+    def _start(self, request: Request, successor: InstanceRecord) -> Passage | None:
         if num_rblocks_for(request.max_total_tokens, self._rmanager.rblock_size) > self._most(successor):
             return None  # it would never end there
         adoption_id = new_adoption_id(self._identity)
-        setbacks = request.num_preemptions, request.num_recomputed_tokens
-        passage = _Passage(request, successor, adoption_id, [], setbacks)
+        passage = Passage(request, successor, adoption_id)
         return passage if self._has_room_for(passage, len(self._left(passage, whole=True)) + 1) else None
 
     def _most(self, successor: InstanceRecord) -> int:
-        """rBlocks that a request may ever have there, without this instance."""
+        """rBlocks that a request may ever have there, without this instance and who was lost a moment ago."""
         others = (x for x in self._live() if x.instance not in (successor.instance, self._identity.instance))
+        others = (x for x in others if not self._desk.shuns(x.instance))
         lendable = sum(record.lendable_at_most for record in others if record.state is InstanceState.UP)
         return successor.total + successor.host_rblocks + lendable
 
     def _make_smaller(self, request: Request, successor: InstanceRecord) -> None:
         """Nobody has room for all of it: let others than the freest hold some, as loans that go along with it."""
-        left = self._left(_Passage(request, successor, "", [], (0, 0)), whole=True)
+        left = self._left(Passage(request, successor, adoption_id=""), whole=True)
         excess = len(left) + 1 - successor.free
         for creditor in self._live():
             if excess > 0 and creditor.instance not in (successor.instance, self._identity.instance):
                 excess -= self._rmanager.move_to(request.request_id, excess, creditor.instance)
                 self._retry_at_s = float("-inf")  # before it has grown again
 
-    def _has_room_for(self, passage: _Passage, num_rblocks: int) -> bool:
+    def _left(self, passage: Passage, *, whole: bool) -> dict[int, RBlockHere]:
+        """What is not at the successor yet; without `whole` only the rBlocks that never change any more."""
+        request, size = passage.request, self._rmanager.rblock_size
+        computed = [range(num_rblocks_for(request.num_computed_tokens, size))]
+        of = computed if whole else self._rmanager.full_rblocks(request)
+        return passage.left(self._rmanager.table(request), of)
+
+    def _has_room_for(self, passage: Passage, num_rblocks: int) -> bool:
         if num_rblocks <= len(passage.block_ids):
             return True
         block_ids = self._desk.prepare(passage.successor, passage.adoption_id, num_rblocks)
         passage.block_ids = block_ids or passage.block_ids
         return bool(block_ids)
 
-    # ------------------------------------------------------------------ copy
-
-    def _left(self, passage: _Passage, *, whole: bool) -> dict[int, tuple[int, bool]]:
-        """rBlocks here that are not at the successor yet: rBlock -> physical id, and whether in host memory.
-
-        Without `whole` only those that never change any more.
-        """
-        request, size = passage.request, self._rmanager.rblock_size
-        computed = [range(num_rblocks_for(request.num_computed_tokens, size))]
-        of = computed if whole else self._rmanager.full_rblocks(request)
-        left: dict[int, tuple[int, bool]] = {}
-        for span in self._rmanager.table(request).spans:
-            if not isinstance(span, LocalSpan) and span.creditor != HOST:
-                continue
-            for rblock, block_id in enumerate(span.block_ids, start=span.first):
-                if rblock not in passage.there and any(rblock in rblocks for rblocks in of):
-                    left[rblock] = (block_id, not isinstance(span, LocalSpan))
-        return left
-
     # ------------------------------------------------------------------ close
 
-    def _close(self, passage: _Passage) -> None:
+    def _close(self, passage: Passage) -> None:
         """All its rBlocks are at the successor or with creditors."""
         request = passage.request
-        elsewhere = self._elsewhere(passage)
+        loans = self._borrowing.loans_of(request.request_id)
         self._scheduler.settle(request)
-        if not self._desk.hand_over(passage.successor, self._describe(passage, elsewhere)):
+        adoption = passage.describe(self._rmanager.table(request), {loan.loan_id: loan.address for loan in loans})
+        if not self._desk.hand_over(passage.successor, adoption):
             self._give_up()
             return
         self._passage = None
         self._retry_at_s = float("-inf")
-        self._borrowing.bequeath(request.request_id, {span.loan_id for span in elsewhere})
+        self._borrowing.bequeath(request.request_id, {span.loan_id for span in adoption.elsewhere})
         self._scheduler.let_go(request)
         logger.info("%s goes on in %s", request.request_id, passage.successor.instance)
         self.farewells.append(HandedOver(request.request_id, passage.successor.instance, passage.adoption_id))
-
-    def _describe(self, passage: _Passage, elsewhere: list[InheritedSpan]) -> AdoptHeader:
-        request = passage.request
-        held = {rblock for span in self._rmanager.table(request).spans for rblock in _rblocks(span)}
-        return AdoptHeader(
-            passage.adoption_id,
-            len(request.prompt_token_ids),
-            len(request.output_token_ids),
-            request.num_computed_tokens,
-            [(lost.start, lost.stop) for lost in request.lost_ranges],
-            request.sampling_seed,
-            time.monotonic() - request.arrival_s,
-            receipt(request),
-            {rblock: block_id for rblock, block_id in passage.there.items() if rblock in held},
-            elsewhere,
-        )
-
-    def _elsewhere(self, passage: _Passage) -> list[InheritedSpan]:
-        """Spans with creditors, less what has been copied before it went there."""
-        addresses = {loan.loan_id: loan.address for loan in self._borrowing.loans_of(passage.request.request_id)}
-        return [
-            InheritedSpan(first, block_ids, span.creditor, addresses[span.loan_id], span.loan_id)
-            for span in self._rmanager.table(passage.request).remote_spans()
-            if span.creditor != HOST
-            for first, block_ids in _runs(span, without=passage.there)
-        ]
 
     def _give_up(self) -> None:
         passage, self._passage = self._passage, None
@@ -234,41 +180,3 @@ class Handover:
         if passage.request.status is RequestStatus.LEAVING:
             passage.request.status = RequestStatus.RUNNING
         self._desk.give_up(passage.successor, passage.adoption_id)
-
-
-def _goes_on(passage: _Passage) -> bool:
-    """It has neither ended nor lost anything since its passage began."""
-    request = passage.request
-    if (request.num_preemptions, request.num_recomputed_tokens) != passage.setbacks:
-        return False
-    return request.status in (RequestStatus.RUNNING, RequestStatus.LEAVING)
-
-
-def _copies(passage: _Passage, chosen: Mapping[int, tuple[int, bool]], *, from_host: bool) -> list[Move]:
-    """From the pool, or from own host memory."""
-    rblocks = [rblock for rblock, (_, is_in_host) in chosen.items() if is_in_host == from_host]
-    if not rblocks:
-        return []
-    local_ids = [chosen[rblock][0] for rblock in rblocks]
-    remote_ids = [passage.planned[rblock] for rblock in rblocks]
-    to = passage.successor
-    return [
-        Move(passage.request.request_id, to.instance, to.address, passage.adoption_id, local_ids, remote_ids, from_host)
-    ]
-
-
-def _rblocks(span: Span) -> range:
-    return range(span.first, span.first + len(span.block_ids))
-
-
-def _runs(span: Span, without: Container[int]) -> list[tuple[int, list[int]]]:
-    """The parts of a span that remain: first rBlock, physical ids."""
-    runs: list[tuple[int, list[int]]] = []
-    for rblock, block_id in zip(_rblocks(span), span.block_ids, strict=True):
-        if rblock in without:
-            continue
-        if runs and runs[-1][0] + len(runs[-1][1]) == rblock:
-            runs[-1][1].append(block_id)
-        else:
-            runs.append((rblock, [block_id]))
-    return runs

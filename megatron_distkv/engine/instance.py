@@ -43,6 +43,7 @@ class Instance:
         self._reporting = parts.reporting
         self._adopting = parts.adopting
         self._departure = parts.departure
+        self._stranded = parts.stranded
         self._doors = parts.doors
         self._ways = parts.ways
         self._heartbeat = parts.heartbeat
@@ -66,9 +67,9 @@ class Instance:
         """Go on with a request that another instance has handed over; False: it has not, to this one."""
         return self._adopting.adopt(request, adoption_id)
 
-    def take_farewells(self) -> list[HandedOver]:
-        """Requests that go on elsewhere since the last time."""
-        return self._departure.take_farewells()
+    def take_farewells(self) -> list[HandedOver | RequestRefused]:
+        """Requests that go on elsewhere, or nowhere, since the last time."""
+        return [*self._departure.take_farewells(), *self._stranded.give_up()]
 
     def drain(self, within_s: float) -> None:
         """Take nothing new and give back what is lent; `is_drained` says when it may end."""

@@ -15,10 +15,12 @@ from megatron_distkv.errors import LedgerUnavailable, UserError
 from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
 from megatron_distkv.kvcache.rblock_shape import RBlockShape
 from megatron_distkv.ledger import LENDER, QUERY_US, ROLE, DebtLedger, InstanceReport, InstanceState
+from megatron_distkv.log import get_logger
 from megatron_distkv.rblock import InstanceId
 from megatron_distkv.rmanager import Heartbeat, Identity, LateReleases, Lending, NoFollowers
 from megatron_distkv.transport import read_secret
 
+logger = get_logger(__name__)
 # How often the main thread, which has nothing else to do, looks for the word to stop.
 WATCH_INTERVAL_S = 0.25
 # A lender that is told to end gives its debtors this long to bring home what lies here.
@@ -110,9 +112,10 @@ class Lender:
         )
 
     def _make_creditor(self, shape: RBlockShape) -> Creditor:
-        pool_BLK2ND = shape.rank_pool(self.num_rblocks).tensor_BLK2ND
+        pool = shape.rank_pool(self.num_rblocks)
+        logger.info("pool of %s", pool.describe())
         scale = shape.head_dim**-0.5
-        return Creditor(pool_BLK2ND, self.loan_table, shape.query_heads_per_rank, shape.torch_dtype, scale)
+        return Creditor(pool.tensor_BLK2ND, self.loan_table, shape.query_heads_per_rank, shape.torch_dtype, scale)
 
     def _open_doors(self, config: LenderConfig, creditor: Creditor) -> Doors:
         secret = read_secret(config.ledger.secret_file)

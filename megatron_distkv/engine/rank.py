@@ -21,11 +21,13 @@ from megatron_distkv.engine.model_runner import ModelRunner
 from megatron_distkv.errors import ConfigError
 from megatron_distkv.kvcache.rblock_shape import RBlockShape
 from megatron_distkv.ledger import HOST_QUERY_US, QUERY_US
+from megatron_distkv.log import get_logger
 from megatron_distkv.model import GPT, TensorParallel, build_gpt, find_checkpoint, load_weights, tile_rows
 from megatron_distkv.rblock import InstanceId
 from megatron_distkv.rmanager import Identity, MailboxSizes, Migration, Peers
 from megatron_distkv.transport import TensorSpec, read_secret
 
+logger = get_logger(__name__)
 # Migrated rBlocks travel in messages of about this size: large enough for full bandwidth, small enough for a mailbox.
 STORE_MESSAGE_BYTES = 8 << 20
 # Room for a message's header: the physical ids of a hundred thousand rBlocks.
@@ -76,7 +78,8 @@ def build_rank(config: InstanceConfig, parallel: TensorParallel) -> Rank:
     loan_table = LoanTable()
     tensor, scale = pool.tensor_BLK2ND, model.head_dim**-0.5
     num_host = config.kv_cache.num_host_rblocks
-    host = HostMemory(shape.rank_pool(num_host).tensor_BLK2ND, scale) if num_host else None
+    host_pool = shape.rank_pool(num_host) if num_host else None
+    host = HostMemory(host_pool.tensor_BLK2ND, scale) if host_pool else None
     rblock = TensorSpec(tuple(tensor.shape[1:]), dtype)
     verification = Verification(config.lending.verify_one_in, rblock, scale, per_message, deadline_s)
     deadlines = Deadlines(config.lending.min_deadline_s, deadline_s, peers.is_alive)
@@ -99,6 +102,9 @@ def build_rank(config: InstanceConfig, parallel: TensorParallel) -> Rank:
     costs = {QUERY_US: f"{creditor.warm_up():.1f}"}
     if host is not None:
         costs[HOST_QUERY_US] = f"{host.warm_up(num_query_heads, dtype):.1f}"
+    logger.info("pool of %s", pool.describe())
+    if host_pool is not None:
+        logger.info("host memory of %s", host_pool.describe())
     return Rank(config, model, parallel, shape, costs, identity, peers, loan_table, creditor, runner, secret)
 
 

@@ -3,6 +3,7 @@
 import torch
 
 from megatron_distkv.errors import ConfigError
+from megatron_distkv.kvcache.pool_memory import describe_pages, zeroed_pool
 
 
 class RBlockPool:
@@ -25,7 +26,7 @@ class RBlockPool:
         if min(num_rblocks, num_layers, num_kv_heads, rblock_size, head_dim) < 1:
             raise ConfigError("an rBlock pool needs at least one rBlock, layer, KV head, token and head dimension")
         shape = (num_rblocks, num_layers, num_kv_heads, 2, rblock_size, head_dim)
-        self.tensor_BLK2ND = torch.zeros(shape, dtype=dtype, device=device)
+        self.tensor_BLK2ND = zeroed_pool(shape, dtype, device)
         self.rblock_size = rblock_size
 
     @property
@@ -35,3 +36,8 @@ class RBlockPool:
     @property
     def rblock_bytes(self) -> int:
         return self.tensor_BLK2ND[0].numel() * self.tensor_BLK2ND.element_size()
+
+    def describe(self) -> str:
+        """For people: how much memory, and on what pages it lies by now."""
+        size = f"{self.num_rblocks} rBlocks of {self.rblock_bytes / 2**10:.0f} KiB"
+        return f"{size} on {describe_pages(self.tensor_BLK2ND)}"

@@ -1,5 +1,7 @@
-"""What a memory ledger holds, and the rules of its changes. Its owner locks."""
+"""What a memory ledger holds, and the rules of its changes."""
 
+import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -124,3 +126,16 @@ class MemoryState:
 
     def note(self, event: str, **fields: str) -> None:
         self.events.append({"at_ms": str(self.clock_ms()), "event": event, **fields})
+
+
+class LockedState:
+    """The state, one operation at a time. `clock_ms` is injected by tests."""
+
+    def __init__(self, clock_ms: Callable[[], int] | None = None) -> None:
+        self._clock_ms = clock_ms or (lambda: time.time_ns() // 1_000_000)
+        self._lock = threading.RLock()
+        self.lose_everything()
+
+    def lose_everything(self) -> None:
+        """What a restart of the server without its data does."""
+        self._state = MemoryState(self._clock_ms)

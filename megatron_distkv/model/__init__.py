@@ -1,5 +1,6 @@
 """The Megatron seam: Megatron-core's GPTModel, unchanged but for its core attention."""
 
+from megatron_distkv.model import megatron_core  # isort: skip  # before all that imports Megatron
 from megatron_distkv.model.gpt import GPT, build_gpt
 from megatron_distkv.model.parallel import TensorParallel, init_tensor_parallel
 from megatron_distkv.model.row_tiles import tile_rows
@@ -13,5 +14,6 @@ __all__ = [
     "find_checkpoint",
     "init_tensor_parallel",
     "load_weights",
+    "megatron_core",
     "tile_rows",
 ]

@@ -5,22 +5,22 @@ move to own host memory, then to creditors, a bounded number per step, so that a
 """
 
 import time
-from collections import deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from megatron_distkv.config.instance import LendingConfig
-from megatron_distkv.errors import IntegrityError
 from megatron_distkv.kvcache.block_table import BlockTable
 from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
 from megatron_distkv.log import get_logger
-from megatron_distkv.rblock import HOST, HOST_LOAN, InstanceId, LoanId, Span, num_rblocks_for
+from megatron_distkv.rblock import HOST_LOAN, LoanId, Span, num_rblocks_for
 from megatron_distkv.request import Request
 from megatron_distkv.rmanager.backpressure import Backpressure
 from megatron_distkv.rmanager.borrowing import Borrowing
 from megatron_distkv.rmanager.held_loan import HeldLoan
 from megatron_distkv.rmanager.homecoming import Homecoming
 from megatron_distkv.rmanager.move import Move, Pull
+from megatron_distkv.rmanager.outgoing import Outgoing
 from megatron_distkv.rmanager.pool_outlook import PoolOutlook
+from megatron_distkv.rmanager.request_tables import RequestTables
 
 logger = get_logger(__name__)
 
@@ -28,12 +28,8 @@ logger = get_logger(__name__)
 class RManager:
     """Knows where every rBlock of every running request lies.
 
-        pool = | free | tables of running requests | vacated in this step | lent |
-
-    Vacated rBlocks are on their way to a creditor: the step copies them out before it writes anything, so an own
-    request may take them at once, but they return to the allocator (and so to debtors) only after the step.
-
-        host memory = | free | tables of running requests |        used before anything is borrowed
+    pool        = | free | tables of running requests | vacated in this step | lent |
+    host memory = | free | tables of running requests |        used before anything is borrowed
     """
 
     def __init__(
@@ -51,16 +47,16 @@ class RManager:
         self._outlook = outlook
         self._config = config
         self.rblock_size = rblock_size
-        self._requests: dict[str, Request] = {}
-        self._tables: dict[str, BlockTable] = {}
-        self._vacated: list[int] = []
-        self._moves: list[Move] = []
-        self._moves_left = config.max_moved_rblocks_per_step
+        self._tables = RequestTables(rblock_size)
+        self._outgoing = Outgoing(allocator, host, borrowing, outlook)
         self._backpressure = Backpressure()
         self._homecoming = Homecoming(borrowing, outlook, config.recall_patience_s)
 
     def table(self, request: Request) -> BlockTable:
-        return self._tables[request.request_id]
+        return self._tables.of(request.request_id)
+
+    def full_rblocks(self, request: Request) -> list[range]:
+        return self._tables.full_rblocks(request)
 
     def spans_before(self, request: Request, position: int) -> list[Span]:
         """Where the rBlocks of positions `[0, position)` lie."""
@@ -70,11 +66,11 @@ class RManager:
 
     @property
     def num_local_free(self) -> int:
-        return self._allocator.num_free + len(self._vacated)
+        return self._outgoing.num_free
 
     def can_admit(self, request: Request) -> bool:
         """Whether the tokens that this request has now, and one more, fit beside what running requests still need."""
-        missing = self._num_missing(request)
+        missing = self._tables.num_missing(request) - self.num_local_free
         here = self._host.num_free
         return missing <= here or missing <= here + self._outlook.borrowable_rblocks()
 
@@ -86,24 +82,23 @@ class RManager:
     # ------------------------------------------------------------------ a step
 
     def begin_step(self) -> None:
-        self._moves_left = self._config.max_moved_rblocks_per_step
+        self._outgoing.begin_step(self._config.max_moved_rblocks_per_step)
 
     def grow(self, request: Request, wanted: int) -> int:
         """Make room for the first `wanted` tokens of `next_range`; returns for how many there is room (0: none)."""
-        self._requests[request.request_id] = request
-        table = self._tables.setdefault(request.request_id, BlockTable())
+        table = self._tables.enter(request)
         start = request.next_range.start
         missing = table.missing(self._rblocks_around(range(start, start + wanted)))
         if len(missing) > self.num_local_free:
             self._make_room(len(missing) - self.num_local_free)
-        block_ids = self._take_local(len(missing))
+        block_ids = self._outgoing.take_free(len(missing))
         table.add_local(missing[: len(block_ids)], block_ids)
         still_missing = missing[len(block_ids) :]
         return min(wanted, still_missing[0] * self.rblock_size - start) if still_missing else wanted
 
     def borrow_ahead(self) -> None:
         """Below the watermark, and where running requests will still grow, move rBlocks out before there is need."""
-        target = min(self._watermark, self._growth_until_the_end())
+        target = min(self._watermark, self._tables.growth_until_the_end())
         if self.num_local_free < target:
             self._make_room(target - self.num_local_free)
 
@@ -116,12 +111,13 @@ class RManager:
         if loan is None:
             self._find_early_homecomings()
             return []
-        count = min(self._tables[loan.request_id].num_under(loan.loan_id), self._moves_left)
+        table = self._tables.of(loan.request_id)
+        count = min(table.num_under(loan.loan_id), self._outgoing.moves_left)
         if not loan.is_asked_for:
             count = min(count, max(0, self.num_local_free - self._watermark))
         elif count > self.num_local_free:
             self._make_room(count - self.num_local_free)
-        self._homecoming.pull(loan, self._tables[loan.request_id], self._take_local(min(count, self._moves_left)))
+        self._homecoming.pull(loan, table, self._outgoing.take_free(min(count, self._outgoing.moves_left)))
         is_overdue = loan.overdue_at_s is not None and time.monotonic() > loan.overdue_at_s
         return self._lose(self._borrowing.drop_loans(lambda other: other is loan)) if is_overdue else []
 
@@ -131,56 +127,48 @@ class RManager:
         Only where all that runs fits here until its end: what comes home will not have to leave again for it.
         """
         for loan in self._borrowing.loans():
-            request, table = self._requests[loan.request_id], self._tables[loan.request_id]
+            request, table = self._tables.request(loan.request_id), self._tables.of(loan.request_id)
             count, way = table.num_under(loan.loan_id), self._outlook.way_to(loan.creditor)
             steps_left = request.max_total_tokens - request.num_tokens
             if way is None or count == 0 or count * way.break_even_steps > steps_left:
                 continue
-            if count + self._growth_until_the_end() <= self.num_local_free:
+            if count + self._tables.growth_until_the_end() <= self.num_local_free:
                 self._homecoming.bring_when_there_is_room(loan)
                 return
 
-    def _growth_until_the_end(self) -> int:
-        return sum(self._growth(request, request.max_total_tokens) for request in self._requests.values())
-
     def take_moves(self) -> tuple[list[Move], list[Pull]]:
         """What the step must do first, the moves before the pulls."""
-        moves, self._moves = self._moves, []
-        return moves, self._homecoming.take_pulls()
+        return self._outgoing.take_moves(), self._homecoming.take_pulls()
 
     def end_step(self) -> None:
         """The step has done its moves: vacated rBlocks are free, and loans without rBlocks end."""
-        self._allocator.free(self._vacated)
-        self._vacated = []
-        self._homecoming.end_step(self._tables)
+        self._outgoing.end_step()
+        self._homecoming.end_step(self._tables.by_request)
 
     def move_to(self, request_id: str, count: int, creditor: str) -> int:
         """Carry out a move that was planned, as far as it is possible now; returns how many rBlocks go."""
-        request = self._requests.get(request_id)
-        return 0 if request is None else self._move_oldest(request, min(count, self._moves_left), only_to=creditor)
+        if request_id not in self._tables.by_request:
+            return 0
+        return self._move_oldest(self._tables.request(request_id), min(count, self._outgoing.moves_left), creditor)
 
     # ------------------------------------------------------------------ endings
 
     def release(self, request: Request) -> None:
         """Give back everything that a request holds, here and with creditors."""
-        table = self._tables.pop(request.request_id, None)
-        self._requests.pop(request.request_id, None)
+        table = self._tables.leave(request)
         if table is not None:
-            self._moves = [move for move in self._moves if move.request_id != request.request_id]
+            self._outgoing.forget(request)
             self._allocator.free(table.local_block_ids())
             self._host.free(table.block_ids_under(HOST_LOAN))
         self._borrowing.release_all(request.request_id)
 
     def adopt(self, request: Request, table: BlockTable) -> None:
         """A request comes from another instance, with its KV: the table's local rBlocks are allocated for it."""
-        self._requests[request.request_id] = request
-        self._tables[request.request_id] = table
+        self._tables.enter(request, table)
 
     def forget(self, request: Request, table: BlockTable, loan_ids: Collection[LoanId]) -> None:
         """What lay under these loans is gone, and will be computed again."""
-        size = self.rblock_size
-        spans = table.remove_loans(loan_ids)
-        request.lose(*(range(x.first * size, (x.first + len(x.block_ids)) * size) for x in spans))
+        self._tables.lose(request, table, loan_ids)
 
     def lose_creditor(self, creditor: str) -> list[Request]:
         """Nothing that lay at this creditor is there any more; returns the requests whose KV must be computed again."""
@@ -200,14 +188,14 @@ class RManager:
             self._outlook.leave_alone(creditor)
             room = self.num_local_free - self._watermark
             for loan in [x for x in self._borrowing.loans() if x.creditor == creditor and not x.is_recalled]:
-                room -= self._tables[loan.request_id].num_under(loan.loan_id)
+                room -= self._tables.of(loan.request_id).num_under(loan.loan_id)
                 if room >= 0:
                     logger.info("%s is busy: bringing %d rBlocks home", creditor, loan.num_rblocks)
                     self._homecoming.bring_when_there_is_room(loan)
 
     def reclaim_for(self, request: Request) -> None:
         """Ask debtors for as much memory back as this request, one of this instance's own, lacks."""
-        self._outlook.reclaim(min(self._allocator.num_lent, self._num_missing(request)))
+        self._outlook.reclaim(min(self._allocator.num_lent, self._tables.num_missing(request) - self.num_local_free))
 
     def reclaim_all(self) -> None:
         """This instance is about to leave: ask for everything back."""
@@ -215,9 +203,8 @@ class RManager:
 
     def check_integrity(self, kept_for_others: Sequence[int] = ()) -> None:
         """Between steps: tables in order, and every used rBlock in exactly one of them, or kept for an adoption."""
-        if self._vacated or self._moves:
-            raise IntegrityError(f"{len(self._vacated)} vacated rBlocks, {len(self._moves)} moves outlived their step")
-        tables = self._tables.values()
+        self._outgoing.check_integrity()
+        tables = self._tables.by_request.values()
         for table in tables:
             table.check_integrity()
         self._allocator.check_integrity([*kept_for_others, *(b for table in tables for b in table.local_block_ids())])
@@ -235,72 +222,21 @@ class RManager:
         concerned = dict.fromkeys([*(loan.request_id for loan in loans), *(request_id for request_id, _ in arrived)])
         loan_ids = {loan.loan_id for loan in loans}
         for request_id in concerned:
-            spans = self._tables[request_id].remove_loans(loan_ids)
-            lost = [range(span.first, span.first + len(span.block_ids)) for span in spans]
-            lost += [rblocks for other, rblocks in arrived if other == request_id]
-            size = self.rblock_size
-            self._requests[request_id].lose(*(range(x.start * size, x.stop * size) for x in lost))
-        return [self._requests[request_id] for request_id in concerned]
+            lost = [rblocks for other, rblocks in arrived if other == request_id]
+            self._tables.lose(self._tables.request(request_id), self._tables.of(request_id), loan_ids, lost)
+        return [self._tables.request(request_id) for request_id in concerned]
 
     def _rblocks_around(self, positions: range) -> range:
         return range(positions.start // self.rblock_size, num_rblocks_for(positions.stop, self.rblock_size))
 
-    def full_rblocks(self, request: Request) -> list[range]:
-        """rBlocks all of whose positions have their KV: only they may leave."""
-        size = self.rblock_size
-        return [range(num_rblocks_for(have.start, size), have.stop // size) for have in request.computed_ranges()]
-
-    def _num_missing(self, request: Request) -> int:
-        """rBlocks that this request's tokens and one more lack here, beside what running requests still need."""
-        others = sum(self._growth(x, x.num_tokens + 1) for x in self._requests.values() if x is not request)
-        return self._growth(request, request.num_tokens + 1) + others - self.num_local_free
-
-    def _growth(self, request: Request, num_tokens: int) -> int:
-        num_tokens = min(num_tokens, request.max_total_tokens)  # nobody needs the last token's KV
-        table = self._tables.get(request.request_id)
-        return max(0, num_rblocks_for(num_tokens, self.rblock_size) - (table.num_rblocks if table else 0))
-
-    def _take_local(self, count: int) -> list[int]:
-        vacated = self._vacated[:count] if count > 0 else []
-        del self._vacated[: len(vacated)]
-        return vacated + self._allocator.allocate_up_to(max(0, count - len(vacated)))
-
     def _make_room(self, count: int) -> None:
         """Move up to `count` rBlocks out: the oldest full ones of the longest request first."""
-        count = min(count, self._moves_left)
-        for request in self._longest_first():
+        count = min(count, self._outgoing.moves_left)
+        for request in self._tables.longest_first():
             if count <= 0:
                 return
             count -= self._move_oldest(request, count)
 
-    def _longest_first(self) -> Iterable[Request]:
-        return sorted(self._requests.values(), key=lambda request: request.num_computed_tokens, reverse=True)
-
     def _move_oldest(self, request: Request, count: int, only_to: str | None = None) -> int:
-        table = self._tables[request.request_id]
-        full = self.full_rblocks(request)
-        movable = sum(len(span.block_ids) for span in table.oldest_local(count, full))
-        room = [] if only_to else [self._host_room(request, movable)]
-        missing = movable - sum(len(x.unused) for x in room) - self._borrowing.num_unused(request.request_id)
-        if missing > 0 and self._outlook.may_ask():
-            borrowed = self._borrowing.borrow(request.request_id, missing, only_to)
-            self._outlook.note_answer(got_all=borrowed >= missing)
-        moved = 0
-        for loan in [*room, *self._borrowing.usable_loans_of(request.request_id)]:
-            while loan.unused and moved < movable:
-                moved += self._move_into(loan, table, movable - moved, full)
-        self._moves_left -= moved
-        return moved
-
-    def _host_room(self, request: Request, count: int) -> HeldLoan:
-        """Up to `count` rBlocks of own host memory, as if lent."""
-        block_ids = self._host.allocate_up_to(count)
-        return HeldLoan(HOST_LOAN, request.request_id, HOST, "", len(block_ids), deque(block_ids))
-
-    def _move_into(self, loan: HeldLoan, table: BlockTable, count: int, full: Sequence[range]) -> int:
-        span = table.oldest_local(count, full)[0]
-        remote_ids = loan.take(len(span.block_ids))
-        left = table.move_to_creditor(span.first, remote_ids, InstanceId(loan.creditor), LoanId(loan.loan_id))
-        self._vacated.extend(left)
-        self._moves.append(Move(loan.request_id, loan.creditor, loan.address, loan.loan_id, left, remote_ids))
-        return len(left)
+        full = self._tables.full_rblocks(request)
+        return self._outgoing.move_oldest(request, self.table(request), full, count, only_to)

@@ -52,11 +52,13 @@ class Ranks:
     """`NUM_RANKS` processes; a case runs on the first of them."""
 
     def __init__(self, directory: Path) -> None:
-        spawn = multiprocessing.get_context("spawn")
-        pipes = [spawn.Pipe() for _ in range(NUM_RANKS)]
+        # Forked by a server that has imported this module once, and has never computed.
+        forking = multiprocessing.get_context("forkserver")
+        forking.set_forkserver_preload([__name__])
+        pipes = [forking.Pipe() for _ in range(NUM_RANKS)]
         self._ends = [mine for mine, _ in pipes]
         self._processes = [
-            spawn.Process(target=_serve, args=(rank, str(directory / "store"), theirs), daemon=True)
+            forking.Process(target=_serve, args=(rank, str(directory / "store"), theirs), daemon=True)
             for rank, (_, theirs) in enumerate(pipes)
         ]
         for process in self._processes:

@@ -63,14 +63,14 @@ def test_another_dtype_and_iteration_and_then_the_sources_own(tmp_path: Path) ->
     # Given an fp32 Llama, converted to bf16 as iteration 5
     source = save_llama(tmp_path / "hf")
     (source / "tokenizer.json").write_text("{}")
-    assert convert(source, tmp_path / "bf16", "--dtype", "bf16", "--iteration", "5").returncode == 0
+    assert main(["convert", str(source), str(tmp_path / "bf16"), "--dtype", "bf16", "--iteration", "5"]) == 0
     rounded = find_checkpoint(tmp_path / "bf16")
     assert (rounded.model.dtype, rounded.step) == ("bf16", 5)
     original = find_checkpoint(source)
     expected = {name: tensor.to(torch.bfloat16) for name, tensor in weights(original, original.model).items()}
     assert_equal_bit_by_bit(weights(rounded, rounded.model), expected)
     # When the iteration's own folder is converted back to fp32
-    assert convert(rounded.directory, tmp_path / "fp32", "--dtype", "fp32").returncode == 0
+    assert main(["convert", str(rounded.directory), str(tmp_path / "fp32"), "--dtype", "fp32"]) == 0
     # Then the iteration and the tokenizer follow, and widening has changed no value
     widened = find_checkpoint(tmp_path / "fp32")
     assert (widened.model, widened.step) == (original.model, 5)
@@ -117,13 +117,12 @@ def test_what_would_not_do_is_refused_before_anything_is_written(
     assert not (tmp_path / "new").exists()
 
 
-def test_a_damaged_source_leaves_no_target(tmp_path: Path) -> None:
+def test_a_damaged_source_leaves_no_target(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = save_llama(tmp_path / "hf")
     file = source / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
-    done = convert(source, tmp_path / "mcore")
-    assert done.returncode == 2
-    assert "cannot be read" in done.stderr
+    assert main(["convert", str(source), str(tmp_path / "mcore")]) == 2
+    assert "cannot be read" in capsys.readouterr().err
     assert not (tmp_path / "mcore").exists()
 
 

@@ -7,8 +7,10 @@ import pytest
 from megatron_distkv.config.base import load_config, parse_config
 from megatron_distkv.config.cluster import ClusterConfig
 from megatron_distkv.config.instance import InstanceConfig
+from megatron_distkv.config.train import TrainConfig
 from megatron_distkv.errors import ConfigError
 
+SHIPPED = Path(__file__).parents[2] / "configs"
 NEEDED = {"model": "checkpoint", "run_dir": "run"}
 
 
@@ -50,3 +52,12 @@ def test_what_is_not_a_mapping_is_refused(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(ConfigError, match=r"bad\.yaml"):
         load_config(ClusterConfig, path)
+
+
+def test_what_we_ship_can_be_read() -> None:
+    files = {"train": TrainConfig, "cluster": ClusterConfig}
+    for folder, config in files.items():
+        paths = sorted((SHIPPED / folder).glob("*.yaml"))
+        assert paths
+        for path in paths:
+            assert load_config(config, path)

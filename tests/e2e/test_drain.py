@@ -53,10 +53,15 @@ class Load:
                     self.wrong.append(f"{length}: {answer.choices[0].text!r}")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cluster(byte_llama: Path) -> Iterator[LocalCluster]:
     with LocalCluster(cluster_config(byte_llama)) as running:
         yield running
+
+
+def test_draining_whom_nobody_knows_is_one_sentence(cluster: LocalCluster, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["drain", "nobody", "--ledger", cluster.ledger_url]) == 2
+    assert "no live instance is called 'nobody'; live are: instance-0" in capsys.readouterr().err
 
 
 def test_a_rolling_restart_under_load_loses_nothing(cluster: LocalCluster, reference: Reference) -> None:
@@ -78,8 +83,3 @@ def test_a_rolling_restart_under_load_loses_nothing(cluster: LocalCluster, refer
             body = {**GREEDY, "extra_body": {"ignore_eos": True, "instance": name}}
             answer = client.completions.create(prompt=random_prompt(20, seed=20), max_tokens=40, **body)
             assert answer.choices[0].text == load._expected[20]
-
-
-def test_draining_whom_nobody_knows_is_one_sentence(cluster: LocalCluster, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["drain", "nobody", "--ledger", cluster.ledger_url]) == 2
-    assert "no live instance is called 'nobody'; live are: instance-0" in capsys.readouterr().err

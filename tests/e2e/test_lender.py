@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import httpx
 import pytest
 from megatron_distkv.launch.local_cluster import LocalCluster
 
+from megatron_distkv.cli.main import main
 from megatron_distkv.ledger import render_debts
 from tests.e2e.conftest import NUM_RBLOCKS, OWN_TOKENS, RBLOCK_SIZE, Reference, cluster_config, openai_client
 from tests.e2e.test_api import GREEDY, as_text, random_prompt, wait_for_no_debts
@@ -22,13 +24,20 @@ def with_lender(checkpoint: Path, **changes: Any) -> LocalCluster:
     return LocalCluster(cluster_config(checkpoint, lenders=1, lender_rblocks=LENDER_RBLOCKS, **changes))
 
 
-def test_a_prompt_longer_than_all_instances_together(byte_llama: Path, reference: Reference) -> None:
-    # Given two instances and a lender that only lends
-    with with_lender(byte_llama, instances=2) as cluster, openai_client(cluster) as client:
+@pytest.fixture(scope="module")
+def lent_to(byte_llama: Path) -> Iterator[LocalCluster]:
+    """Three instances and a lender that only lends; the last test that has it kills the lender."""
+    with with_lender(byte_llama, instances=3) as cluster:
+        yield cluster
+
+
+def test_a_prompt_longer_than_all_instances_together(lent_to: LocalCluster, reference: Reference) -> None:
+    cluster = lent_to
+    with openai_client(cluster) as client:
         log = (cluster.run_dir / "lender-0.log").read_text()
         assert f"lender-0 lends {LENDER_RBLOCKS} rBlocks of {RBLOCK_SIZE} tokens" in log
         # When a prompt comes that all instances' pools together could not hold
-        prompt = random_prompt(3 * OWN_TOKENS, seed=1)
+        prompt = random_prompt(4 * OWN_TOKENS, seed=1)
         answer = client.completions.create(prompt=prompt, max_tokens=12, **GREEDY)
         # Then it is computed, with most of it at the lender
         assert answer.choices[0].text == as_text(reference(prompt, 12))
@@ -40,9 +49,10 @@ def test_a_prompt_longer_than_all_instances_together(byte_llama: Path, reference
         assert render_debts(cluster.ledger.snapshot()).count("memory only") == 1
 
 
-def test_a_lender_killed_in_mid_request_costs_what_it_held(byte_llama: Path, reference: Reference) -> None:
+def test_a_lender_killed_in_mid_request_costs_what_it_held(lent_to: LocalCluster, reference: Reference) -> None:
     # Given a stream with rBlocks at the lender, and enough room for them in the other instances
-    with with_lender(byte_llama, instances=3) as cluster, openai_client(cluster) as client:
+    cluster = lent_to
+    with openai_client(cluster) as client:
         prompt = random_prompt(140, seed=3)
         expected = as_text(reference(prompt, 100))
         stream = iter(
@@ -80,11 +90,25 @@ def test_tensor_parallel_ranks_use_host_memory_and_then_a_lender(byte_llama: Pat
     ("arguments", "sentence"),
     [
         (["--memory", "64 apples"], "memory: an amount of memory looks like 64GiB, 500MB or 4096 (got '64 apples')"),
+        ([], "say how much to lend"),
+        (["--memory", "1MB", "--lender-id", "no spaces"], "lender_id"),
+    ],
+)
+def test_what_is_no_lender_says_why_in_one_sentence(
+    arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["lend", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("distkv lend: ")
+    assert sentence in error.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
         (["--memory", "1"], "1 bytes of memory are less than one rBlock of 4096 bytes"),
         (["--memory", "4000TiB"], "free on this machine"),
-        ([], "say how much to lend"),
         (["--memory", "1MB", "--model", "MODEL", "--rblock-size", "16"], "rblock_size 16, not 8 as those of instance-"),
-        (["--memory", "1MB", "--lender-id", "no spaces"], "lender_id"),
     ],
 )
 def test_what_cannot_lend_says_why_in_one_sentence(

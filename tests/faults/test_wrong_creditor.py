@@ -226,7 +226,7 @@ def test_a_creditor_is_not_blamed_for_what_its_debtor_sent(pool: Pool) -> None:
     # When it asks for attention over it
     pool.request = Request("long", PROMPT, GREEDY)
     pool.a.instance.add(pool.request)
-    while not pool.a.instance.rmanager._requests or not pool.borrowed():
+    while not pool.a.instance.rmanager._tables.by_request or not pool.borrowed():
         pool.a.instance.step()
     for _ in range(3):
         pool.a.instance.step()

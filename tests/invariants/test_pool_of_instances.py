@@ -90,7 +90,7 @@ class Pool:
         """Every rBlock that some table places at a creditor is granted to that table's instance, and to no other."""
         seen: set[tuple[str, int]] = set()
         for name, instance in self.instances.items():
-            for table in instance.rmanager._tables.values():
+            for table in instance.rmanager._tables.by_request.values():
                 for span in table.remote_spans():
                     if span.creditor == HOST:
                         continue

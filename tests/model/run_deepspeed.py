@@ -1,4 +1,4 @@
-"""Run by torchrun from test_deepspeed.py: train a little with each ZeRO stage, save as DeepSpeed and as torch_dist.
+"""Run by test_deepspeed.py on forked ranks: train a little with each ZeRO stage, save as DeepSpeed and as torch_dist.
 
 usage: run_deepspeed.py CHECKPOINT,... TP DTYPE FOLDER STEPS STAGE...; leaves FOLDER/zeroSTAGE, with many checkpoints
 FOLDER/CHECKPOINT'S NAME/zeroSTAGE
@@ -12,6 +12,7 @@ from pathlib import Path
 warnings.filterwarnings("ignore")
 os.environ["DS_ACCELERATOR"] = "cpu"
 import torch  # noqa: E402
+import torch._dynamo  # noqa: E402  # any optimizer imports it
 
 from megatron_distkv.config.train import OptimizerConfig  # noqa: E402
 from megatron_distkv.model import (  # noqa: E402
@@ -54,6 +55,3 @@ def main() -> None:
         train(source, dtype, out, int(sys.argv[5]), [int(stage) for stage in sys.argv[6:]], parallel)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-
-
-main()

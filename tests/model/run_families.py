@@ -1,4 +1,4 @@
-"""Run by torchrun from test_families.py: every checkpoint below a folder, against transformers; writes the errors.
+"""Run by fork_ranks.py from test_families.py: every checkpoint below a folder, against transformers; writes the errors.
 
 usage: run_families.py FOLDER REFERENCES TP OUT
 """
@@ -29,6 +29,3 @@ def main() -> None:
         out.write_text(json.dumps(errors))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-
-
-main()

@@ -1,4 +1,4 @@
-"""Run by torchrun from test_gpt.py: this rank's GPT against a Hugging Face Llama, dense and packed; writes errors.
+"""Run by fork_ranks.py from test_gpt.py: this rank's GPT against a Hugging Face Llama, dense and packed; writes errors.
 
 usage: run_llama.py CHECKPOINT TP OUT [save=DIR]
 """
@@ -32,6 +32,3 @@ def main() -> None:
         out.write_text(json.dumps(errors._asdict()))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-
-
-main()

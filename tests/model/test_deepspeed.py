@@ -17,12 +17,11 @@ from megatron_distkv.model.weights.source import rank_part
 from tests.model.families import save_family
 from tests.model.tensors import assert_same_bits, safetensors, whole_tensors
 
-SCRIPT = Path(__file__).with_name("run_deepspeed.py")
+SCRIPT, FORK_RANKS = (Path(__file__).with_name(name) for name in ("run_deepspeed.py", "fork_ranks.py"))
 
 
 def train(source: Path | str, tp: int, dtype: str, folder: Path, *stages: int, steps: int = 2, ranks: int = 2) -> Path:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command = [*launcher, str(SCRIPT)]
+    command = [sys.executable, str(FORK_RANKS), str(ranks), str(SCRIPT)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": os.getcwd()}
     arguments = [str(source), str(tp), dtype, str(folder), str(steps), *map(str, stages)]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=env, check=False)

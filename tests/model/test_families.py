@@ -15,7 +15,7 @@ from megatron_distkv.model import build_gpt, find_checkpoint, init_tensor_parall
 from tests.model.against_hf import Errors, compare
 from tests.model.families import FAMILIES, save_family
 
-SCRIPT = Path(__file__).with_name("run_families.py")
+SCRIPT, FORK_RANKS = (Path(__file__).with_name(name) for name in ("run_families.py", "fork_ranks.py"))
 TOLERANCE = 2e-4
 
 
@@ -28,7 +28,7 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_ranks(folder: Path, references: Path, tp: int, out: Path) -> dict[str, Errors]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={tp}", str(SCRIPT)]
+    command = [sys.executable, str(FORK_RANKS), str(tp), str(SCRIPT)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": os.getcwd()}
     arguments = [str(folder), str(references), str(tp), str(out)]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=env, check=False)

@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from megatron_distkv.errors import CheckpointError, ConfigError
-from megatron_distkv.model import find_checkpoint
+from megatron_distkv.model import build_gpt, find_checkpoint, init_tensor_parallel, load_weights
+from megatron_distkv.model.weights import torch_dist
+from tests.model.against_hf import Errors, compare
 from tests.model.llamas import save_llama
 
-SCRIPT = Path(__file__).with_name("run_llama.py")
+SCRIPT, FORK_RANKS = (Path(__file__).with_name(name) for name in ("run_llama.py", "fork_ranks.py"))
 VARIANTS: dict[str, dict[str, Any]] = {
     "gqa": {},
     "mha, tied": {"num_key_value_heads": 4, "tie_word_embeddings": True},
@@ -22,44 +24,55 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def run(checkpoint: Path, tp: int, out: Path, **options: Path) -> dict[str, float]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={tp}", str(SCRIPT)]
+def on_one_rank(reference: Path, load: Path, save: Path | None = None) -> Errors:
+    checkpoint = find_checkpoint(load)
+    parallel = init_tensor_parallel(1)
+    module = build_gpt(checkpoint.model, parallel)
+    load_weights(module, checkpoint, checkpoint.model)
+    if save is not None:
+        torch_dist.save(module, checkpoint.model, save, iteration=7)
+    return compare(module, checkpoint.model, parallel, reference)
+
+
+def on_two_ranks(reference: Path, out: Path, **options: Path) -> Errors:
+    command = [sys.executable, str(FORK_RANKS), "2", str(SCRIPT), str(reference), "2", str(out)]
     extra = [f"{key}={value}" for key, value in options.items()]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": os.getcwd()}
-    done = subprocess.run(
-        [*command, str(checkpoint), str(tp), str(out), *extra], capture_output=True, text=True, env=env, check=False
-    )
+    done = subprocess.run([*command, *extra], capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    result: dict[str, float] = json.loads(out.read_text())
-    assert result["largest_logit"] > 1, "the reference must be worth comparing with"
-    return result
+    return Errors(**json.loads(out.read_text()))
+
+
+def assert_llamas(errors: Errors) -> None:
+    assert errors.largest_logit > 1, "the reference must be worth comparing with"
+    assert max(errors.dense, errors.packed) < 1e-4
 
 
 @pytest.mark.parametrize("variant", list(VARIANTS))
 def test_logits_equal_llamas_on_one_rank(variant: str, tmp_path: Path) -> None:
-    result = run(save_llama(tmp_path / "hf", shard="50KB", **VARIANTS[variant]), 1, tmp_path / "out")
-    assert result["dense"] < 1e-4
-    assert result["packed"] < 1e-4
+    hf = save_llama(tmp_path / "hf", shard="50KB", **VARIANTS[variant])
+    assert_llamas(on_one_rank(hf, hf))
 
 
 def test_two_ranks_and_both_checkpoint_formats_any_to_any(tmp_path: Path) -> None:
     # Given a Hugging Face checkpoint, read by two ranks and saved as torch_dist
     hf = save_llama(tmp_path / "hf")
-    two = run(hf, 2, tmp_path / "out", save=tmp_path / "mcore2")
+    two = on_two_ranks(hf, tmp_path / "out", save=tmp_path / "mcore2")
     # When one rank reads that, and saves it again for two
-    one = run(hf, 1, tmp_path / "out", load=tmp_path / "mcore2", save=tmp_path / "mcore1")
-    again = run(hf, 2, tmp_path / "out", load=tmp_path / "mcore1")
+    one = on_one_rank(hf, tmp_path / "mcore2", save=tmp_path / "mcore1")
+    again = on_two_ranks(hf, tmp_path / "out", load=tmp_path / "mcore1")
     # Then all of them give Llama's logits
-    for result in (two, one, again):
-        assert result["dense"] < 1e-4
-        assert result["packed"] < 1e-4
+    for errors in (two, one, again):
+        assert_llamas(errors)
     assert find_checkpoint(tmp_path / "mcore1").step == 7
     assert find_checkpoint(tmp_path / "mcore1").model == find_checkpoint(hf).model
 
 
 def test_bf16_is_as_close_as_bf16_can_be(tmp_path: Path) -> None:
-    result = run(save_llama(tmp_path / "hf", dtype=torch.bfloat16), 1, tmp_path / "out")
-    assert result["packed"] < 0.05 * result["largest_logit"]
+    hf = save_llama(tmp_path / "hf", dtype=torch.bfloat16)
+    errors = on_one_rank(hf, hf)
+    assert errors.largest_logit > 1
+    assert errors.packed < 0.05 * errors.largest_logit
 
 
 def broken(tmp_path: Path, **changes: Any) -> Path:
@@ -91,18 +104,11 @@ def test_a_missing_directory_and_an_empty_one(tmp_path: Path) -> None:
         find_checkpoint(tmp_path)
 
 
-def load_on_one_rank(directory: Path) -> subprocess.CompletedProcess[str]:
-    code = (
-        "import sys; from pathlib import Path; from megatron_distkv.model import *\n"
-        "c = find_checkpoint(Path(sys.argv[1])); m = build_gpt(c.model, init_tensor_parallel(1))\n"
-        "load_weights(m, c, c.model)"
-    )
-    return subprocess.run([sys.executable, "-c", code, str(directory)], capture_output=True, text=True, check=False)
-
-
 def test_a_checkpoint_of_another_shape_and_a_truncated_one_name_file_and_tensor(tmp_path: Path) -> None:
-    other = load_on_one_rank(broken(tmp_path, hidden_size=32, head_dim=16))
-    assert "embed_tokens.weight has shape (131, 64), the model needs (131, 32)" in other.stderr
+    other = broken(tmp_path, hidden_size=32, head_dim=16)
+    with pytest.raises(CheckpointError, match=r"embed_tokens.weight has shape \(131, 64\), .* needs \(131, 32\)"):
+        on_one_rank(other, other)
     file = tmp_path / "hf" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
-    assert "cannot be read" in load_on_one_rank(tmp_path / "hf").stderr
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        on_one_rank(other, other)

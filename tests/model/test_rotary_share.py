@@ -4,14 +4,13 @@ Megatron rotates the first dims of a head, in pairs (i, i + rotated / 2); transf
 (i, i + D / 2). A pair with frequency 0 does not turn: so permuted query and key weights make the two equal.
 """
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from megatron_distkv.cli.main import main
 from megatron_distkv.engine.llm import LLM
 from megatron_distkv.sampling_params import SamplingParams
 from tests.conftest import MakeConfig
@@ -22,8 +21,7 @@ SAMPLING = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True, logpro
 
 def with_rotary_share(hf: Path, share: float, to: Path) -> Path:
     """The same weights as a Megatron checkpoint whose arguments rotate only `share` of each head."""
-    command = [sys.executable, "-m", "megatron_distkv.cli.main", "convert", str(hf), str(to), "--to", "torch_dist"]
-    subprocess.run(command, check=True, capture_output=True)
+    assert main(["convert", str(hf), str(to), "--to", "torch_dist"]) == 0
     (common,) = to.glob("iter_*/common.pt")
     state = torch.load(common, weights_only=False)
     state["args"].rotary_percent = share

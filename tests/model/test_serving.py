@@ -19,6 +19,7 @@ from tests.e2e.conftest import cluster_config, openai_client
 from tests.e2e.test_api import GREEDY as GREEDY_BODY
 from tests.e2e.test_api import as_text
 from tests.model.families import save_family
+from tests.model.zero3 import save_zero3
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True, logprobs=3)
 PROMPTS = [list(range(3, 50)), [7, 5, 3]]
@@ -57,12 +58,18 @@ def transformers_tokens(path: Path, prompt: list[int]) -> list[int]:
     return ids[len(prompt) :]
 
 
-@pytest.mark.parametrize(("family", "to"), [("qwen2-tied", "legacy"), ("qwen3-yarn", "torch_dist"), ("llama3", "hf")])
+SERVED = [("qwen2-tied", "legacy"), ("qwen3-yarn", "torch_dist"), ("llama3", "hf"), ("qwen3", "deepspeed")]
+
+
+@pytest.mark.parametrize(("family", "to"), SERVED)
 def test_every_format_gives_transformers_tokens(family: str, to: str, make_config: MakeConfig, tmp_path: Path) -> None:
     source = save_family(family, tmp_path / "source")
-    checkpoint = find_checkpoint(source)
-    opened = open_source(checkpoint, checkpoint.model)
-    write_checkpoint(opened, checkpoint.model, CheckpointFormat(to), tmp_path / "copy", tensor_parallel=2)
+    if to == "deepspeed":
+        save_zero3(tmp_path / "copy", source)
+    else:
+        checkpoint = find_checkpoint(source)
+        opened = open_source(checkpoint, checkpoint.model)
+        write_checkpoint(opened, checkpoint.model, CheckpointFormat(to), tmp_path / "copy", tensor_parallel=2)
     log = Log()
     with log, LLM(make_config(model=tmp_path / "copy")) as llm:
         found = [completion.token_ids for completion in llm.generate(PROMPTS, GREEDY)]

@@ -180,6 +180,8 @@ def test_an_index_outside_the_pool_is_refused(backend: str) -> None:
     with pytest.raises(IndexError):
         store_kv(kv, kv.clone(), batch.pool, 0, int64(len(batch.pool) * 8))
     with pytest.raises(IndexError):
+        store_kv(kv, kv.clone(), batch.pool, LAYERS, int64(0))
+    with pytest.raises(IndexError):
         scatter_rblocks(torch.zeros(1, *batch.pool.shape[1:]), batch.pool, int64(len(batch.pool)))
 
 

@@ -61,6 +61,10 @@ def test_ops_declare_their_shapes_and_mutations_truly() -> None:
         (torch.ops.distkv.micro_attention_out.default, (*attention, torch.empty(3, 4, 8), torch.empty(3, 4))),
         (torch.ops.distkv.merge.default, (torch.randn(2, 3, 4, 8), torch.randn(2, 3, 4))),
         (torch.ops.distkv.store_kv.default, (kv, kv.clone(), pool, 0, int64(1, 2, 3))),
+        (
+            torch.ops.distkv.store_kv.default,
+            (kv, kv.clone(), pool, 0, int64(1, 2, 3), torch.randn(3, 4), torch.randn(3, 4)),
+        ),
         (torch.ops.distkv.apply_rope.default, (q, torch.randn(3, 4), torch.randn(3, 4))),
         (gather_rblocks, (pool, int64(1, 0))),
         (scatter_rblocks, (torch.randn(1, 2, 2, 2, 4, 8), pool, int64(2))),

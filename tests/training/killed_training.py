@@ -1,33 +1,54 @@
-"""Run by test_killed.py: one rank of training that kills itself, as by kill -9, in the middle of a save.
+"""Run by test_killed.py: training on one rank that kills itself, as by kill -9, in the middle of a save.
 
-usage: killed_training.py CONFIG OUTPUT RESUME SAVE OPERATION: at the OPERATION-th write to the disk (fsync, rename,
-replace, exchange) of its SAVE-th save; 0: never.
+Each line on stdin is a run, a JSON list of CONFIG, OUTPUT, RESUME, SAVE, OPERATION, PORT: killed at the OPERATION-th
+write to the disk (fsync, rename, replace, exchange) of its SAVE-th save; 0: never. Each run is a process forked from
+this one, which has imported everything; for each, a line on stdout says how it ended.
 """
 
 import json
 import os
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 warnings.filterwarnings("ignore")
 os.environ["DS_ACCELERATOR"] = "cpu"
+import torch._dynamo  # noqa: E402  # any optimizer imports it: here once, not in each run
+import torch.utils.tensorboard  # noqa: E402, F401
 
 from megatron_distkv.config.train import TrainConfig  # noqa: E402
 from megatron_distkv.training import checkpoint, train  # noqa: E402
 
 
-def main(config: str, output: str, resume: str, save: str, operation: str) -> None:
-    killer = Killer(int(save), int(operation))
+def main() -> None:
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            end(*json.loads(line))
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+def end(*arguments: Any) -> NoReturn:
+    try:
+        run(*arguments)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+def run(config: str, output: str, resume: bool, save: int, operation: int, port: int) -> None:
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    killer = Killer(save, operation)
     train.save_run = killer.counting_saves(train.save_run)  # type: ignore[attr-defined]
     for place, name in ((os, "fsync"), (os, "rename"), (os, "replace"), (checkpoint, "_exchange")):
         setattr(place, name, killer.counting(getattr(place, name)))
-    losses = train.Trainer(
-        TrainConfig.model_validate_json(Path(config).read_text()), Path(output), resume=resume == "1"
-    ).run()
+    losses = train.Trainer(TrainConfig.model_validate_json(Path(config).read_text()), Path(output), resume=resume).run()
     (Path(output) / "losses.json").write_text(json.dumps(losses))
     (Path(output) / "operations.json").write_text(json.dumps(killer.operations))
 
@@ -56,4 +77,4 @@ class Killer:
         return run
 
 
-main(*sys.argv[1:])
+main()

@@ -20,9 +20,9 @@ Weights = dict[str, torch.Tensor]
 SPLIT_DIM = {"linear_qkv": 0, "linear_proj": 1, "linear_fc1": 0, "linear_fc2": 1, "word_embeddings": 0, "output": 0}
 
 
-def whole_weights(output: Path, tensor_parallel: int) -> Weights:
+def whole_weights(output: Path, tensor_parallel: int, kind: str = "initial") -> Weights:
     """Megatron's names, tensors of all ranks together; linear_fc1 as [all gates; all ups]."""
-    parts = [torch.load(output / f"initial-{rank}.pt") for rank in range(tensor_parallel)]
+    parts = [torch.load(output / f"{kind}-{rank}.pt") for rank in range(tensor_parallel)]
     return {name: _join(name, [part[name] for part in parts]) for name in parts[0]}
 
 
@@ -53,12 +53,12 @@ def plain_llama(weights: Weights, model: ModelConfig) -> LlamaForCausalLM:
     }
     for layer in range(model.num_layers):
         mine = {k.removeprefix(f"decoder.layers.{layer}."): v for k, v in weights.items() if f".layers.{layer}." in k}
-        state.update({f"model.layers.{layer}.{k}": v for k, v in _layer(mine, model).items()})
+        state.update({f"model.layers.{layer}.{k}": v for k, v in llama_layer(mine, model).items()})
     llama.load_state_dict(state)
     return llama
 
 
-def _layer(mine: Weights, model: ModelConfig) -> Weights:
+def llama_layer(mine: Weights, model: ModelConfig) -> Weights:
     group = model.num_attention_heads // model.num_kv_heads
     qkv = mine["self_attention.linear_qkv.weight"].view(model.num_kv_heads, group + 2, model.head_dim, -1)
     q, k, v = (part.reshape(-1, model.hidden_size) for part in qkv.split([group, 1, 1], dim=1))

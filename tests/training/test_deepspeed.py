@@ -1,27 +1,29 @@
 """Training through the real deepspeed launcher: no layout and no ZeRO stage changes a loss, a resumed run none either.
 
-One launch trains everything that has so many ranks, one after the other: starting is what costs time.
+One launch trains everything, one after the other: starting is what costs time.
 """
 
+import itertools
 import json
 import math
+import os
+import subprocess
 import sys
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from megatron_distkv.launch.commands import deepspeed
-from megatron_distkv.launch.processes import Child
+from megatron_distkv.launch.commands import free_port
 
 from megatron_distkv.config.instance import InstanceConfig
 from megatron_distkv.config.train import TrainConfig
 from megatron_distkv.engine.llm import LLM
 from megatron_distkv.model import find_checkpoint
 from megatron_distkv.sampling_params import SamplingParams
-from tests.training.jobs import Job, Layout, launch
+from tests.training.jobs import Job, Layout, board_of, launch
+from tests.training.plain_attention import by_transformers, found_by_ranks
 from tests.training.plain_llama import PlainRun, passkey_steps, whole_weights
 
 STEPS, RESUMED_AT = 20, 10
@@ -33,8 +35,12 @@ TRAINED = {
     Layout(context=2): (0, 3),
     Layout(context=2, data=2): (1,),
     Layout(tensor=2, context=2): (2,),
+    Layout(tensor=2, data=2): (3,),
+    Layout(tensor=2, context=2, data=2): (1,),
 }
 LAYOUTS = list(TRAINED)
+assert set(LAYOUTS) == {Layout(*sizes) for sizes in itertools.product((1, 2), repeat=3)}
+TOLERANCES = {"fp32": 1e-5, "bf16": 1e-2}  # relative, of one attention layer
 # (of which run, how it goes on): the same layout first, then others, and every ZeRO stage from and to another
 RESUMED = [
     ((Layout(data=2), 1), (Layout(data=2), 1)),
@@ -62,8 +68,10 @@ VALUES: dict[str, Any] = {
 REFERENCE = TrainConfig.model_validate(VALUES)
 
 
+CURVE_STEPS = 50
 Trained = Callable[[Layout], list[Job]]
 Run = tuple[Layout, int]
+pytestmark = pytest.mark.timeout(600)  # the first test waits for all that is launched
 
 
 @pytest.fixture(scope="module")
@@ -73,23 +81,27 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(directory: Path) -> Trained:
-    """Every ZeRO stage of a layout, trained once; with two ranks also the runs that others went on with."""
-
-    @cache
-    def launched(num_ranks: int) -> None:
-        jobs = [job for layout in LAYOUTS if math.prod(layout) == num_ranks for job in jobs_of(layout)]
-        if num_ranks == 2:
-            jobs += [resumed_job(directory, *pair) for pair in RESUMED]
-        launch(jobs, directory)
+    """Every ZeRO stage of a layout; the runs that others went on with, and attention layers, lie beside."""
 
     def jobs_of(layout: Layout) -> list[Job]:
         return [Job(layout, stage, directory / f"{layout}-zero{stage}", VALUES) for stage in TRAINED[layout]]
 
-    def train(layout: Layout) -> list[Job]:
-        launched(math.prod(layout))
-        return jobs_of(layout)
+    jobs = [job for layout in LAYOUTS for job in jobs_of(layout)]
+    jobs += [resumed_job(directory, *pair) for pair in RESUMED]
+    jobs.append(curve_job(directory))
+    jobs += [attention_job(directory, layout, dtype) for layout in LAYOUTS for dtype in TOLERANCES]
+    launch(jobs, directory, deepspeed_ranks=2)
+    return jobs_of
 
-    return train
+
+def curve_job(directory: Path) -> Job:
+    values = {**VALUES, "steps": CURVE_STEPS, "save_every": 0, "evaluate_every": CURVE_STEPS}
+    return Job(Layout(context=2), 2, directory / "curve", values)
+
+
+def attention_job(directory: Path, layout: Layout, dtype: str) -> Job:
+    values = {**VALUES, "model": {**VALUES["model"], "dtype": dtype}}
+    return Job(layout, 1, directory / f"{layout}-{dtype}-layer", values, is_attention=True)
 
 
 def resumed_job(directory: Path, first: Run, then: Run) -> Job:
@@ -98,6 +110,21 @@ def resumed_job(directory: Path, first: Run, then: Run) -> Job:
     source = directory / f"{old}-zero{old_stage}" / f"iter_{RESUMED_AT:07d}"
     output = directory / f"{old}-zero{old_stage}-to-{new}-zero{new_stage}"
     return Job(new, new_stage, output, VALUES, source)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCES))
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_attention_over_ranks_is_a_single_processs(
+    layout: Layout, dtype: str, trained: Trained, directory: Path
+) -> None:
+    # Given an attention layer over packed documents, its rows, tokens and heads shared by the ranks
+    trained(layout)
+    job = attention_job(directory, layout, dtype)
+    model = TrainConfig.model_validate(job.as_json()["config"]).model
+    # Then what comes out, and every gradient, is that of transformers' layer in float64
+    found = found_by_ranks(job.output, model, math.prod(layout), layout.tensor)
+    for name, exact in by_transformers(job.output, model, layout.tensor).items():
+        assert float((found[name] - exact).norm() / exact.norm()) <= TOLERANCES[dtype], name
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -110,7 +137,19 @@ def test_losses_are_plain_torchs(layout: Layout, trained: Trained) -> None:
     assert min(plain.gradient_norms) < REFERENCE.optimizer.gradient_clipping < max(plain.gradient_norms)
     assert plain.losses[-1] < plain.losses[0] - 1
     for job in jobs:
-        assert job.seen()["losses"] == pytest.approx(plain.losses, abs=1e-4), f"ZeRO-{job.zero_stage}"
+        assert job.seen()["losses"] == pytest.approx(plain.losses, rel=1e-5), f"ZeRO-{job.zero_stage}"
+        # And its gradients' norms (ZeRO-0 tells none)
+        if job.zero_stage:
+            assert [line["gradient_norm"] for line in job.log()] == pytest.approx(plain.gradient_norms, rel=1e-5)
+
+
+def test_a_loss_curve_of_many_steps_is_plain_torchs(trained: Trained, directory: Path) -> None:
+    trained(Layout(context=2))
+    job = curve_job(directory)
+    config = TrainConfig.model_validate(job.values)
+    plain = PlainRun(whole_weights(job.output, 1), config, passkey_steps(config))
+    assert len(plain.losses) == CURVE_STEPS
+    assert job.seen()["losses"] == pytest.approx(plain.losses, abs=1e-4)
 
 
 def test_one_seed_draws_the_same_weights_on_every_layout(trained: Trained) -> None:
@@ -144,6 +183,10 @@ def test_the_log_has_every_step_once(trained: Trained, directory: Path) -> None:
             assert {"learning_rate", "gradient_norm", "tokens", "tokens_per_s", "mfu"} <= line.keys()
             assert ("recall" in line) == (line["step"] in (15, STEPS))
         assert (job.output / "loss.png").read_bytes()[1:4] == b"PNG"
+        # And TensorBoard shows what it says
+        for name, points in board_of(job.output).items():
+            assert points == [(line["step"], pytest.approx(line[name])) for line in job.log() if name in line]
+        assert {"loss", "recall", "mfu"} <= board_of(job.output).keys()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -171,8 +214,11 @@ def test_what_was_trained_is_what_is_served(layout: Layout, trained: Trained, tm
 def test_resuming_from_nothing_is_one_sentence(tmp_path: Path) -> None:
     config = tmp_path / "train.yaml"
     config.write_text(json.dumps(VALUES))
-    script = Path(sys.modules[deepspeed.__module__].__file__ or "").with_name("train.py")
-    command = [*deepspeed(1), str(script), "--config", str(config), "--output", str(tmp_path / "out"), "--resume"]
-    child = Child("training", command, tmp_path / "log", {"OMP_NUM_THREADS": "1"})
-    assert child.process.wait(timeout=200) != 0
-    assert "distkv train: nothing to resume from" in (tmp_path / "log").read_text()
+    script = Path(sys.modules[free_port.__module__].__file__ or "").with_name("train.py")
+    # Given what the launcher tells the only rank of a job
+    env = {**os.environ, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+           "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}  # fmt: skip
+    command = [sys.executable, str(script), "--config", str(config), "--output", str(tmp_path / "out"), "--resume"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 2
+    assert "distkv train: nothing to resume from" in done.stderr

@@ -1,32 +1,75 @@
-"""kill -9 in mid-save: the checkpoint before stays usable, and the run goes on from it to the same losses."""
+"""kill -9 in mid-save: the checkpoint before stays usable, and the run goes on from it to the same losses.
 
+And what a stranger has put into a checkpoint does not run when a run goes on from it.
+"""
+
+import io
 import json
 import os
+import pickle
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pytest
+import torch
 from megatron_distkv.launch.commands import free_port
 
 from megatron_distkv.config.train import TrainConfig
 from megatron_distkv.model import find_checkpoint
+from megatron_distkv.model.weights.safe_load import load_index
+from tests.model.test_damaged import Bomb
+from tests.training.jobs import board_of
 from tests.training.test_deepspeed import VALUES
 
 SCRIPT = Path(__file__).with_name("killed_training.py")
 STEPS = 10
 
 
-def train(config: Path, output: Path, *, resume: bool, save: int = 0, operation: int = 0) -> int:
-    env = {
-        **os.environ, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    arguments = [str(config), str(output), str(int(resume)), str(save), str(operation)]
-    command = [sys.executable, str(SCRIPT), *arguments]
-    done = subprocess.run(command, env=env, capture_output=True, timeout=200, check=False)
-    assert done.returncode in (0, -signal.SIGKILL), done.stderr.decode()[-3000:]
-    return done.returncode
+class Runs:
+    """Training runs of one configuration, each a process."""
+
+    def __init__(self, folder: Path) -> None:
+        self.log = folder / "log"
+        self._config = folder / "train.json"
+        values = {**VALUES, "steps": STEPS, "save_every": 2, "evaluate_every": 100, "zero_stage": 2}
+        self._config.write_text(TrainConfig.model_validate(values).model_dump_json())
+        with self.log.open("w") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, str(SCRIPT)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )  # fmt: skip
+
+    def run(self, output: Path, *, resume: bool, save: int = 0, operation: int = 0) -> int:
+        """To its end, or its death; returns the exit status."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        arguments = [str(self._config), str(output), resume, save, operation, free_port()]
+        self._process.stdin.write(json.dumps(arguments) + "\n")
+        self._process.stdin.flush()
+        return int(self._process.stdout.readline())
+
+    def close(self) -> None:
+        self._process.communicate(timeout=30)
+        assert self._process.returncode == 0
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+    started = Runs(tmp_path_factory.mktemp("runs"))
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="module")
+def whole(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nobody disturbed, and that saved every second step."""
+    output = tmp_path_factory.mktemp("whole")
+    assert runs.run(output, resume=False) == 0, runs.log.read_text()[-3000:]
+    return output
 
 
 def saved_steps(output: Path) -> tuple[int | None, list[int]]:
@@ -34,28 +77,59 @@ def saved_steps(output: Path) -> tuple[int | None, list[int]]:
     return find_checkpoint(output).step, sorted(int(path.name[5:]) for path in output.glob("iter_*"))
 
 
-def test_a_run_that_is_killed_in_mid_save_ends_as_one_that_was_not(tmp_path: Path) -> None:
-    # Given a run that saves every second step, and what each save does to the disk
-    values = {**VALUES, "steps": STEPS, "save_every": 2, "evaluate_every": 100, "zero_stage": 2}
-    config = tmp_path / "train.json"
-    config.write_text(TrainConfig.model_validate(values).model_dump_json())
-    assert train(config, tmp_path / "whole", resume=False) == 0
-    losses = json.loads((tmp_path / "whole" / "losses.json").read_text())
-    (operations,) = set(json.loads((tmp_path / "whole" / "operations.json").read_text()))
+def test_a_run_that_is_killed_in_mid_save_ends_as_one_that_was_not(runs: Runs, whole: Path, tmp_path: Path) -> None:
+    # Given what each save does to the disk
+    losses = json.loads((whole / "losses.json").read_text())
+    (operations,) = set(json.loads((whole / "operations.json").read_text()))
     assert len(losses) == STEPS
     assert operations > 10
-    # When it is killed while its second save writes tensors
+    # When a run is killed while its second save writes tensors
     output = tmp_path / "killed"
-    assert train(config, output, resume=False, save=2, operation=1) == -signal.SIGKILL
+    assert runs.run(output, resume=False, save=2, operation=1) == -signal.SIGKILL
     assert saved_steps(output) == (2, [2])
     # And when, gone on, it is killed as a save is about to be named the latest
-    assert train(config, output, resume=True, save=2, operation=operations - 1) == -signal.SIGKILL
+    assert runs.run(output, resume=True, save=2, operation=operations - 1) == -signal.SIGKILL
     assert saved_steps(output) == (4, [2, 4, 6])
     # Then it goes on from what is named, to the same end, to the last bit
-    assert train(config, output, resume=True) == 0
+    assert runs.run(output, resume=True) == 0
     assert json.loads((output / "losses.json").read_text()) == losses[4:]
     log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
     assert [line["loss"] for line in log] == losses
+    # And TensorBoard shows each step once, though some were taken twice
+    shown = board_of(output)
+    assert {"loss", "learning_rate", "gradient_norm", "tokens_per_s", "mfu"} <= shown.keys()
+    assert shown["loss"] == [(step, pytest.approx(loss)) for step, loss in enumerate(losses, 1)]
     # And nothing of the saves in between stays
     assert saved_steps(output) == (10, [8, 10])
     assert not (output / ".saving").exists()
+
+
+def hostile_index(directory: Path, bomb: Bomb) -> str:
+    index = load_index(directory / ".metadata")
+    index.planner_data = bomb
+    (directory / ".metadata").write_bytes(pickle.dumps(index))
+    return ".metadata is not loaded"
+
+
+def hostile_optimizer_state(directory: Path, bomb: Bomb) -> str:
+    index = load_index(directory / ".metadata")
+    key = next(key for key in index.storage_data if key.fqn.startswith("optimizer.state.exp_avg."))
+    place, piece = index.storage_data[key], io.BytesIO()
+    torch.save(bomb, piece)
+    file = directory / place.relative_path
+    place.offset, place.length = file.stat().st_size, len(piece.getvalue())
+    file.write_bytes(file.read_bytes() + piece.getvalue())
+    (directory / ".metadata").write_bytes(pickle.dumps(index))
+    return "cannot read the optimizer's exp_avg"
+
+
+@pytest.mark.parametrize("make_hostile", [hostile_index, hostile_optimizer_state])
+def test_a_hostile_checkpoint_is_not_gone_on_from(
+    make_hostile: Callable[[Path, Bomb], str], runs: Runs, whole: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(whole, output)
+    sentence = make_hostile(find_checkpoint(output).directory, Bomb(tmp_path / "mark"))
+    assert runs.run(output, resume=True) == 1
+    assert sentence in runs.log.read_text()
+    assert not (tmp_path / "mark").exists()

@@ -38,6 +38,17 @@ def test_a_device_computes_something() -> None:
     assert measure_peak_flops("fp32") > 1e6
 
 
+def test_the_progress_bar_says_how_fast_it_goes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for is_first in (True, False):
+        log = RunLog(tmp_path, 0, 1, is_first=is_first)
+        for step in log.steps():
+            log.write(step + 1, loss=1.23456, tokens_per_s=4321.0, mfu=0.375)
+        shown = capsys.readouterr().err
+        # Then the first rank shows it, and the others nothing
+        assert ("loss=1.235, tokens_per_s=4321, mfu=37.5%" in shown) == is_first
+        assert is_first or shown == ""
+
+
 def test_a_run_that_goes_on_forgets_what_it_will_do_again(tmp_path: Path) -> None:
     # Given a log up to step 4, its last line cut off by a crash
     log = RunLog(tmp_path, 0, 5, is_first=True)

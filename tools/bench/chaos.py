@@ -12,6 +12,8 @@ import sys
 import tempfile
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +61,13 @@ def run(args: argparse.Namespace, seed: int, scratch: Path) -> dict[str, Any]:
     model = save_llama(scratch / "model", vocab_size=272)
     longest = int(1.6 * NUM_RBLOCKS * RBLOCK_SIZE)
     asked = questions(rng, NUM_QUESTIONS, longest)
-    answers = reference_answers(asked, reference_config(model, scratch, RBLOCK_SIZE, longest))
     print(f"seed {seed}; {describe_machine()}", flush=True)
-    with LocalCluster(cluster_config(model, args.instances, args.lenders)) as cluster:
+    with ExitStack() as stack:
+        # Computed while the pool starts, which is mostly waiting for it.
+        beside = stack.enter_context(ThreadPoolExecutor(1))
+        reference = beside.submit(reference_answers, asked, reference_config(model, scratch, RBLOCK_SIZE, longest))
+        cluster = stack.enter_context(LocalCluster(cluster_config(model, args.instances, args.lenders)))
+        answers = reference.result()
         faults = Faults(cluster, rng)
         with Traffic(cluster.base_url, asked, answers, args.clients, seed) as traffic:
             inject(faults, rng, args.minutes * 60, args.mean_gap_s)

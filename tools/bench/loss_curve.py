@@ -32,7 +32,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         jobs = [Job(layout, stage, Path(folder) / f"{layout}-zero{stage}", values) for layout, stage in RUNS]
         start_s = time.monotonic()
-        launch(jobs, Path(folder))
+        launch(jobs, Path(folder), deepspeed_ranks=2)
         print(f"{len(jobs)} runs of {args.steps} steps on two ranks: {time.monotonic() - start_s:.0f} s")
         config = TrainConfig.model_validate(values)
         plain = PlainRun(whole_weights(jobs[0].output, 1), config, passkey_steps(config)).losses

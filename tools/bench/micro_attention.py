@@ -11,6 +11,7 @@ import json
 import statistics
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +19,9 @@ import torch
 import torch.nn.functional as F
 from megatron_distkv.kernels import cpu
 
+from megatron_distkv.attention.rotary import RotaryConfig, rotary_table
 from megatron_distkv.ops import (
+    apply_rope,
     backend_in_use,
     gather_rblocks,
     instruction_set,
@@ -28,7 +31,7 @@ from megatron_distkv.ops import (
 )
 from tools.bench.ceilings import Work, in_turn, matrix_product, median_ratio, read_probe
 from tools.bench.machine import describe_machine
-from tools.bench.rblock_sequence import LAYER, SIZE, Sequence, Shape, cache_bytes
+from tools.bench.rblock_sequence import LAYER, SIZE, Sequence, Shape, cache_bytes, pool_pages
 from tools.bench.wanted import attention_in_float64, check
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -137,13 +140,23 @@ def moves(threads: int, runs: int) -> Iterator[Figure]:
     if not torch.equal(case.pool[slots // SIZE, LAYER, :, 0, slots % SIZE], k):
         raise SystemExit("wrong answer: store_kv")
     pair, pair_copy = torch.stack([k, v]), torch.stack([k, v])
-    stores: dict[str, Work] = {
-        "ours": lambda: store_kv(k, v, case.pool, LAYER, slots),
-        "ceiling": lambda: pair_copy.copy_(pair),
+    angles = rotary_table(torch.arange(len(k)), RotaryConfig(), k.shape[2])
+    store_kv(k, v, case.pool, LAYER, slots, *angles)
+    if not torch.equal(case.pool[slots // SIZE, LAYER, :, 0, slots % SIZE], apply_rope(k, *angles)):
+        raise SystemExit("wrong answer: store_kv with RoPE")
+    copy = partial(pair_copy.copy_, pair)
+    stores: dict[str, dict[str, Work]] = {
+        "store_kv": {"ours": lambda: store_kv(k, v, case.pool, LAYER, slots), "ceiling": copy},
+        "store_kv with RoPE": {
+            "ours": lambda: store_kv(k, v, case.pool, LAYER, slots, *angles),
+            "ceiling": copy,
+            "apply_rope, then store_kv": lambda: store_kv(apply_rope(k, *angles), v, case.pool, LAYER, slots),
+        },
     }
-    yield figure(
-        f"store_kv of {len(slots)} tokens", threads, in_turn(stores, threads, runs), pair.nbytes * 2 / 1e9, "GB/s"
-    )
+    for name, works in stores.items():
+        # Angles are not counted: they are read once per token, and lie in the cache in a decode
+        times = in_turn(works, threads, runs)
+        yield figure(f"{name} of {len(slots)} tokens", threads, times, pair.nbytes * 2 / 1e9, "GB/s")
 
 
 def dispatch(threads: int, runs: int) -> Iterator[Figure]:
@@ -181,7 +194,7 @@ def figure(
 
 
 def device() -> str:
-    return f"CPU, {backend_in_use()} {instruction_set() or ''}".strip()
+    return f"CPU, {backend_in_use()} {instruction_set() or ''}".strip() + f", pools on {pool_pages()}"
 
 
 WORKS = {"decode": decode, "int8": int8, "prefill": prefill, "moves": moves, "dispatch": dispatch}
@@ -198,7 +211,7 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     if args.isa and not cpu.use_instruction_set(args.isa):
         parser.error(f"no instruction set {args.isa} here")
-    print(describe_machine())
+    print(f"{describe_machine()}; {device()}")
     figures = []
     for name, work in WORKS.items():
         if args.only in (None, name):

@@ -1,10 +1,12 @@
 """What the kernels are measured on: one long sequence whose rBlocks lie in random order in a large pool."""
 
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from megatron_distkv.kvcache.pool_memory import describe_pages, zeroed_pool
 from megatron_distkv.ops import micro_attention, micro_attention_int8, quantize_rblocks
 
 LAYERS, LAYER, SIZE, SEED = 2, 1, 64, 0
@@ -26,7 +28,7 @@ class Sequence:
         count = num_keys // SIZE
         dims = (LAYERS, shape.kv_heads, 2, SIZE, shape.head_dim)
         each = torch.Size(dims).numel() * shape.dtype.itemsize
-        self.pool = torch.randn(max(count, pool_bytes // each), *dims, dtype=shape.dtype)
+        self.pool = zeroed_pool((max(count, pool_bytes // each), *dims), shape.dtype).normal_()
         self.ids = torch.randperm(len(self.pool))[:count].contiguous()
         self.starts = torch.arange(count) * SIZE
         self.q = torch.randn(num_queries, shape.kv_heads * shape.group, shape.head_dim).to(shape.dtype)
@@ -48,8 +50,12 @@ class Sequence:
 
     def int8_pool(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The pool's rBlocks and their scales; some at a time, for memory."""
-        pieces = [quantize_rblocks(some) for some in self.pool.split(64)]
-        pool, k_scales, v_scales = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+        pool, scales = zeroed_pool(tuple(self.pool.shape), torch.int8), []
+        for some, quantized in zip(self.pool.split(64), pool.split(64), strict=True):
+            numbers, *of_some = quantize_rblocks(some)
+            quantized.copy_(numbers)
+            scales.append(of_some)
+        k_scales, v_scales = (torch.cat(parts) for parts in zip(*scales, strict=True))
         return pool, k_scales, v_scales
 
     def dense_kv(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,6 +63,12 @@ class Sequence:
         kv = self.pool[self.ids, LAYER]
         k, v = (kv[:, :, part].transpose(0, 1).flatten(1, 2)[None].contiguous() for part in (0, 1))
         return k, v
+
+
+@cache
+def pool_pages() -> str:
+    """What pages a full pool of this size lies on, asked afterwards."""
+    return describe_pages(zeroed_pool((4 * cache_bytes(),), torch.uint8).fill_(1))
 
 
 def cache_bytes() -> int:

@@ -1,0 +1,127 @@
+"""One request on its way from an instance that leaves to its successor: what of it is where."""
+
+import time
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from megatron_distkv.engine.receipt import receipt
+from megatron_distkv.kvcache.block_table import BlockTable
+from megatron_distkv.ledger import InstanceRecord
+from megatron_distkv.messages import AdoptHeader, InheritedSpan
+from megatron_distkv.rblock import HOST, LocalSpan, Span
+from megatron_distkv.request import Request, RequestStatus
+from megatron_distkv.rmanager import Move
+
+
+class RBlockHere(NamedTuple):
+    """An rBlock of the one that leaves: its physical id in the pool or in host memory."""
+
+    block_id: int
+    is_in_host: bool
+
+
+@dataclass
+class Passage:
+    """The request's rBlocks -> physical ids at the successor: `there` they have been copied to, `planned` they are now.
+
+    `block_ids`: what the successor has room for.
+    """
+
+    request: Request
+    successor: InstanceRecord
+    adoption_id: str
+    block_ids: list[int] = field(default_factory=list)
+    there: dict[int, int] = field(default_factory=dict)
+    planned: dict[int, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._setbacks = self._count_setbacks()
+
+    @property
+    def goes_on(self) -> bool:
+        """The request has neither ended nor lost anything since its passage began."""
+        is_running = self.request.status in (RequestStatus.RUNNING, RequestStatus.LEAVING)
+        return is_running and self._count_setbacks() == self._setbacks
+
+    def _count_setbacks(self) -> tuple[int, int]:
+        return self.request.num_preemptions, self.request.num_recomputed_tokens
+
+    # ------------------------------------------------------------------ copying
+
+    def left(self, table: BlockTable, rblocks: Sequence[range]) -> dict[int, RBlockHere]:
+        """Which of these rBlocks are here and not at the successor yet."""
+        left: dict[int, RBlockHere] = {}
+        for span in table.spans:
+            if not isinstance(span, LocalSpan) and span.creditor != HOST:
+                continue
+            for rblock, block_id in enumerate(span.block_ids, start=span.first):
+                if rblock not in self.there and any(rblock in some for some in rblocks):
+                    left[rblock] = RBlockHere(block_id, not isinstance(span, LocalSpan))
+        return left
+
+    def plan(self, chosen: Mapping[int, RBlockHere]) -> list[Move]:
+        """This step copies the chosen ones."""
+        taken = set(self.there.values())
+        free = [block_id for block_id in self.block_ids if block_id not in taken]
+        self.planned = dict(zip(chosen, free, strict=False))
+        return [*self._copies(chosen, from_host=False), *self._copies(chosen, from_host=True)]
+
+    def _copies(self, chosen: Mapping[int, RBlockHere], *, from_host: bool) -> list[Move]:
+        rblocks = [rblock for rblock, here in chosen.items() if here.is_in_host == from_host]
+        if not rblocks:
+            return []
+        local_ids = [chosen[rblock].block_id for rblock in rblocks]
+        remote_ids = [self.planned[rblock] for rblock in rblocks]
+        to, request_id = self.successor, self.request.request_id
+        return [Move(request_id, to.instance, to.address, self.adoption_id, local_ids, remote_ids, from_host)]
+
+    def arrive(self) -> None:
+        """The step has done what was planned for it."""
+        self.there.update(self.planned)
+        self.planned = {}
+
+    # ------------------------------------------------------------------ telling the successor
+
+    def describe(self, table: BlockTable, addresses: Mapping[str, str]) -> AdoptHeader:
+        """All of the request that is not tokens. `addresses`: by loan, where its creditor is."""
+        request = self.request
+        held = {rblock for span in table.spans for rblock in _rblocks(span)}
+        return AdoptHeader(
+            self.adoption_id,
+            len(request.prompt_token_ids),
+            len(request.output_token_ids),
+            request.num_computed_tokens,
+            [(lost.start, lost.stop) for lost in request.lost_ranges],
+            request.sampling_seed,
+            time.monotonic() - request.arrival_s,
+            receipt(request),
+            {rblock: block_id for rblock, block_id in self.there.items() if rblock in held},
+            self._elsewhere(table, addresses),
+        )
+
+    def _elsewhere(self, table: BlockTable, addresses: Mapping[str, str]) -> list[InheritedSpan]:
+        """Spans with creditors, less what has been copied before it went there."""
+        return [
+            InheritedSpan(first, block_ids, span.creditor, addresses[span.loan_id], span.loan_id)
+            for span in table.remote_spans()
+            if span.creditor != HOST
+            for first, block_ids in _runs(span, without=self.there)
+        ]
+
+
+def _rblocks(span: Span) -> range:
+    return range(span.first, span.first + len(span.block_ids))
+
+
+def _runs(span: Span, without: Container[int]) -> list[tuple[int, list[int]]]:
+    """The parts of a span that remain: first rBlock, physical ids."""
+    runs: list[tuple[int, list[int]]] = []
+    for rblock, block_id in zip(_rblocks(span), span.block_ids, strict=True):
+        if rblock in without:
+            continue
+        if runs and runs[-1][0] + len(runs[-1][1]) == rblock:
+            runs[-1][1].append(block_id)
+        else:
+            runs.append((rblock, [block_id]))
+    return runs

@@ -1,0 +1,70 @@
+"""Everything that crosses a process border, as msgspec structs (MessagePack on the wire), a file for each walk.
+
+gateway <-> instance: `requests`. rManager <-> rManager, over a transport channel: one header type per `MessageKind`,
+in `loans`, `queries` and `adoptions`. `decode` refuses what does not fit its type: a peer's bytes are checked there.
+"""
+
+from megatron_distkv.messages.adoptions import AdoptHeader, InheritedSpan, InheritHeader, PrepareHeader
+from megatron_distkv.messages.kinds import Acknowledge, MessageKind, Refusal
+from megatron_distkv.messages.loans import (
+    FetchHeader,
+    GrantHeader,
+    LendHeader,
+    LendReply,
+    ReleaseHeader,
+    RevokeHeader,
+    StoreHeader,
+)
+from megatron_distkv.messages.queries import QueryHeader, QueryShare, Scoring
+from megatron_distkv.messages.receipt import RequestKV
+from megatron_distkv.messages.requests import (
+    AbortRequest,
+    DrainInstance,
+    FromInstance,
+    HandedOver,
+    InstanceStatus,
+    NewRequest,
+    RequestRefused,
+    StatusQuery,
+    ToInstance,
+    TokenLogprobs,
+    TokenOutput,
+)
+from megatron_distkv.messages.wire import BlockId, Count, Positive, Serial, decode
+
+__all__ = [
+    "AbortRequest",
+    "Acknowledge",
+    "AdoptHeader",
+    "BlockId",
+    "Count",
+    "DrainInstance",
+    "FetchHeader",
+    "FromInstance",
+    "GrantHeader",
+    "HandedOver",
+    "InheritHeader",
+    "InheritedSpan",
+    "InstanceStatus",
+    "LendHeader",
+    "LendReply",
+    "MessageKind",
+    "NewRequest",
+    "Positive",
+    "PrepareHeader",
+    "QueryHeader",
+    "QueryShare",
+    "Refusal",
+    "ReleaseHeader",
+    "RequestKV",
+    "RequestRefused",
+    "RevokeHeader",
+    "Scoring",
+    "Serial",
+    "StatusQuery",
+    "StoreHeader",
+    "ToInstance",
+    "TokenLogprobs",
+    "TokenOutput",
+    "decode",
+]
