@@ -15,6 +15,8 @@ from megatron_distkv.errors import UserError
 
 _PR_SET_PDEATHSIG = 1
 START_TIMEOUT_S = 10.0
+# A server that has not ended on SIGTERM by then is killed.
+STOP_TIMEOUT_S = 5.0
 
 
 def find_server_binary() -> Path | None:
@@ -91,7 +93,11 @@ class EmbeddedServer:
         """End the server and remove its directory. Safe to call twice."""
         if self._process is not None:
             self._process.terminate()
-            self._process.wait()
+            try:
+                self._process.wait(STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:  # it hangs, or is stopped (SIGSTOP)
+                self._process.kill()
+                self._process.wait()
             self._process = None
         shutil.rmtree(self._directory, ignore_errors=True)
 

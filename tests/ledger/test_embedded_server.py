@@ -9,7 +9,7 @@ import time
 import pytest
 
 from megatron_distkv.errors import LedgerUnavailable, UserError
-from megatron_distkv.ledger import open_ledger
+from megatron_distkv.ledger import embedded_server, open_ledger
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
 from megatron_distkv.ledger.redis_ledger import RedisLedger
 from megatron_distkv.rblock import InstanceId
@@ -51,6 +51,18 @@ def test_the_server_dies_with_a_killed_parent() -> None:
     # Then the server ends too
     assert wait_until(lambda: not is_running(int(pid)))
     subprocess.run(["rm", "-rf", directory], check=True)
+
+
+def test_a_server_that_hangs_is_stopped_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Given a server that cannot end on SIGTERM
+    monkeypatch.setattr(embedded_server, "STOP_TIMEOUT_S", 0.1)
+    server = EmbeddedServer().start()
+    pid = server.pid
+    os.kill(pid, signal.SIGSTOP)
+
+    # When it is to stop / Then it does
+    server.stop()
+    assert not is_running(pid)
 
 
 def test_stop_leaves_no_process_and_no_directory() -> None:

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace, seed: int, scratch: Path) -> dict[str, Any]:
         with Traffic(cluster.base_url, asked, answers, args.clients, seed) as traffic:
             inject(faults, rng, args.minutes * 60, args.mean_gap_s)
             cluster.wait_for([*cluster.instance_ids, *cluster.lender_ids, "gmanager"])
-        leaks = unsettled(cluster)
+        leaks = faults.crashed + unsettled(cluster)
     return {
         "requests": traffic.tally.requests,
         "lost": sum(traffic.tally.lost.values()),

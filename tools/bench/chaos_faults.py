@@ -46,7 +46,9 @@ class Faults:
     rng: random.Random
     counts: Counter[str] = field(default_factory=Counter)
     _repairs: list[Repair] = field(default_factory=list)
+    crashed: list[str] = field(default_factory=list)  # parts that served and ended though nothing was done to them
     _broken: set[str] = field(default_factory=set)
+    _ended: set[str] = field(default_factory=set)  # parts that were killed or sent away and have not come back yet
     _drains: "list[subprocess.Popen[bytes]]" = field(default_factory=list)
 
     def break_something(self) -> None:
@@ -66,7 +68,14 @@ class Faults:
                 self._broken.discard(repair.part)
         if LEDGER not in self._broken:
             for name in set(self.cluster.dead_parts()) - self._broken:
-                self.cluster.restart(name)  # it could not start while the ledger was away, or has left
+                self._bring_back(name)
+
+    def _bring_back(self, name: str) -> None:
+        child = self.cluster.child(name)
+        if name not in self._ended and child.ready_line() is not None:
+            self.crashed.append(f"{name} ended by itself: {child.error_line()}")
+        self._ended.discard(name)
+        self.cluster.restart(name)  # it has ended, or could not start while the ledger was away
 
     def finish(self) -> None:
         """Repair all, and wait for those that leave."""
@@ -135,12 +144,10 @@ class Faults:
             self.counts["FLUSHALL of the ledger"] += 1
 
     def _kill_gmanager(self) -> None:
-        if GMANAGER not in self._broken:
-            self._kill("the gManager", GMANAGER)
+        self._kill("the gManager", self._pick([GMANAGER]))
 
     def _hang_gmanager(self) -> None:
-        if GMANAGER not in self._broken:
-            self._hang("the gManager", GMANAGER)
+        self._hang("the gManager", self._pick([GMANAGER]))
 
     # ------------------------------------------------------------------ inside
 
@@ -154,11 +161,16 @@ class Faults:
 
     def _whole(self, names: list[str]) -> list[str]:
         """Those that serve: one that is started again may take a while on a busy machine."""
-        return [x for x in names if x not in self._broken and self.cluster.child(x).ready_line() is not None]
+        return [x for x in names if x not in self._broken and self._serves(x)]
+
+    def _serves(self, name: str) -> bool:
+        child = self.cluster.child(name)
+        return child.is_running and child.ready_line() is not None
 
     def _kill(self, what: str, name: str | None) -> None:
         if name is not None:
             self.cluster.kill(name)
+            self._ended.add(name)
             self._note(f"kill -9 of {what}", name, self.rng.uniform(0.2, 4.0), lambda: None)
 
     def _hang(self, what: str, name: str | None) -> None:
@@ -182,4 +194,6 @@ class Faults:
     ) -> None:  # fmt: skip
         self.counts[kind] += 1
         self._broken.add(part)
+        if leaving is not None:
+            self._ended.add(part)
         self._repairs.append(Repair(part, time.monotonic() + repair_after_s, carry_out, leaving))
