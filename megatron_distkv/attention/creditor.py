@@ -8,6 +8,7 @@ import torch
 
 from megatron_distkv import metrics
 from megatron_distkv.attention.debtor import wire_dtype
+from megatron_distkv.attention.fixed_leaves import FixedIndex, index_in_fixed_order
 from megatron_distkv.attention.head_share import HeadShare, attend_heads
 from megatron_distkv.attention.loan_table import Access, LoanTable
 from megatron_distkv.attention.shares import ShareIndex, index_shares, measure_query_us
@@ -24,7 +25,7 @@ from megatron_distkv.messages import (
     StoreHeader,
     decode,
 )
-from megatron_distkv.ops import gather_rblocks, readable, scatter_rblocks
+from megatron_distkv.ops import Int8RBlocks, gather_rblocks, readable, scatter_rblocks
 from megatron_distkv.transport import Answer, Hello, Request, TensorSpec, read_tensors
 
 logger = get_logger(__name__)
@@ -37,7 +38,7 @@ class _PreparedQuery:
     step: int
     shares: list[QueryShare]
     version: int  # of the loan table when it was checked
-    index: ShareIndex
+    index: ShareIndex | FixedIndex
 
 
 class Creditor:
@@ -70,8 +71,8 @@ class Creditor:
         self._num_query_heads = num_query_heads
         self._model_dtype = model_dtype
         self._scale = scale
-        # By the nonce of a channel's hello, and by how scores are made.
-        self._prepared: dict[bytes, dict[Scoring, _PreparedQuery]] = {}
+        # By the nonce of a channel's hello, by how scores are made and which part of the question it is.
+        self._prepared: dict[bytes, dict[tuple[Scoring, int], _PreparedQuery]] = {}
         self._lock = threading.Lock()
 
     def warm_up(self) -> float:
@@ -99,9 +100,8 @@ class Creditor:
             out, lse = attend_heads(q_THD, self._kv, header.layer, prepared.index, self._scale, heads)
         if self._loans.version != prepared.version and not self._may_query(hello, prepared.shares):
             return _acknowledge(Refusal.UNKNOWN_LOAN)  # a loan ended while we computed: the rBlocks may be another's
-        return Answer(
-            msgspec.msgpack.encode(Acknowledge(None, held_back_s)), [out.to(wire_dtype(self._model_dtype)), lse]
-        )
+        dtype = torch.float32 if header.num_partials else wire_dtype(self._model_dtype)
+        return Answer(msgspec.msgpack.encode(Acknowledge(None, held_back_s)), [out.to(dtype), lse])
 
     def store(self, hello: Hello, request: Request) -> Answer:
         """Take in migrated rBlocks (contract: messages.StoreHeader)."""
@@ -145,20 +145,28 @@ class Creditor:
         return heads
 
     def _prepare(self, hello: Hello, header: QueryHeader) -> _PreparedQuery | Refusal:
-        scoring = header.scoring
+        asked = (header.scoring, header.part)
         with self._lock:
-            of_step = {way: x for way, x in self._prepared.get(hello.nonce, {}).items() if x.step == header.step}
+            of_step = {key: x for key, x in self._prepared.get(hello.nonce, {}).items() if x.step == header.step}
         if header.shares is None:
-            return of_step.get(scoring, Refusal.UNKNOWN_LOAN)
-        if scoring not in of_step and len(of_step) >= self._pool.shape[1]:
-            raise DistkvError(f"{len(of_step) + 1} ways of scoring in {self._pool.shape[1]} layers")
+            return of_step.get(asked, Refusal.UNKNOWN_LOAN)
+        ways = {scoring for scoring, _ in (*of_step, asked)}
+        if len(ways) > self._pool.shape[1]:
+            raise DistkvError(f"{len(ways)} ways of scoring in {self._pool.shape[1]} layers")
         version = self._loans.version
         if not self._may_query(hello, header.shares):
             return Refusal.UNKNOWN_LOAN
-        prepared = _PreparedQuery(header.step, header.shares, version, index_shares(header.shares, scoring))
+        prepared = _PreparedQuery(header.step, header.shares, version, self._index(header, header.shares))
         with self._lock:
-            self._prepared[hello.nonce] = {**of_step, scoring: prepared}
+            self._prepared[hello.nonce] = {**of_step, asked: prepared}
         return prepared
+
+    def _index(self, header: QueryHeader, shares: list[QueryShare]) -> ShareIndex | FixedIndex:
+        if header.num_partials == 0:
+            return index_shares(shares, header.scoring)
+        if isinstance(self._kv, Int8RBlocks):
+            raise DistkvError("attention in fixed order does not know rBlocks in int8")
+        return index_in_fixed_order(shares, header.scoring, self._pool.shape[4], header.num_partials)
 
     def _may_query(self, hello: Hello, shares: list[QueryShare]) -> bool:
         loans, debtor = self._loans, hello.instance_id

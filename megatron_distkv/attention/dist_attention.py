@@ -91,6 +91,9 @@ class DistAttention(torch.nn.Module):
         if self.rotary.rotated_dims(self.head_dim):
             angles = metadata.rotary_table(self.rotary, self.head_dim)
             q_THD = apply_rope(q_THD, *angles)
+        if context.fixed is not None:
+            store_kv(k_TKD, v_TKD, context.pool_BLK2ND, self.layer, metadata.slot_mapping_T, *angles)
+            return context.fixed.attend(q_THD, context.pool_BLK2ND, self.layer, self.scale, self.scoring)
         if debtor is not None:
             debtor.ask(self.layer, q_THD, self.scoring)
         out_THD, lse_TH = self._here(q_THD, k_TKD, v_TKD, angles, context)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from megatron_distkv.attention.fixed_leaves import FixedIndex
 from megatron_distkv.attention.shares import KV, ShareIndex, attend_shares
 from megatron_distkv.ops import Int8RBlocks
 
@@ -34,7 +35,7 @@ class HeadShare(NamedTuple):
 
 
 def attend_heads(
-    q_THD: torch.Tensor, kv: KV, layer: int, index: ShareIndex, scale: float, kv_heads: slice
+    q_THD: torch.Tensor, kv: KV, layer: int, index: ShareIndex | FixedIndex, scale: float, kv_heads: slice
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`attend_shares` of the query heads of `kv_heads` alone.
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from megatron_distkv.attention.fixed_leaves import Leaves
 from megatron_distkv.attention.metadata import RemoteShare
 from megatron_distkv.attention.partial import Partial
 from megatron_distkv.attention.shares import ORDINARY, ShareIndex, attend_shares, index_shares, measure_query_us
@@ -50,6 +51,18 @@ class HostMemory:
         q_RHD = q_THD[rows_R].to(self._pool.device)
         out, lse = attend_shares(q_RHD, self._kv, layer, index, self._scale)
         return [Partial(rows_R, out.to(q_THD.device), lse.to(q_THD.device))]
+
+    def attend(
+        self,
+        leaves: Leaves,
+        q_THD: torch.Tensor,
+        layer: int,
+        scoring: Scoring,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+    ) -> None:
+        """In fixed order, into `out` and `lse`."""
+        leaves.attend(q_THD, self._pool, layer, self._scale, scoring, out, lse)
 
     def _seen_by(self, scoring: Scoring) -> tuple[torch.Tensor, ShareIndex] | None:
         share = None if self._share is None else self._share.within(scoring.window)

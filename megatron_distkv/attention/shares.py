@@ -6,6 +6,7 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 
+from megatron_distkv.attention.fixed_leaves import FixedIndex
 from megatron_distkv.errors import DistkvError
 from megatron_distkv.messages import QueryShare, Scoring
 from megatron_distkv.ops import Int8RBlocks, micro_attention, micro_attention_int8, readable
@@ -60,10 +61,13 @@ def attend_shares(
     q_THD: torch.Tensor,
     kv: KV,
     layer: int,
-    index: ShareIndex,
+    index: ShareIndex | FixedIndex,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Out `[T, H, D]` and lse `[T, H]`, fp32, where the pool lies. `scale` is the ordinary one."""
+    if isinstance(index, FixedIndex):  # T is then the number of partials
+        assert not isinstance(kv, Int8RBlocks)  # refused before there is such an index
+        return index.attend(q_THD, kv, layer, scale)
     scoring = index.scoring
     args = (
         layer, index.block_ids_M, index.block_starts_M, index.cu_blocks, index.cu_queries, index.positions_T,

@@ -91,7 +91,7 @@ class Verification:
 
     def verified(self, asker: Asker, question: Question, partial: Partial) -> Partial:
         """The partial, good for longer than the mailbox; raises PeerWrong when it cannot be true, PeerLost."""
-        self._check_numbers(question, partial)
+        self.check_numbers(question.creditor, question.q_RHD, partial.out_RHD, partial.lse_RH)
         if not self._one_in or random.randrange(self._one_in):
             return partial
         partial = partial._replace(out_RHD=partial.out_RHD.clone())
@@ -101,12 +101,12 @@ class Verification:
             raise self._alarm(question.creditor, Wrong.PARTIAL, f"it answers layer {question.layer} wrongly")
         return partial
 
-    def _check_numbers(self, question: Question, partial: Partial) -> None:
+    def check_numbers(self, creditor: str, q_RHD: torch.Tensor, out_RHD: torch.Tensor, lse_RH: torch.Tensor) -> None:
         """Every query has keys there, so even an LSE of -inf is no answer, unless we sent such things ourselves."""
-        if partial.out_RHD.isfinite().all() and partial.lse_RH.isfinite().all():
+        if out_RHD.isfinite().all() and lse_RH.isfinite().all():
             return
-        if question.creditor not in self._got_no_numbers and question.q_RHD.isfinite().all():
-            raise self._alarm(question.creditor, Wrong.PARTIAL, "it answers with NaN or infinity")
+        if creditor not in self._got_no_numbers and q_RHD.isfinite().all():
+            raise self._alarm(creditor, Wrong.PARTIAL, "it answers with NaN or infinity")
 
     def _compute(self, asker: Asker, question: Question) -> tuple[torch.Tensor, torch.Tensor]:
         outs, lses, first = [], [], 0

@@ -25,6 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--verify", type=int, metavar="N", help="compute one in N remote partials again, and compare")
     parser.add_argument(
+        "--deterministic",
+        action="store_true",
+        default=None,
+        help="the same bits wherever rBlocks lie and whatever is in the batch",
+    )
+    parser.add_argument(
         "--ledger", metavar="URL", help=f"redis://, rediss:// or unix:// of the ledger server; else {default_ledger()}"
     )
     parser.add_argument(
@@ -46,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
 def _config(args: argparse.Namespace) -> InstanceConfig:
     values = load_config(InstanceConfig, args.config).model_dump() if args.config else {}
     top = {"model": args.model, "instance_id": args.instance_id, "run_dir": args.run_dir,
-           "tensor_parallel": args.tensor_parallel}  # fmt: skip
+           "tensor_parallel": args.tensor_parallel, "deterministic": args.deterministic}  # fmt: skip
     values.update({key: value for key, value in top.items() if value is not None})
     values.setdefault("run_dir", Path(tempfile.gettempdir()) / "distkv")
     values.setdefault("ledger", {"url": default_ledger()})

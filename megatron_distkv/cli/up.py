@@ -30,6 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lenders", type=int, help="memory-only lenders beside the instances")
     parser.add_argument("--lender-rblocks", type=int, help="rBlocks that each lender lends")
     parser.add_argument("--verify", type=int, metavar="N", help="compute one in N remote partials again, and compare")
+    parser.add_argument(
+        "--deterministic",
+        action="store_true",
+        default=None,
+        help="the same bits wherever rBlocks lie and whatever is in the batch",
+    )
     parser.add_argument("--ledger", metavar="URL", help="ledger server; embedded:// starts one")
     parser.add_argument("--port", type=int, help="port of the gateway; 0 takes a free one")
     parser.add_argument("--launcher", choices=("deepspeed", "python"), help="how an instance is started")
@@ -64,7 +70,8 @@ def _found(cluster: LocalCluster) -> str:
 
 def _config(args: argparse.Namespace) -> ClusterConfig:
     values: dict[str, Any] = load_config(ClusterConfig, args.config).model_dump() if args.config else {}
-    for key in ("model", "instances", "tensor_parallel", "lenders", "lender_rblocks", "port", "launcher"):
+    top = ("model", "instances", "tensor_parallel", "deterministic", "lenders", "lender_rblocks", "port", "launcher")
+    for key in top:
         if getattr(args, key) is not None:
             values[key] = getattr(args, key)
     cache = {"num_rblocks": args.num_rblocks, "num_host_rblocks": args.num_host_rblocks, "dtype": args.kv_cache_dtype}

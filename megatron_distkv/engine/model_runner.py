@@ -6,6 +6,7 @@ import torch
 
 from megatron_distkv.attention import (
     Debtor,
+    FixedAttention,
     ForwardContext,
     OpenRBlocks,
     StepShare,
@@ -43,9 +44,11 @@ class ModelRunner:
         debtor: Debtor,
         verification: Verification,
         share: StepShare,
+        fixed: FixedAttention | None = None,
         open_rblocks: OpenRBlocks | None = None,
     ) -> None:
-        """`open_rblocks`: of a pool in int8."""
+        """`fixed`: attention in fixed order, instead of the debtor's. `open_rblocks`: of a pool in int8."""
+        self._fixed = fixed
         self._open_rblocks = open_rblocks
         self._share = share
         self._gpt = gpt
@@ -69,8 +72,10 @@ class ModelRunner:
         if self._open_rblocks is not None:
             self._open_rblocks.begin_step(plan.slices)
         self._debtor.begin_step(plan.step, {name: r for name, r in metadata.remote.items() if name not in lost})
+        if self._fixed is not None:
+            self._fixed.begin_step(plan.step, plan.slices)
         debtor = self._debtor if metadata.remote else None
-        context = ForwardContext(metadata, self._pool.tensor_BLK2ND, debtor, self._open_rblocks)
+        context = ForwardContext(metadata, self._pool.tensor_BLK2ND, debtor, self._fixed, self._open_rblocks)
         with forward_context(context), self._share.own_work():
             logits_RV = self._gpt(torch.tensor(plan.token_ids), torch.tensor(plan.logit_rows, dtype=torch.int64))
         return StepResult(

@@ -9,6 +9,7 @@ from megatron_distkv.attention import (
     Creditor,
     Deadlines,
     Debtor,
+    FixedAttention,
     HostMemory,
     LoanTable,
     OpenRBlocks,
@@ -19,12 +20,12 @@ from megatron_distkv.config.instance import InstanceConfig, KVCacheConfig
 from megatron_distkv.config.model import ModelConfig
 from megatron_distkv.engine.doors import tls_of
 from megatron_distkv.engine.model_runner import ModelRunner
-from megatron_distkv.errors import UserError
+from megatron_distkv.errors import ConfigError, UserError
 from megatron_distkv.kvcache.open_slots import OpenSlots
 from megatron_distkv.kvcache.rblock_shape import RBlockShape
 from megatron_distkv.ledger import HOST_QUERY_US, QUERY_US
 from megatron_distkv.log import get_logger
-from megatron_distkv.model import GPT, TensorParallel, build_gpt, find_checkpoint, load_weights
+from megatron_distkv.model import GPT, TensorParallel, build_gpt, find_checkpoint, load_weights, tile_rows
 from megatron_distkv.rblock import InstanceId
 from megatron_distkv.rmanager import Identity, MailboxSizes, Migration, Peers
 from megatron_distkv.transport import TensorSpec, read_secret
@@ -34,6 +35,8 @@ logger = get_logger(__name__)
 STORE_MESSAGE_BYTES = 8 << 20
 # Room for a message's header: the physical ids of a hundred thousand rBlocks.
 HEADER_BYTES = 512 << 10
+# In fixed order a token has several partials: fewer messages than by the tokens of a step alone.
+LEAST_FIXED_ANSWERS = 512
 
 
 @dataclass
@@ -58,6 +61,8 @@ def build_rank(config: InstanceConfig, parallel: TensorParallel) -> Rank:
     model = checkpoint.model if config.dtype is None else checkpoint.model.model_copy(update={"dtype": config.dtype})
     module = build_gpt(model, parallel)
     load_weights(module, checkpoint, model)
+    if config.deterministic:
+        _make_deterministic(module, model)
     shape = rblock_shape(model, config.kv_cache, parallel.size)
     pool, dtype, num_query_heads = (
         shape.rank_pool(config.kv_cache.num_rblocks),
@@ -67,7 +72,7 @@ def build_rank(config: InstanceConfig, parallel: TensorParallel) -> Rank:
     if parallel.is_leader:
         logger.info("KV cache: %s", _in_words(shape, config))
     per_message = min(config.lending.max_moved_rblocks_per_step, max(1, STORE_MESSAGE_BYTES // pool.rblock_bytes))
-    sizes = _mailbox_sizes(config.scheduler.max_batched_tokens, num_query_heads, model.head_dim, dtype)
+    sizes = _mailbox_sizes(_mailbox_tokens(config), num_query_heads, model.head_dim, dtype)
     moved_bytes = HEADER_BYTES + per_message * pool.rblock_bytes
     sizes = MailboxSizes(max(sizes.request_bytes, moved_bytes), max(sizes.reply_bytes, moved_bytes))
     identity = Identity(InstanceId(config.instance_id))
@@ -84,14 +89,17 @@ def build_rank(config: InstanceConfig, parallel: TensorParallel) -> Rank:
     verification = Verification(config.lending.verify_one_in, rblock, scale, per_message, deadline_s, model.head_dim)
     deadlines = Deadlines(config.lending.min_deadline_s, deadline_s, peers.is_alive)
     share = StepShare(config.lending.max_step_share)
+    debtor = Debtor(peers, deadline_s, host, verification, deadlines)
+    most_answers = _mailbox_tokens(config)
     runner = ModelRunner(
         GPT(module, model),
         pool,
         peers,
         Migration(tensor, peers, per_message, deadline_s, host, verification),
-        Debtor(peers, deadline_s, host, verification, deadlines),
+        debtor,
         verification,
         share,
+        FixedAttention(debtor, pool.rblock_size, most_answers) if config.deterministic else None,
         _open_rblocks(config, shape, tensor),
     )
     creditor = Creditor(
@@ -149,6 +157,17 @@ def num_own_open_slots(config: InstanceConfig) -> int | None:
 def _open_rblocks(config: InstanceConfig, shape: RBlockShape, pool_BLKX: torch.Tensor) -> OpenRBlocks | None:
     num_slots = OpenSlots(num_own_open_slots(config)).num_slots
     return OpenRBlocks(pool_BLKX, shape.open_pool(num_slots).tensor_BLK2ND) if num_slots else None
+
+
+def _make_deterministic(module: torch.nn.Module, model: ModelConfig) -> None:
+    if model.mixture is not None:
+        raise ConfigError("deterministic does not cover mixtures of experts yet: their products mix a batch's tokens")
+    tile_rows(module)
+
+
+def _mailbox_tokens(config: InstanceConfig) -> int:
+    """Tokens of one question, or, in fixed order, partials of one answer."""
+    return max(config.scheduler.max_batched_tokens, LEAST_FIXED_ANSWERS if config.deterministic else 0)
 
 
 def _mailbox_sizes(max_tokens: int, num_heads: int, head_dim: int, dtype: torch.dtype) -> MailboxSizes:

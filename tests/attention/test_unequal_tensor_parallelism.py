@@ -11,7 +11,7 @@ import torch
 from megatron_distkv.attention import Creditor, Debtor, HeadShare, LoanTable, RemoteShare
 from megatron_distkv.errors import PeerLost
 from megatron_distkv.kvcache.rblock_shape import RBlockShape
-from megatron_distkv.messages import Acknowledge, FetchHeader, MessageKind, QueryShare, StoreHeader
+from megatron_distkv.messages import Acknowledge, FetchHeader, MessageKind, QueryHeader, QueryShare, StoreHeader
 from megatron_distkv.ops import pack_rblocks
 from megatron_distkv.rblock import InstanceId
 from megatron_distkv.rmanager import Identity, MailboxSizes, Peers
@@ -197,3 +197,33 @@ def test_common_heads_are_what_both_hold() -> None:
                 common = mine.common_with(HeadShare(other, theirs_of, K))
                 found += [mine.heads[i] for i in range(common.start, common.stop)]
             assert found == list(mine.heads)
+
+
+def test_in_fixed_order_no_bit_depends_on_the_ranks(start: Start) -> None:
+    # Given KV at creditors of one, two and three ranks
+    torch.manual_seed(0)
+    kv_MLK2ND, q_THD = torch.randn(len(IDS), L, K, 2, N, D), torch.randn(5, H, D)
+    share = QueryShare(["loan"], IDS, 5, [i * N for i in range(3)], 3 * N)
+    found = []
+    for debtors, creditors in ((1, 1), (2, 1), (1, 2), (2, 3)):
+        creditor = start(creditors)
+        whole = torch.full((3 * 5, H, D), float("nan"))
+        for rank in range(debtors):
+            mine, heads = peers(rank, debtors), heads_of(rank, debtors, H)
+            data = kv_MLK2ND[:, :, heads_of(rank, debtors, K)].contiguous()
+            header = msgspec.msgpack.encode(StoreHeader("loan", IDS))
+            mine.reach("c", creditor.address).call(MessageKind.STORE, header, [data], deadline_s=5)
+
+            # When each rank of a debtor asks for partials in fixed order
+            debtor = Debtor(mine, deadline_s=5)
+            debtor.begin_step(1, {"c": RemoteShare(torch.arange(5), [share])})
+            assert debtor.post("c", QueryHeader(1, 1, [share], num_partials=15), q_THD[:, heads])
+            answer = debtor.partials_of("c", q_THD[:, heads], (15, H // debtors, D))
+            assert answer is not None
+            whole[:, heads] = answer[0]
+            mine.close()
+        creditor.close()
+        found.append(whole)
+
+    # Then they are the same, whoever has which heads
+    assert all(torch.equal(whole, found[0]) for whole in found)
