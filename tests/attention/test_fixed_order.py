@@ -51,7 +51,7 @@ class World:
         self.channels: dict[str, Channel] = {}
         for name, lender in self.lenders.items():
             self.pools[name] = torch.zeros(128, L, K, 2, N, D, dtype=dtype)
-            lender.creditor._pool = self.pools[name]
+            lender.creditor._pool = lender.creditor._kv = self.pools[name]
             lender.loans.grant("loan", "me", list(range(128)))
             stack.callback(lender.listener.close)
             self.channels[name] = lender.channel()
