@@ -14,7 +14,6 @@ from megatron_distkv.ops import available_backends, use_backend
 INSTRUCTION_SETS = ("avx512bf16", "avx512", "avx2", "baseline")
 SERVED_BY_LIBRARIES = (
     "test_full_rblocks",
-    "test_every_rblock_size",
     "test_every_head_size",
     "test_large_scores",
     "test_nothing_is_written",
