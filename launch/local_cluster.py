@@ -138,6 +138,7 @@ class LocalCluster:
             model=config.model.resolve(),
             run_dir=self.run_dir,
             dtype=config.dtype,
+            deterministic=config.deterministic,
             tensor_parallel=config.tensor_parallel,
             threads=config.threads,
             kv_cache=config.kv_cache,

@@ -50,6 +50,11 @@ class RemoteSpan(msgspec.Struct, frozen=True, tag="remote"):
 Span: TypeAlias = LocalSpan | RemoteSpan
 
 
+def int8_head_bytes(rblock_size: int, head_dim: int) -> int:
+    """Of one KV head of one layer of an rBlock in int8: K and V `[2, N, D]`, fp32 scales of K `[D]` and of V `[N]`."""
+    return 2 * rblock_size * head_dim + 4 * (head_dim + rblock_size)
+
+
 def num_rblocks_for(num_tokens: int, rblock_size: int) -> int:
     """How many rBlocks hold `num_tokens` tokens."""
     return -(-num_tokens // rblock_size)

@@ -2,6 +2,7 @@
 
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -46,6 +47,7 @@ class Request:
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: FinishReason | None = None
     sampling_seed: int = field(default_factory=lambda: random.getrandbits(63))
+    kv_dtype: str = ""
     num_preemptions: int = 0
     num_recomputed_tokens: int = 0
     num_tokens_at_losses: int = 0  # what starting over at each loss would have computed again
@@ -130,9 +132,7 @@ class Request:
         for gone in lost:
             kept = [piece for have in kept for piece in _without(have, gone)]
         self.num_computed_tokens = kept[-1].stop if kept else 0
-        edges = [0, *(edge for piece in kept for edge in (piece.start, piece.stop))]
-        gaps = zip(edges[0::2], edges[1::2], strict=False)
-        self.lost_ranges = [range(start, end) for start, end in gaps if start < end]
+        self.lost_ranges = gaps_before(kept)
         self.num_recomputed_tokens += num_before - sum(len(piece) for piece in kept)
 
     def start_over(self) -> None:
@@ -144,6 +144,13 @@ class Request:
     def finish(self, reason: FinishReason) -> None:
         self.status = RequestStatus.FINISHED
         self.finish_reason = reason
+
+
+def gaps_before(pieces: Sequence[range]) -> list[range]:
+    """What lies before and between pieces that are in order and apart."""
+    edges = [0, *(edge for piece in pieces for edge in (piece.start, piece.stop))]
+    gaps = zip(edges[0::2], edges[1::2], strict=False)
+    return [range(start, end) for start, end in gaps if start < end]
 
 
 def _without(have: range, lost: range) -> list[range]:

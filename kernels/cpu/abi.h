@@ -1,6 +1,7 @@
 // The plain C interface of the CPU kernels: what kernels/cpu/library.py loads with ctypes. No torch, no exceptions.
 //
-// Strides are in elements; the last dimension of every tensor is contiguous. Pools are [B, L, K, 2, N, D], contiguous.
+// Strides are in elements; the last dimension of every tensor is contiguous. Pools are [B, L, K, 2, N, D], contiguous;
+// attention also takes them with gaps after each head's [2, N, D]: its rBlocks, layers and heads lie at even distances.
 #pragma once
 
 #include <cstdint>
@@ -33,7 +34,9 @@ struct DistkvAttention {
   const void* q;
   int64_t q_token_stride, q_head_stride;
   const void* pool;
+  int64_t head_stride;               // from one KV head of the pool to the next: 2 N D where there are no gaps
   const float *k_scales, *v_scales;  // of int8 pools: [B, L, K, D] and [B, L, K, N]
+  int64_t k_scales_stride, v_scales_stride;  // from those of one KV head to the next
   const int64_t *block_ids, *block_starts, *cu_blocks, *cu_queries, *positions;
   float *out, *lse;
 };

@@ -12,7 +12,7 @@ from weakref import ref
 
 import torch
 
-from .library import DTYPES, KV_DTYPES, Attention, check, check_indices, library
+from .library import DTYPES, KV_DTYPES, Attention, check, check_indices, head_stride, library
 
 Results = tuple[torch.Tensor, torch.Tensor]  # out and lse
 Scales = tuple[torch.Tensor, torch.Tensor] | None  # of int8 K and V
@@ -134,8 +134,8 @@ def _check_inputs(inputs: Inputs) -> None:
         raise ValueError("the scale is not a number")
     if positions_T.shape[0] != q_THD.shape[0] or block_starts_M.shape[0] != block_ids_M.shape[0]:
         raise ValueError("as many positions as queries and as many starts as rBlocks are needed")
-    if not pool_BLK2ND.is_contiguous() or pool_BLK2ND.shape[-1] != q_THD.shape[-1]:
-        raise ValueError("the pool must be contiguous and have the queries' head size")
+    if pool_BLK2ND.shape[-1] != q_THD.shape[-1]:
+        raise ValueError("the pool must have the queries' head size")
     if any(limit is not None and limit <= 0 for limit in options[2:]):
         raise ValueError("a window or a soft cap must be positive")
     if scales is not None:
@@ -146,8 +146,8 @@ def _check_inputs(inputs: Inputs) -> None:
 def _check_scales(pool_BLK2ND: torch.Tensor, k_scales_BLKD: torch.Tensor, v_scales_BLKN: torch.Tensor) -> None:
     *heads, _, rblock_size, head_dim = pool_BLK2ND.shape
     for scales, width in ((k_scales_BLKD, head_dim), (v_scales_BLKN, rblock_size)):
-        if scales.shape != (*heads, width) or scales.dtype is not torch.float32 or not scales.is_contiguous():
-            raise ValueError("scales must be contiguous fp32 tensors: K's per channel, V's per token, of every rBlock")
+        if scales.shape != (*heads, width) or scales.dtype is not torch.float32:
+            raise ValueError("scales must be fp32 tensors: K's per channel, V's per token, of every rBlock")
 
 
 def _arguments(inputs: Inputs) -> Attention:
@@ -163,9 +163,12 @@ def _arguments(inputs: Inputs) -> Attention:
         causal=causal, scale=scale, soft_cap=soft_cap or 0.0, window=window or 0,
         num_tokens=num_tokens, num_sequences=len(cu_queries) - 1, num_listed=len(block_ids_M), num_blocks=num_blocks,
         q_token_stride=q_THD.stride(0), q_head_stride=q_THD.stride(1), pool=pool_BLK2ND.data_ptr(),
+        head_stride=head_stride(pool_BLK2ND),
         block_ids=block_ids_M.data_ptr(), block_starts=block_starts_M.data_ptr(), cu_blocks=cu_blocks.data_ptr(),
         cu_queries=cu_queries.data_ptr(), positions=positions_T.data_ptr(),
         k_scales=scales and scales[0].data_ptr(), v_scales=scales and scales[1].data_ptr(),
+        k_scales_stride=head_stride(scales[0]) if scales else 0,
+        v_scales_stride=head_stride(scales[1]) if scales else 0,
     )  # fmt: skip
 
 

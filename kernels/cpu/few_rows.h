@@ -27,7 +27,7 @@ struct FewRows {
   const bool waits_for_memory = rows <= 4 && (X::IS_PAIRS || sizeof(Element) == 4);
   const int64_t padded = round_up(a.head_dim, X::CHUNK);
   const int64_t slab = (int64_t)a.rblock_size * a.head_dim;           // elements of one head's K, or V
-  const int64_t stretch = (item.head_end - item.head_begin) * 2 * slab;  // what of an rBlock this item reads
+  const int64_t stretch = (item.head_end - item.head_begin) * a.head_stride;  // what of an rBlock this item reads
   float *acc, *tops, *sums, *scores, *shrinks;
   typename X::Query* queries;
   typename X::Weight* weights;
@@ -98,7 +98,7 @@ struct FewRows {
     for (int64_t h = 0; first < most && h < item.head_end - item.head_begin; ++h) {
       if constexpr (X::IS_INT8) take_scales(b, h);
       for (int64_t from = first; from < most; from += CHUNK_TOKENS) {
-        const int64_t n = smaller(CHUNK_TOKENS, most - from), place = h * 2 * slab + from * a.head_dim;
+        const int64_t n = smaller(CHUNK_TOKENS, most - from), place = h * a.head_stride + from * a.head_dim;
         over_chunk(h, base + place, n, from, seen, ahead_of(b, base, place), ahead_of(b, base, place + slab));
       }
     }
@@ -108,10 +108,10 @@ struct FewRows {
   // are prefetched: they lie elsewhere than what they scale.
   void take_scales(int64_t b, int64_t h) {
     const int64_t head = item.head_begin + h, next = a.block_ids[b + 1 < item.block_end ? b + 1 : b];
-    fetch_all(scales_of(a, a.k_scales, next, head, a.head_dim), a.head_dim);
-    fetch_all(scales_of(a, a.v_scales, next, head, a.rblock_size), a.rblock_size);
-    const float* k_scales = scales_of(a, a.k_scales, a.block_ids[b], head, a.head_dim);
-    v_scales = scales_of(a, a.v_scales, a.block_ids[b], head, a.rblock_size);
+    fetch_all(scales_of(a, a.k_scales, next, head, a.k_scales_stride), a.head_dim);
+    fetch_all(scales_of(a, a.v_scales, next, head, a.v_scales_stride), a.rblock_size);
+    const float* k_scales = scales_of(a, a.k_scales, a.block_ids[b], head, a.k_scales_stride);
+    v_scales = scales_of(a, a.v_scales, a.block_ids[b], head, a.v_scales_stride);
     const float* q = (const float*)queries + h * held * padded;
 #if defined(__AVX512VNNI__)
     if constexpr (X::IS_DOTS) return pack_queries(q, k_scales);

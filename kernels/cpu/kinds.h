@@ -101,12 +101,12 @@ struct Pairs {
 
 // Where one KV head of one layer of rBlock `id` starts, in elements.
 inline int64_t slab_offset(const DistkvAttention& a, int64_t id, int64_t head) {
-  return ((id * a.num_layers + a.layer) * a.kv_heads + head) * 2 * a.rblock_size * a.head_dim;
+  return ((id * a.num_layers + a.layer) * a.kv_heads + head) * a.head_stride;
 }
 
-// Where the scales of one KV head of one layer of rBlock `id` start; each `width` numbers.
-inline const float* scales_of(const DistkvAttention& a, const float* scales, int64_t id, int64_t head, int64_t width) {
-  return scales + ((id * a.num_layers + a.layer) * a.kv_heads + head) * width;
+// Where the scales of one KV head of one layer of rBlock `id` start.
+inline const float* scales_of(const DistkvAttention& a, const float* scales, int64_t id, int64_t head, int64_t stride) {
+  return scales + ((id * a.num_layers + a.layer) * a.kv_heads + head) * stride;
 }
 
 // Which of some neighbouring keys a query sees: [begin, end), with begin <= end.

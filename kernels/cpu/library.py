@@ -31,7 +31,11 @@ class Attention(Structure):
         ("num_tokens num_sequences num_listed num_blocks", c_int64),
         ("q", c_void_p),
         ("q_token_stride q_head_stride", c_int64),
-        ("pool k_scales v_scales block_ids block_starts cu_blocks cu_queries positions out lse", c_void_p),
+        ("pool", c_void_p),
+        ("head_stride", c_int64),
+        ("k_scales v_scales", c_void_p),
+        ("k_scales_stride v_scales_stride", c_int64),
+        ("block_ids block_starts cu_blocks cu_queries positions out lse", c_void_p),
     )
 
 
@@ -88,6 +92,23 @@ def check_indices(*tensors: torch.Tensor) -> None:
     for tensor in tensors:
         if tensor.dtype is not torch.int64 or not tensor.is_contiguous():
             raise ValueError("indices must be contiguous int64 tensors")
+
+
+def head_stride(x_BLKX: torch.Tensor) -> int:
+    """Elements from one head `[...]` of `[B, L, K, ...]` to the next, with the gap between them, if there is one.
+
+    Raises ValueError where they do not lie at even distances, or are not contiguous themselves.
+    """
+    width = x_BLKX[0, 0, 0].numel()
+    if x_BLKX.is_contiguous():
+        return width
+    try:
+        heads = x_BLKX.view(-1, *x_BLKX.shape[3:])
+    except RuntimeError:
+        raise ValueError("heads of a pool, and their scales, must lie at even distances") from None
+    if not heads[0].is_contiguous():
+        raise ValueError("heads of a pool, and their scales, must be contiguous")
+    return heads.stride(0) if len(heads) > 1 else width
 
 
 library = load_library()

@@ -133,8 +133,8 @@ struct ManyRows {
   void over_block(int64_t h, int64_t b) {
     const Element* k = (const Element*)a.pool + slab_offset(a, a.block_ids[b], h);
     if (sizeof(Element) == 1) {
-      k_scales = scales_of(a, a.k_scales, a.block_ids[b], h, a.head_dim);
-      rblock_v_scales = scales_of(a, a.v_scales, a.block_ids[b], h, a.rblock_size);
+      k_scales = scales_of(a, a.k_scales, a.block_ids[b], h, a.k_scales_stride);
+      rblock_v_scales = scales_of(a, a.v_scales, a.block_ids[b], h, a.v_scales_stride);
     }
     for (int64_t from = 0; from < a.rblock_size; from += CHUNK_TOKENS) {
       const int64_t n = smaller(CHUNK_TOKENS, a.rblock_size - from);

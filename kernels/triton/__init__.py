@@ -179,8 +179,8 @@ def _checked_partial(
 
 
 def _check(q_THD: torch.Tensor, pool_BLK2ND: torch.Tensor, *indices: torch.Tensor) -> None:
-    if not pool_BLK2ND.is_contiguous() or pool_BLK2ND.shape[-1] != q_THD.shape[-1]:
-        raise ValueError("the pool must be contiguous and have the queries' head size")
+    if not pool_BLK2ND[0, 0, 0].is_contiguous() or pool_BLK2ND.shape[-1] != q_THD.shape[-1]:
+        raise ValueError("the pool's heads must be contiguous and have the queries' head size")
     if q_THD.shape[1] % pool_BLK2ND.shape[2]:
         raise ValueError(f"{q_THD.shape[1]} query heads are no multiple of {pool_BLK2ND.shape[2]} KV heads")
     if any(index.dtype != torch.int64 or not index.is_contiguous() for index in indices):

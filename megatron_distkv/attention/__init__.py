@@ -5,11 +5,13 @@ from megatron_distkv.attention.creditor import Creditor
 from megatron_distkv.attention.deadlines import Deadlines
 from megatron_distkv.attention.debtor import Debtor
 from megatron_distkv.attention.dist_attention import DistAttention
+from megatron_distkv.attention.fixed_attention import FixedAttention
 from megatron_distkv.attention.forward_context import ForwardContext, forward_context
 from megatron_distkv.attention.head_share import HeadShare
 from megatron_distkv.attention.host_memory import HostMemory
 from megatron_distkv.attention.loan_table import LoanTable
 from megatron_distkv.attention.metadata import AttentionMetadata, RemoteShare, SequenceSlice, build_metadata
+from megatron_distkv.attention.open_rblocks import NewKeys, OpenRBlocks, OpenSlice
 from megatron_distkv.attention.partial import Partial, merge_partials
 from megatron_distkv.attention.rotary import RotaryConfig
 from megatron_distkv.attention.shard_order import ShardOrder
@@ -24,11 +26,15 @@ __all__ = [
     "Deadlines",
     "Debtor",
     "DistAttention",
+    "FixedAttention",
     "ForwardContext",
     "HeadShare",
     "HostMemory",
     "Line",
     "LoanTable",
+    "NewKeys",
+    "OpenRBlocks",
+    "OpenSlice",
     "Part",
     "Partial",
     "RemoteShare",

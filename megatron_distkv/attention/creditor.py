@@ -8,6 +8,7 @@ import torch
 
 from megatron_distkv import metrics
 from megatron_distkv.attention.debtor import wire_dtype
+from megatron_distkv.attention.fixed_leaves import FixedIndex, index_in_fixed_order
 from megatron_distkv.attention.head_share import HeadShare, attend_heads
 from megatron_distkv.attention.loan_table import Access, LoanTable
 from megatron_distkv.attention.shares import ShareIndex, index_shares, measure_query_us
@@ -24,7 +25,7 @@ from megatron_distkv.messages import (
     StoreHeader,
     decode,
 )
-from megatron_distkv.ops import gather_rblocks, scatter_rblocks
+from megatron_distkv.ops import Int8RBlocks, gather_rblocks, readable, scatter_rblocks
 from megatron_distkv.transport import Answer, Hello, Request, TensorSpec, read_tensors
 
 logger = get_logger(__name__)
@@ -37,7 +38,7 @@ class _PreparedQuery:
     step: int
     shares: list[QueryShare]
     version: int  # of the loan table when it was checked
-    index: ShareIndex
+    index: ShareIndex | FixedIndex
 
 
 class Creditor:
@@ -54,18 +55,24 @@ class Creditor:
         *,
         rank: int = 0,
         num_ranks: int = 1,
+        head_dim: int | None = None,
     ) -> None:
-        """`pool_BLK2ND` holds the heads of rank `rank` of `num_ranks`. Debtors may be cut otherwise."""
+        """`pool_BLK2ND` holds the heads of rank `rank` of `num_ranks`. Debtors may be cut otherwise.
+
+        `head_dim`: needed of a pool in int8 (ops.int8_kv), which does not tell.
+        """
         self._holds = HeadShare(rank, num_ranks, pool_BLK2ND.shape[2] * num_ranks)
         self._group = num_query_heads // pool_BLK2ND.shape[2]
         self._share = share or StepShare()
         self._pool = pool_BLK2ND
+        self._head_dim = head_dim or pool_BLK2ND.shape[-1]
+        self._kv = readable(pool_BLK2ND, self._head_dim)
         self._loans = loan_table
         self._num_query_heads = num_query_heads
         self._model_dtype = model_dtype
         self._scale = scale
-        # By the nonce of a channel's hello, and by how scores are made.
-        self._prepared: dict[bytes, dict[Scoring, _PreparedQuery]] = {}
+        # By the nonce of a channel's hello, by how scores are made and which part of the question it is.
+        self._prepared: dict[bytes, dict[tuple[Scoring, int], _PreparedQuery]] = {}
         self._lock = threading.Lock()
 
     def warm_up(self) -> float:
@@ -76,7 +83,7 @@ class Creditor:
         """
         zero = torch.zeros(1, dtype=torch.int64)
         scatter_rblocks(gather_rblocks(self._pool, zero), self._pool, zero)
-        return measure_query_us(self._pool, self._num_query_heads, self._model_dtype, self._scale)
+        return measure_query_us(self._pool, self._num_query_heads, self._head_dim, self._model_dtype, self._scale)
 
     def query(self, hello: Hello, request: Request) -> Answer:
         """MicroAttention of one layer over the debtor's rBlocks here (contract: messages.QueryHeader)."""
@@ -87,15 +94,14 @@ class Creditor:
         if isinstance(prepared, Refusal):
             return _acknowledge(prepared)
         heads = self._heads_of(hello)
-        shape = (prepared.index.num_rows, (heads.stop - heads.start) * self._group, self._pool.shape[-1])
+        shape = (prepared.index.num_rows, (heads.stop - heads.start) * self._group, self._head_dim)
         (q_THD,) = read_tensors(request.payload, [TensorSpec(shape, self._model_dtype)])
         with self._share.turn() as held_back_s:
-            out, lse = attend_heads(q_THD, self._pool, header.layer, prepared.index, self._scale, heads)
+            out, lse = attend_heads(q_THD, self._kv, header.layer, prepared.index, self._scale, heads)
         if self._loans.version != prepared.version and not self._may_query(hello, prepared.shares):
             return _acknowledge(Refusal.UNKNOWN_LOAN)  # a loan ended while we computed: the rBlocks may be another's
-        return Answer(
-            msgspec.msgpack.encode(Acknowledge(None, held_back_s)), [out.to(wire_dtype(self._model_dtype)), lse]
-        )
+        dtype = torch.float32 if header.num_partials else wire_dtype(self._model_dtype)
+        return Answer(msgspec.msgpack.encode(Acknowledge(None, held_back_s)), [out.to(dtype), lse])
 
     def store(self, hello: Hello, request: Request) -> Answer:
         """Take in migrated rBlocks (contract: messages.StoreHeader)."""
@@ -139,20 +145,28 @@ class Creditor:
         return heads
 
     def _prepare(self, hello: Hello, header: QueryHeader) -> _PreparedQuery | Refusal:
-        scoring = header.scoring
+        asked = (header.scoring, header.part)
         with self._lock:
-            of_step = {way: x for way, x in self._prepared.get(hello.nonce, {}).items() if x.step == header.step}
+            of_step = {key: x for key, x in self._prepared.get(hello.nonce, {}).items() if x.step == header.step}
         if header.shares is None:
-            return of_step.get(scoring, Refusal.UNKNOWN_LOAN)
-        if scoring not in of_step and len(of_step) >= self._pool.shape[1]:
-            raise DistkvError(f"{len(of_step) + 1} ways of scoring in {self._pool.shape[1]} layers")
+            return of_step.get(asked, Refusal.UNKNOWN_LOAN)
+        ways = {scoring for scoring, _ in (*of_step, asked)}
+        if len(ways) > self._pool.shape[1]:
+            raise DistkvError(f"{len(ways)} ways of scoring in {self._pool.shape[1]} layers")
         version = self._loans.version
         if not self._may_query(hello, header.shares):
             return Refusal.UNKNOWN_LOAN
-        prepared = _PreparedQuery(header.step, header.shares, version, index_shares(header.shares, scoring))
+        prepared = _PreparedQuery(header.step, header.shares, version, self._index(header, header.shares))
         with self._lock:
-            self._prepared[hello.nonce] = {**of_step, scoring: prepared}
+            self._prepared[hello.nonce] = {**of_step, asked: prepared}
         return prepared
+
+    def _index(self, header: QueryHeader, shares: list[QueryShare]) -> ShareIndex | FixedIndex:
+        if header.num_partials == 0:
+            return index_shares(shares, header.scoring)
+        if isinstance(self._kv, Int8RBlocks):
+            raise DistkvError("attention in fixed order does not know rBlocks in int8")
+        return index_in_fixed_order(shares, header.scoring, self._pool.shape[4], header.num_partials)
 
     def _may_query(self, hello: Hello, shares: list[QueryShare]) -> bool:
         loans, debtor = self._loans, hello.instance_id

@@ -66,6 +66,13 @@ class Debtor:
         self.waited_s = 0.0  # for answers, in this step
         self.held_back_s: dict[str, float] = {}  # by creditor: of that, because it has work of its own
 
+    @property
+    def host_memory(self) -> HostMemory:
+        """Raises ValueError where there is none."""
+        if self._host is None:
+            raise ValueError("rBlocks in host memory that this instance has not")
+        return self._host
+
     def begin_step(self, step: int, remote: dict[str, RemoteShare]) -> None:
         self._step = step
         self._remote = {creditor: share for creditor, share in remote.items() if creditor != HOST}
@@ -84,17 +91,21 @@ class Debtor:
         self._dtype = wire_dtype(q_THD.dtype)
         tells = self._told.setdefault(scoring, layer) == layer
         for creditor, remote in self._within(scoring.window).items():
-            if creditor in self.lost:
-                continue
             header = QueryHeader(self._step, layer, remote.shares if tells else None, scoring)
-            try:
-                channel = self._channels[creditor]
-                channel.post(MessageKind.QUERY, msgspec.msgpack.encode(header), [q_THD[remote.rows_R]])
+            if self.post(creditor, header, q_THD[remote.rows_R]):
                 self._posted.append(creditor)
-            except KeyError:
-                self.lost[creditor] = "no channel"
-            except DistkvError as error:
-                self._note_lost(creditor, error)
+
+    def post(self, creditor: str, header: QueryHeader, q_RHD: torch.Tensor) -> bool:
+        """False: it is lost."""
+        if creditor in self.lost or creditor not in self._remote:
+            return False
+        try:
+            self._channels[creditor].post(MessageKind.QUERY, msgspec.msgpack.encode(header), [q_RHD])
+        except KeyError:
+            self.lost[creditor] = "no channel"
+        except DistkvError as error:
+            self._note_lost(creditor, error)
+        return creditor not in self.lost
 
     def _within(self, window: int | None) -> dict[str, RemoteShare]:
         if window not in self._seen:
@@ -112,12 +123,30 @@ class Debtor:
                 self._note_lost(creditor, error)
         return partials
 
-    def _answer(self, creditor: str) -> Partial:
+    def partials_of(
+        self, creditor: str, q_RHD: torch.Tensor, shape: tuple[int, ...]
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """In fixed order: out of this shape and lse, good until the next question; None: the creditor is lost."""
+        try:
+            specs = [TensorSpec(shape, torch.float32), TensorSpec(shape[:2], torch.float32)]
+            out, lse = read_tensors(self._accepted(creditor).payload, specs)
+            if self._verification is not None:
+                self._verification.check_numbers(creditor, q_RHD, out, lse.masked_fill(lse == float("-inf"), 0.0))
+            return out, lse
+        except DistkvError as error:
+            self._note_lost(creditor, error)
+            return None
+
+    def _accepted(self, creditor: str) -> Reply:
         reply = self._wait(creditor)
         done = decode(reply.header, Acknowledge)
         if done.refusal is not None:
             raise PeerLost(creditor, f"refused a query: {done.refusal.value}")
         self.held_back_s[creditor] = self.held_back_s.get(creditor, 0.0) + done.held_back_s
+        return reply
+
+    def _answer(self, creditor: str) -> Partial:
+        reply = self._accepted(creditor)
         layer, q_THD, scoring = self._asked
         rows_R, shares = self._within(scoring.window)[creditor].rows_R, self._within(scoring.window)[creditor].shares
         num_heads, head_dim = self._heads

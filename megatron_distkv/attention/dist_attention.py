@@ -8,6 +8,7 @@ import torch
 from megatron_distkv.attention.context_parallel import ContextShard, context_attention
 from megatron_distkv.attention.dense import dense_attention
 from megatron_distkv.attention.forward_context import ForwardContext, current_context
+from megatron_distkv.attention.open_rblocks import NewKeys
 from megatron_distkv.attention.partial import merge_partials
 from megatron_distkv.attention.rotary import RotaryConfig, RotaryTable, rotary_table, sequence_table
 from megatron_distkv.errors import ConfigError
@@ -84,15 +85,34 @@ class DistAttention(torch.nn.Module):
     def _paged(
         self, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, context: ForwardContext
     ) -> torch.Tensor:
-        """Store the new tokens, ask every creditor, compute what lies here meanwhile, merge."""
-        metadata, pool, debtor = context.metadata, context.pool_BLK2ND, context.debtor
+        """Ask every creditor, store the new tokens and compute what lies here meanwhile, merge."""
+        metadata, debtor = context.metadata, context.debtor
         angles: RotaryTable | tuple[()] = ()
         if self.rotary.rotated_dims(self.head_dim):
             angles = metadata.rotary_table(self.rotary, self.head_dim)
             q_THD = apply_rope(q_THD, *angles)
-        store_kv(k_TKD, v_TKD, pool, self.layer, metadata.slot_mapping_T, *angles)
+        if context.fixed is not None:
+            store_kv(k_TKD, v_TKD, context.pool_BLK2ND, self.layer, metadata.slot_mapping_T, *angles)
+            return context.fixed.attend(q_THD, context.pool_BLK2ND, self.layer, self.scale, self.scoring)
         if debtor is not None:
             debtor.ask(self.layer, q_THD, self.scoring)
+        out_THD, lse_TH = self._here(q_THD, k_TKD, v_TKD, angles, context)
+        return out_THD if debtor is None else merge_partials(out_THD, lse_TH, debtor.answers())
+
+    def _here(
+        self,
+        q_THD: torch.Tensor,
+        k_TKD: torch.Tensor,
+        v_TKD: torch.Tensor,
+        angles: RotaryTable | tuple[()],
+        context: ForwardContext,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store the new tokens; attention over all that lies in this rank's pool: out and lse."""
+        metadata, pool, scoring = context.metadata, context.pool_BLK2ND, self.scoring
+        if context.open_rblocks is not None:
+            new = NewKeys(k_TKD, v_TKD, angles)
+            return context.open_rblocks.attend(self.layer, q_THD, new, metadata.positions_T, self.scale, scoring)
+        store_kv(k_TKD, v_TKD, pool, self.layer, metadata.slot_mapping_T, *angles)
         out_THD, lse_TH = metadata.results(q_THD)
         micro_attention_out(
             q_THD,
@@ -105,12 +125,12 @@ class DistAttention(torch.nn.Module):
             metadata.positions_T,
             self.scale,
             causal=True,
-            window=self.scoring.window,
-            soft_cap=self.scoring.soft_cap,
+            window=scoring.window,
+            soft_cap=scoring.soft_cap,
             out_THD=out_THD,
             lse_TH=lse_TH,
         )
-        return out_THD if debtor is None else merge_partials(out_THD, lse_TH, debtor.answers())
+        return out_THD, lse_TH
 
     def _dense(self, q_SBHD: torch.Tensor, k_SBKD: torch.Tensor, v_SBKD: torch.Tensor) -> torch.Tensor:
         num_tokens, batch = q_SBHD.shape[:2]

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from megatron_distkv.attention.debtor import Debtor
+from megatron_distkv.attention.fixed_attention import FixedAttention
 from megatron_distkv.attention.metadata import AttentionMetadata
+from megatron_distkv.attention.open_rblocks import OpenRBlocks
 
 
 @dataclass
@@ -15,6 +17,8 @@ class ForwardContext:
     metadata: AttentionMetadata
     pool_BLK2ND: torch.Tensor
     debtor: Debtor | None = None  # None: nothing is borrowed
+    fixed: FixedAttention | None = None  # attention in fixed order, which asks by itself
+    open_rblocks: OpenRBlocks | None = None  # of a pool in int8, which new tokens do not go to at once
 
 
 _current: ForwardContext | None = None

@@ -9,7 +9,9 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_distkv.attention.shares import ShareIndex, attend_shares
+from megatron_distkv.attention.fixed_leaves import FixedIndex
+from megatron_distkv.attention.shares import KV, ShareIndex, attend_shares
+from megatron_distkv.ops import Int8RBlocks
 
 
 class HeadShare(NamedTuple):
@@ -33,20 +35,20 @@ class HeadShare(NamedTuple):
 
 
 def attend_heads(
-    q_THD: torch.Tensor, pool_BLK2ND: torch.Tensor, layer: int, index: ShareIndex, scale: float, kv_heads: slice
+    q_THD: torch.Tensor, kv: KV, layer: int, index: ShareIndex | FixedIndex, scale: float, kv_heads: slice
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`attend_shares` of the query heads of `kv_heads` alone.
 
     No copy: heads lie behind each other in a layer, so `[B, L, K, ...]` is `[B, L K/n, n, ...]` too, and n heads that
     begin at a multiple of n are a layer there.
     """
-    num_kv_heads, num_wanted = pool_BLK2ND.shape[2], kv_heads.stop - kv_heads.start
+    numbers_BLK2ND = kv.pool_BLK2ND if isinstance(kv, Int8RBlocks) else kv
+    num_kv_heads, num_wanted = numbers_BLK2ND.shape[2], kv_heads.stop - kv_heads.start
     if num_wanted == num_kv_heads:
-        return attend_shares(q_THD, pool_BLK2ND, layer, index, scale)
+        return attend_shares(q_THD, kv, layer, index, scale)
     step = _largest_step(kv_heads, num_kv_heads)
     group = q_THD.shape[1] // num_wanted
-    num_rblocks, num_layers, _, *rest = pool_BLK2ND.shape
-    view = pool_BLK2ND.view(num_rblocks, num_layers * num_kv_heads // step, step, *rest)
+    view = Int8RBlocks(*(_cut(x, step) for x in kv)) if isinstance(kv, Int8RBlocks) else _cut(kv, step)
     parts = [
         attend_shares(
             q_THD[:, (head - kv_heads.start) * group : (head - kv_heads.start + step) * group],
@@ -58,6 +60,11 @@ def attend_heads(
         for head in range(kv_heads.start, kv_heads.stop, step)
     ]
     return torch.cat([out for out, _ in parts], dim=1), torch.cat([lse for _, lse in parts], dim=1)
+
+
+def _cut(x_BLKX: torch.Tensor, step: int) -> torch.Tensor:
+    num_rblocks, num_layers, num_kv_heads, *rest = x_BLKX.shape
+    return x_BLKX.view(num_rblocks, num_layers * num_kv_heads // step, step, *rest)
 
 
 def _largest_step(kv_heads: slice, num_kv_heads: int) -> int:

@@ -2,15 +2,17 @@
 
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 
+from megatron_distkv.attention.fixed_leaves import FixedIndex
 from megatron_distkv.errors import DistkvError
 from megatron_distkv.messages import QueryShare, Scoring
-from megatron_distkv.ops import micro_attention
+from megatron_distkv.ops import Int8RBlocks, micro_attention, micro_attention_int8, readable
 
 ORDINARY = Scoring()
+KV: TypeAlias = torch.Tensor | Int8RBlocks  # what attention reads of a pool (ops.readable)
 # A measurement is the best of so many, each over so many rBlocks (a smaller pool's are read again: a call has a price
 # of its own, and figures must be comparable).
 MEASUREMENTS, MEASURED_RBLOCKS = 5, 32
@@ -57,31 +59,40 @@ def index_shares(shares: Sequence[QueryShare], scoring: Scoring = ORDINARY) -> S
 
 def attend_shares(
     q_THD: torch.Tensor,
-    pool_BLK2ND: torch.Tensor,
+    kv: KV,
     layer: int,
-    index: ShareIndex,
+    index: ShareIndex | FixedIndex,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Out `[T, H, D]` and lse `[T, H]`, fp32, where the pool lies. `scale` is the ordinary one."""
+    if isinstance(index, FixedIndex):  # T is then the number of partials
+        assert not isinstance(kv, Int8RBlocks)  # refused before there is such an index
+        return index.attend(q_THD, kv, layer, scale)
     scoring = index.scoring
-    return micro_attention(
-        q_THD, pool_BLK2ND, layer, index.block_ids_M, index.block_starts_M, index.cu_blocks, index.cu_queries,
-        index.positions_T, scoring.scale or scale, causal=False, window=scoring.window, soft_cap=scoring.soft_cap,
+    args = (
+        layer, index.block_ids_M, index.block_starts_M, index.cu_blocks, index.cu_queries, index.positions_T,
+        scoring.scale or scale, False, scoring.window, scoring.soft_cap,
     )  # fmt: skip
+    if isinstance(kv, Int8RBlocks):
+        return micro_attention_int8(q_THD, kv.pool_BLK2ND, kv.k_scales_BLKD, kv.v_scales_BLKN, *args)
+    return micro_attention(q_THD, kv, *args)
 
 
-def measure_query_us(pool_BLK2ND: torch.Tensor, num_query_heads: int, dtype: torch.dtype, scale: float) -> float:
+def measure_query_us(
+    pool: torch.Tensor, num_query_heads: int, head_dim: int, dtype: torch.dtype, scale: float
+) -> float:
     """What one query over one rBlock costs where this pool lies: microseconds for all layers, without the way there.
 
     Clears the first rBlocks, so it belongs before their use; untouched memory would read faster than it is.
     """
-    block_ids = [number % pool_BLK2ND.shape[0] for number in range(MEASURED_RBLOCKS)]
-    pool_BLK2ND[:MEASURED_RBLOCKS].zero_()
-    q_THD = torch.zeros((1, num_query_heads, pool_BLK2ND.shape[-1]), dtype=dtype, device=pool_BLK2ND.device)
+    block_ids = [number % pool.shape[0] for number in range(MEASURED_RBLOCKS)]
+    pool[:MEASURED_RBLOCKS].zero_()
+    kv = readable(pool, head_dim)
+    q_THD = torch.zeros((1, num_query_heads, head_dim), dtype=dtype, device=pool.device)
     index = index_shares([QueryShare([], block_ids, 1)])
     took_s = []
     for _ in range(1 + MEASUREMENTS):  # the first one is there to warm up
         began_s = time.perf_counter()
-        attend_shares(q_THD, pool_BLK2ND, 0, index, scale)[0].cpu()
+        attend_shares(q_THD, kv, 0, index, scale)[0].cpu()
         took_s.append(time.perf_counter() - began_s)
-    return min(took_s[1:]) * 1e6 * pool_BLK2ND.shape[1] / MEASURED_RBLOCKS
+    return min(took_s[1:]) * 1e6 * pool.shape[1] / MEASURED_RBLOCKS

@@ -9,7 +9,7 @@ import torch
 
 from megatron_distkv.attention.debtor import wire_dtype
 from megatron_distkv.errors import PeerLost
-from megatron_distkv.messages import Acknowledge, FetchHeader, MessageKind, decode
+from megatron_distkv.messages import Acknowledge, FetchHeader, MessageKind, QueryHeader, decode
 from megatron_distkv.transport import Reply, TensorSpec, pack_tensors, read_tensors
 
 # In an rBlock `[M, L, K, 2, N, D]`; queries, outputs and LSE are `[T, H, ...]`.
@@ -102,8 +102,10 @@ class SplitChannel:
         """Of a whole answer, as this rank wants it."""
         if kind == MessageKind.QUERY:
             (q_THD,) = payload
-            out = TensorSpec(tuple(q_THD.shape), wire_dtype(q_THD.dtype))
-            return out, TensorSpec(tuple(q_THD.shape[:2]), torch.float32)
+            num_partials = decode(header, QueryHeader).num_partials
+            shape = (num_partials or q_THD.shape[0], *q_THD.shape[1:])
+            out = TensorSpec(shape, torch.float32 if num_partials else wire_dtype(q_THD.dtype))
+            return out, TensorSpec(shape[:2], torch.float32)
         if kind == MessageKind.FETCH:
             num_rblocks = len(decode(header, FetchHeader).block_ids)
             return (TensorSpec((num_rblocks, *self._rblock.shape), self._rblock.dtype),)

@@ -11,11 +11,12 @@ import torch
 from megatron_distkv import metrics
 from megatron_distkv.attention.partial import Partial
 from megatron_distkv.attention.sent_rblocks import SentRBlocks
-from megatron_distkv.attention.shares import ORDINARY, attend_shares, index_shares
+from megatron_distkv.attention.shares import KV, ORDINARY, attend_shares, index_shares
 from megatron_distkv.errors import PeerLost, PeerWrong
 from megatron_distkv.log import get_logger
 from megatron_distkv.messages import Acknowledge, FetchHeader, MessageKind, QueryShare, Scoring, decode
-from megatron_distkv.ops import merge
+from megatron_distkv.ops import Int8RBlocks, merge, readable
+from megatron_distkv.ops.int8_kv import LARGEST
 from megatron_distkv.transport import Reply, TensorSpec, read_tensors
 
 logger = get_logger(__name__)
@@ -56,8 +57,16 @@ class Verification:
     """
 
     def __init__(
-        self, one_in: int, rblock: TensorSpec, scale: float, rblocks_per_message: int, deadline_s: float
+        self,
+        one_in: int,
+        rblock: TensorSpec,
+        scale: float,
+        rblocks_per_message: int,
+        deadline_s: float,
+        head_dim: int | None = None,
     ) -> None:
+        """`rblock`: one as it travels; in int8 it does not tell the `head_dim`."""
+        self._head_dim = head_dim or rblock.shape[-1]
         self._rblock = rblock
         self._one_in = one_in
         self._scale = scale
@@ -69,7 +78,7 @@ class Verification:
 
     def note_sent(self, creditor: str, loan_id: str, block_ids: Sequence[int], data_MLK2ND: torch.Tensor) -> None:
         """These rBlocks lie at `creditor` now."""
-        if not data_MLK2ND.to(torch.float16).isfinite().all():  # answers may travel in fp16
+        if not _has_numbers(readable(data_MLK2ND, self._head_dim)):
             self._got_no_numbers.add(creditor)  # from us: it may answer with none
         if self._one_in:
             self._sent.note(creditor, loan_id, block_ids, data_MLK2ND)
@@ -82,7 +91,7 @@ class Verification:
 
     def verified(self, asker: Asker, question: Question, partial: Partial) -> Partial:
         """The partial, good for longer than the mailbox; raises PeerWrong when it cannot be true, PeerLost."""
-        self._check_numbers(question, partial)
+        self.check_numbers(question.creditor, question.q_RHD, partial.out_RHD, partial.lse_RH)
         if not self._one_in or random.randrange(self._one_in):
             return partial
         partial = partial._replace(out_RHD=partial.out_RHD.clone())
@@ -92,12 +101,12 @@ class Verification:
             raise self._alarm(question.creditor, Wrong.PARTIAL, f"it answers layer {question.layer} wrongly")
         return partial
 
-    def _check_numbers(self, question: Question, partial: Partial) -> None:
+    def check_numbers(self, creditor: str, q_RHD: torch.Tensor, out_RHD: torch.Tensor, lse_RH: torch.Tensor) -> None:
         """Every query has keys there, so even an LSE of -inf is no answer, unless we sent such things ourselves."""
-        if partial.out_RHD.isfinite().all() and partial.lse_RH.isfinite().all():
+        if out_RHD.isfinite().all() and lse_RH.isfinite().all():
             return
-        if question.creditor not in self._got_no_numbers and question.q_RHD.isfinite().all():
-            raise self._alarm(question.creditor, Wrong.PARTIAL, "it answers with NaN or infinity")
+        if creditor not in self._got_no_numbers and q_RHD.isfinite().all():
+            raise self._alarm(creditor, Wrong.PARTIAL, "it answers with NaN or infinity")
 
     def _compute(self, asker: Asker, question: Question) -> tuple[torch.Tensor, torch.Tensor]:
         outs, lses, first = [], [], 0
@@ -136,13 +145,20 @@ class Verification:
         start_of = dict(zip(share.block_ids, share.block_starts, strict=False))  # none without a window
         starts = [start_of.get(block_id, 0) for block_id in block_ids]
         copied = QueryShare([], list(range(len(copy))), len(q_THD), starts, share.first_position)
-        return attend_shares(q_THD, copy, question.layer, index_shares([copied], question.scoring), self._scale)
+        kv, index = readable(copy, self._head_dim), index_shares([copied], question.scoring)
+        return attend_shares(q_THD, kv, question.layer, index, self._scale)
 
     def _alarm(self, creditor: str, what: Wrong, sentence: str) -> PeerWrong:
         self.wrong.add(creditor)
         metrics.WRONG_CREDITORS.labels(creditor, what.value).inc()
         logger.error("ALARM: %s cannot be trusted: %s", creditor, sentence)
         return PeerWrong(creditor, sentence)
+
+
+def _has_numbers(kv: KV) -> bool:
+    """None is NaN, infinite, or too large for an answer: those may travel in fp16."""
+    largest = [scales * LARGEST for scales in kv[1:]] if isinstance(kv, Int8RBlocks) else [kv]
+    return all(bool(x.to(torch.float16).isfinite().all()) for x in largest)
 
 
 def _is_close(got: torch.Tensor, expected: torch.Tensor, share: float) -> bool:

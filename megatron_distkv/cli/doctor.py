@@ -125,6 +125,8 @@ def _torch() -> Iterator[Finding]:
         found = f"{torch.cuda.device_count()}: {torch.cuda.get_device_name(0)}"
         yield Finding("CUDA devices", found, "KV pools are on the CPU so far: serve with CUDA_VISIBLE_DEVICES= (empty)")
     yield _backends()
+    follows = "int8 (`--kv-cache-dtype int8`, on all members of a pool) halves the memory of bf16"
+    yield Finding("KV cache dtypes", "the model's, int8", follows)
     yield _pool_pages()
 
 
@@ -179,7 +181,9 @@ def _optional_packages() -> Iterator[Finding]:
     if_absent = "not needed: Megatron's local layer spec builds the model"
     yield _optional("Transformer Engine", ("transformer_engine",), if_here, if_absent)
     follows = "the kernel backends above serve"
-    yield _optional("flash-attn", ("flash_attn",), f"not used yet: {follows}", f"not needed: {follows}")
+    on_request = "never chosen by itself: the backend `{}` uses it on GPUs, unmeasured so far"
+    yield _optional("flash-attn", ("flash_attn",), on_request.format("flash_attn"), f"not needed: {follows}")
+    yield _optional("FlashInfer", ("flashinfer",), on_request.format("flashinfer"), f"not needed: {follows}")
     follows = "instances of one host talk over shared memory, of several over TCP"
     if_here, modules = "`network.carrier: nixl` uses it", ("nixl_cu13", "nixl_cu12", "nixl")
     yield _optional("NIXL", modules, if_here, f"not needed: {follows}")

@@ -13,6 +13,7 @@ import torch
 from megatron_distkv.cli.doctor import GIB, free_memory_bytes
 from megatron_distkv.cli.pool_arguments import default_ledger
 from megatron_distkv.config.base import load_config, parse_config
+from megatron_distkv.config.instance import KVCacheConfig
 from megatron_distkv.config.lender import LenderConfig
 from megatron_distkv.engine.lender import Lender, num_rblocks_to_lend, shape_of_pool
 from megatron_distkv.errors import UserError
@@ -33,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pool", help="name of the pool in the ledger")
     parser.add_argument("--model", type=Path, help="checkpoint that the pool serves; else wait for its first instance")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="with --model: overrides the checkpoint's dtype")
+    parser.add_argument("--kv-cache-dtype", choices=("auto", "int8"), default="auto", help="with --model: of its pool")
     parser.add_argument("--rblock-size", type=int, default=64, help="with --model: tokens per rBlock")
     parser.add_argument("--tensor-parallel", type=int, default=1, help="with --model: ranks of each instance")
 
@@ -66,7 +68,7 @@ def _size(config: LenderConfig, shape: RBlockShape) -> str:
     wanted, free = num_rblocks * shape.rblock_bytes, free_memory_bytes()
     if free is not None and wanted > free:
         raise UserError(f"{wanted / GIB:.1f} GiB are more than the {free / GIB:.1f} GiB that are free on this machine")
-    return f"{num_rblocks} rBlocks of {shape.rblock_size} tokens ({wanted / GIB:.3g} GiB)"
+    return f"{num_rblocks} rBlocks of {shape.rblock_size} tokens ({wanted / GIB:.3g} GiB, {shape.kv_name})"
 
 
 def _shape(args: argparse.Namespace) -> RBlockShape:
@@ -76,7 +78,8 @@ def _shape(args: argparse.Namespace) -> RBlockShape:
 
     model = find_checkpoint(args.model).model
     model = model if args.dtype is None else model.model_copy(update={"dtype": args.dtype})
-    return rblock_shape(model, args.rblock_size, args.tensor_parallel)
+    cache = KVCacheConfig(rblock_size=args.rblock_size, dtype=args.kv_cache_dtype)
+    return rblock_shape(model, cache, args.tensor_parallel)
 
 
 def _config(args: argparse.Namespace) -> LenderConfig:

@@ -20,7 +20,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tensor-parallel", type=int, help="ranks of this instance")
     parser.add_argument("--num-rblocks", type=int, help="rBlocks in this instance's pool")
     parser.add_argument("--num-host-rblocks", type=int, help="rBlocks in own host memory, used before borrowing")
+    parser.add_argument(
+        "--kv-cache-dtype", choices=("auto", "int8"), help="of K and V; int8: half the memory of bf16; else the model's"
+    )
     parser.add_argument("--verify", type=int, metavar="N", help="compute one in N remote partials again, and compare")
+    parser.add_argument(
+        "--deterministic",
+        action="store_true",
+        default=None,
+        help="the same bits wherever rBlocks lie and whatever is in the batch",
+    )
     parser.add_argument(
         "--ledger", metavar="URL", help=f"redis://, rediss:// or unix:// of the ledger server; else {default_ledger()}"
     )
@@ -43,12 +52,16 @@ def run(args: argparse.Namespace) -> int:
 def _config(args: argparse.Namespace) -> InstanceConfig:
     values = load_config(InstanceConfig, args.config).model_dump() if args.config else {}
     top = {"model": args.model, "instance_id": args.instance_id, "run_dir": args.run_dir,
-           "tensor_parallel": args.tensor_parallel}  # fmt: skip
+           "tensor_parallel": args.tensor_parallel, "deterministic": args.deterministic}  # fmt: skip
     values.update({key: value for key, value in top.items() if value is not None})
     values.setdefault("run_dir", Path(tempfile.gettempdir()) / "distkv")
     values.setdefault("ledger", {"url": default_ledger()})
     nested = {
-        "kv_cache": {"num_rblocks": args.num_rblocks, "num_host_rblocks": args.num_host_rblocks},
+        "kv_cache": {
+            "num_rblocks": args.num_rblocks,
+            "num_host_rblocks": args.num_host_rblocks,
+            "dtype": args.kv_cache_dtype,
+        },
         "lending": {"verify_one_in": args.verify},
         "ledger": {"url": args.ledger, "pool": args.pool},
         "network": {"listen": args.listen},

@@ -24,9 +24,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tensor-parallel", type=int, help="ranks of each instance")
     parser.add_argument("--num-rblocks", type=int, help="rBlocks in each instance's pool")
     parser.add_argument("--num-host-rblocks", type=int, help="rBlocks in each instance's host memory, beside its pool")
+    parser.add_argument(
+        "--kv-cache-dtype", choices=("auto", "int8"), help="of K and V; int8: half the memory of bf16; else the model's"
+    )
     parser.add_argument("--lenders", type=int, help="memory-only lenders beside the instances")
     parser.add_argument("--lender-rblocks", type=int, help="rBlocks that each lender lends")
     parser.add_argument("--verify", type=int, metavar="N", help="compute one in N remote partials again, and compare")
+    parser.add_argument(
+        "--deterministic",
+        action="store_true",
+        default=None,
+        help="the same bits wherever rBlocks lie and whatever is in the batch",
+    )
     parser.add_argument("--ledger", metavar="URL", help="ledger server; embedded:// starts one")
     parser.add_argument("--port", type=int, help="port of the gateway; 0 takes a free one")
     parser.add_argument("--launcher", choices=("deepspeed", "python"), help="how an instance is started")
@@ -61,12 +70,13 @@ def _found(cluster: LocalCluster) -> str:
 
 def _config(args: argparse.Namespace) -> ClusterConfig:
     values: dict[str, Any] = load_config(ClusterConfig, args.config).model_dump() if args.config else {}
-    for key in ("model", "instances", "tensor_parallel", "lenders", "lender_rblocks", "port", "launcher"):
+    top = ("model", "instances", "tensor_parallel", "deterministic", "lenders", "lender_rblocks", "port", "launcher")
+    for key in top:
         if getattr(args, key) is not None:
             values[key] = getattr(args, key)
-    for key in ("num_rblocks", "num_host_rblocks"):
-        if getattr(args, key) is not None:
-            values["kv_cache"] = {**values.get("kv_cache", {}), key: getattr(args, key)}
+    cache = {"num_rblocks": args.num_rblocks, "num_host_rblocks": args.num_host_rblocks, "dtype": args.kv_cache_dtype}
+    if given := {key: value for key, value in cache.items() if value is not None}:
+        values["kv_cache"] = {**values.get("kv_cache", {}), **given}
     if args.verify is not None:
         values["lending"] = {**values.get("lending", {}), "verify_one_in": args.verify}
     if args.ledger is not None:

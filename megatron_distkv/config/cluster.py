@@ -27,6 +27,8 @@ class ClusterConfig(FrozenConfig):
     """CPU threads per rank."""
     dtype: Literal["fp32", "bf16"] | None = None
     """Overrides the checkpoint's dtype."""
+    deterministic: bool = False
+    """The same bits wherever a request's rBlocks lie and whatever else is in the batch, at the price of speed."""
     host: str = "127.0.0.1"
     """Address of the gateway."""
     port: int = Field(8000, ge=0, le=65535)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from megatron_distkv.config.base import FrozenConfig
 from megatron_distkv.config.network import NetworkConfig
@@ -20,6 +20,10 @@ class KVCacheConfig(FrozenConfig):
     never lent. Attention over them is computed by the CPU."""
     rblock_size: int = Field(64, ge=1)
     """Tokens per rBlock. 64 is the smallest size at which reads run near the memory's speed: docs/experiments.md."""
+    dtype: Literal["auto", "int8"] = "auto"
+    """Of K and V, here and with creditors; all members of a pool have the same. auto: the model's. int8: about half the
+    memory of bf16, at an error of about 1e-2 of attention's output. rBlocks that are not full yet lie beside the pool
+    in the model's dtype, one for each running request."""
 
 
 class SchedulerConfig(FrozenConfig):
@@ -87,8 +91,19 @@ class InstanceConfig(FrozenConfig):
     """Ranks of this instance."""
     threads: int = Field(1, ge=1)
     """CPU threads per rank."""
+    deterministic: bool = False
+    """The same bits for the same request, wherever its rBlocks lie and whatever else is in the batch, at the price of
+    speed: docs/architecture.md, Determinism. All instances of a pool must say the same and have the same processor."""
     kv_cache: KVCacheConfig = KVCacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     lending: LendingConfig = LendingConfig()
     ledger: LedgerConfig = LedgerConfig()
     network: NetworkConfig = NetworkConfig()
+
+    @model_validator(mode="after")
+    def _deterministic_goes_with(self) -> "InstanceConfig":
+        if self.deterministic and self.lending.verify_one_in:
+            raise ValueError("deterministic does not go with lending.verify_one_in yet: choose one of them")
+        if self.deterministic and self.kv_cache.dtype == "int8":
+            raise ValueError("deterministic does not go with kv_cache.dtype int8 yet: choose one of them")
+        return self

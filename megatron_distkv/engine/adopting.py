@@ -43,11 +43,11 @@ class Adopting:
             return False
         header = adoption.header
         if header is None or not _is_same(request, header):
-            self._allocator.free(adoption.block_ids)
+            self._adoptions.free(adoption_id, adoption)
             return False
         self._restore(request, header)
         table = self._take_memory(request, adoption, header)
-        self._rmanager.adopt(request, table)
+        self._rmanager.adopt(request, table, adoption_id)
         self._scheduler.adopt(request)
         logger.info("%s goes on here after %d tokens", request.request_id, request.num_computed_tokens)
         return True

@@ -16,10 +16,11 @@ from megatron_distkv.engine.handover import Handover
 from megatron_distkv.engine.instance_secret import share_instance_secret
 from megatron_distkv.engine.lender_desk import LenderDesk
 from megatron_distkv.engine.membership import Membership
-from megatron_distkv.engine.rank import Rank
+from megatron_distkv.engine.rank import Rank, num_own_open_slots
 from megatron_distkv.engine.reporting import Reporting
 from megatron_distkv.engine.scheduler import Scheduler
 from megatron_distkv.engine.stranded import Stranded
+from megatron_distkv.kvcache.open_slots import OpenSlots
 from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
 from megatron_distkv.ledger import HOST_RBLOCKS, WAYS, DebtLedger, write_ways
 from megatron_distkv.rmanager import (
@@ -73,8 +74,9 @@ def assemble(rank: Rank, ledger: DebtLedger) -> Parts:
     late_releases = LateReleases(ledger, me)
     borrowing = Borrowing(ledger, me, peers, outlook, late_releases, limits.deadline_s)
     lending = Lending(allocator, ledger, me, rank.loan_table, revoker, in_debt=lambda: borrowing.num_borrowed > 0)
-    adoptions = Adoptions(allocator, rank.loan_table, revoker, cache.rblock_size)
-    rmanager = RManager(allocator, host, borrowing, outlook, limits, cache.rblock_size)
+    open_slots = OpenSlots(num_own_open_slots(config))
+    adoptions = Adoptions(allocator, rank.loan_table, revoker, cache.rblock_size, open_slots)
+    rmanager = RManager(allocator, host, borrowing, outlook, limits, cache.rblock_size, open_slots)
     scheduler = Scheduler(config.scheduler, rmanager)
     admission = Admission(rank.model, scheduler, rmanager)
     reporting = Reporting(me.instance, allocator, host, borrowing, rmanager, scheduler)

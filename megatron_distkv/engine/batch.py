@@ -13,6 +13,7 @@ class Slice(msgspec.Struct, frozen=True):
     end: int
     spans: list[Span]
     needs_logits: bool  # the last row is sampled from
+    open_slot: int | None = None  # of the request, where rBlocks that are not full lie apart
 
 
 class StepPlan(msgspec.Struct, frozen=True):

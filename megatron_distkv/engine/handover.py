@@ -3,7 +3,8 @@
 One request at a time. Its full rBlocks, which never change, are copied to a successor while it goes on; when a step can
 copy all that is left, the request stands still for that step, and the successor is told the rest: where it stopped, and
 which of its rBlocks lie with creditors. Until the successor has said yes, everything stays here, so whoever is lost on
-the way costs nothing. Then the gateway is told where to ask, and the successor takes the loans over in its own name.
+the way costs nothing. (Of an int8 cache the rBlock that is not full yet stays behind: the successor computes those few
+tokens again.) Then the gateway is told where to ask, and the successor takes the loans over in its own name.
 """
 
 import time
@@ -146,8 +147,9 @@ class Handover:
     def _left(self, passage: Passage, *, whole: bool) -> dict[int, RBlockHere]:
         """What is not at the successor yet; without `whole` only the rBlocks that never change any more."""
         request, size = passage.request, self._rmanager.rblock_size
-        computed = [range(num_rblocks_for(request.num_computed_tokens, size))]
-        of = computed if whole else self._rmanager.full_rblocks(request)
+        movable = self._rmanager.movable_ranges(request)
+        all_of_it = [range(x.start // size, num_rblocks_for(x.stop, size)) for x in movable]
+        of = all_of_it if whole else self._rmanager.full_rblocks(request)
         return passage.left(self._rmanager.table(request), of)
 
     def _has_room_for(self, passage: Passage, num_rblocks: int) -> bool:
@@ -164,7 +166,8 @@ class Handover:
         request = passage.request
         loans = self._borrowing.loans_of(request.request_id)
         self._scheduler.settle(request)
-        adoption = passage.describe(self._rmanager.table(request), {loan.loan_id: loan.address for loan in loans})
+        table, kept = self._rmanager.table(request), self._rmanager.movable_ranges(request)
+        adoption = passage.describe(table, {loan.loan_id: loan.address for loan in loans}, kept)
         if not self._desk.hand_over(passage.successor, adoption):
             self._give_up()
             return

@@ -61,6 +61,7 @@ class Instance:
         return self._admission.refuse(request)
 
     def add(self, request: Request) -> None:
+        request.kv_dtype = self._rank.shape.kv_name
         self.scheduler.add(request)
 
     def adopt(self, request: Request, adoption_id: str) -> bool:
@@ -120,7 +121,8 @@ class Instance:
             start = request.next_range.start
             end = start + item.num_tokens
             token_ids.extend(request.token_ids(start, end))
-            slices.append(Slice(start, end, self.rmanager.spans_before(request, end), item.needs_logits))
+            spans, open_slot = self.rmanager.spans_before(request, end), self.rmanager.open_slot(request)
+            slices.append(Slice(start, end, spans, item.needs_logits, open_slot))
             creditors.update({x.creditor: x.address for x in self._borrowing.loans_of(request.request_id)})
         return StepPlan(
             self._reporting.num_steps, token_ids, slices, *self.rmanager.take_moves(), self._departure.plan(), creditors
@@ -180,7 +182,7 @@ class Instance:
 
     def check_integrity(self) -> None:
         with self._adoptions.held() as kept_for_others:
-            self.rmanager.check_integrity(kept_for_others)
+            self.rmanager.check_integrity(kept_for_others, self._adoptions.ids)
 
     def note_idle(self) -> None:
         """Let the next heartbeat say that nothing runs, and what is kept for requests of others."""

@@ -115,7 +115,8 @@ class Lender:
         pool = shape.rank_pool(self.num_rblocks)
         logger.info("pool of %s", pool.describe())
         scale = shape.head_dim**-0.5
-        return Creditor(pool.tensor_BLK2ND, self.loan_table, shape.query_heads_per_rank, shape.torch_dtype, scale)
+        num_heads, dtype, head_dim = shape.query_heads_per_rank, shape.torch_dtype, shape.head_dim
+        return Creditor(pool.tensor_BLK2ND, self.loan_table, num_heads, dtype, scale, head_dim=head_dim)
 
     def _open_doors(self, config: LenderConfig, creditor: Creditor) -> Doors:
         secret = read_secret(config.ledger.secret_file)

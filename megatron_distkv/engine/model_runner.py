@@ -4,7 +4,16 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_distkv.attention import Debtor, ForwardContext, StepShare, Verification, build_metadata, forward_context
+from megatron_distkv.attention import (
+    Debtor,
+    FixedAttention,
+    ForwardContext,
+    OpenRBlocks,
+    StepShare,
+    Verification,
+    build_metadata,
+    forward_context,
+)
 from megatron_distkv.engine.batch import StepPlan
 from megatron_distkv.errors import PeerLost
 from megatron_distkv.kvcache.rblock_pool import RBlockPool
@@ -35,7 +44,12 @@ class ModelRunner:
         debtor: Debtor,
         verification: Verification,
         share: StepShare,
+        fixed: FixedAttention | None = None,
+        open_rblocks: OpenRBlocks | None = None,
     ) -> None:
+        """`fixed`: attention in fixed order, instead of the debtor's. `open_rblocks`: of a pool in int8."""
+        self._fixed = fixed
+        self._open_rblocks = open_rblocks
         self._share = share
         self._gpt = gpt
         self._pool = pool
@@ -55,8 +69,13 @@ class ModelRunner:
         if not plan.token_ids:
             return StepResult(None, lost)
         metadata = build_metadata(plan.slices, self._pool.rblock_size)
+        if self._open_rblocks is not None:
+            self._open_rblocks.begin_step(plan.slices)
         self._debtor.begin_step(plan.step, {name: r for name, r in metadata.remote.items() if name not in lost})
-        context = ForwardContext(metadata, self._pool.tensor_BLK2ND, self._debtor if metadata.remote else None)
+        if self._fixed is not None:
+            self._fixed.begin_step(plan.step, plan.slices)
+        debtor = self._debtor if metadata.remote else None
+        context = ForwardContext(metadata, self._pool.tensor_BLK2ND, debtor, self._fixed, self._open_rblocks)
         with forward_context(context), self._share.own_work():
             logits_RV = self._gpt(torch.tensor(plan.token_ids), torch.tensor(plan.logit_rows, dtype=torch.int64))
         return StepResult(

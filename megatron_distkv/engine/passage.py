@@ -5,12 +5,14 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from msgspec.structs import replace
+
 from megatron_distkv.engine.receipt import receipt
 from megatron_distkv.kvcache.block_table import BlockTable
 from megatron_distkv.ledger import InstanceRecord
 from megatron_distkv.messages import AdoptHeader, InheritedSpan
 from megatron_distkv.rblock import HOST, LocalSpan, Span
-from megatron_distkv.request import Request, RequestStatus
+from megatron_distkv.request import Request, RequestStatus, gaps_before
 from megatron_distkv.rmanager import Move
 
 
@@ -83,19 +85,23 @@ class Passage:
 
     # ------------------------------------------------------------------ telling the successor
 
-    def describe(self, table: BlockTable, addresses: Mapping[str, str]) -> AdoptHeader:
-        """All of the request that is not tokens. `addresses`: by loan, where its creditor is."""
-        request = self.request
+    def describe(self, table: BlockTable, addresses: Mapping[str, str], kept: Sequence[range]) -> AdoptHeader:
+        """All of the request that is not tokens. `addresses`: by loan, where its creditor is.
+
+        `kept`: positions whose KV goes along; the successor computes the others again.
+        """
+        request, kv = self.request, receipt(self.request)
+        num_left = request.num_computed_tokens - request.num_lost_tokens - sum(len(piece) for piece in kept)
         held = {rblock for span in table.spans for rblock in _rblocks(span)}
         return AdoptHeader(
             self.adoption_id,
             len(request.prompt_token_ids),
             len(request.output_token_ids),
-            request.num_computed_tokens,
-            [(lost.start, lost.stop) for lost in request.lost_ranges],
+            kept[-1].stop if kept else 0,
+            [(lost.start, lost.stop) for lost in gaps_before(kept)],
             request.sampling_seed,
             time.monotonic() - request.arrival_s,
-            receipt(request),
+            replace(kv, num_recomputed_tokens=kv.num_recomputed_tokens + num_left),
             {rblock: block_id for rblock, block_id in self.there.items() if rblock in held},
             self._elsewhere(table, addresses),
         )

@@ -4,13 +4,14 @@ import torch
 
 from megatron_distkv.errors import ConfigError
 from megatron_distkv.kvcache.pool_memory import describe_pages, zeroed_pool
+from megatron_distkv.rblock import int8_head_bytes
 
 
 class RBlockPool:
     """One tensor `[num_rblocks, layers, kv_heads, 2, rblock_size, head_dim]`; K at index 0 of the fourth axis, V at 1.
 
     Head-major, so that one rBlock of one layer is contiguous for kernels, a TP slice is a range of heads, and an rBlock
-    travels as one contiguous piece.
+    travels as one contiguous piece. For int8 the last three axes are one, of bytes: numbers, then scales (ops.int8_kv).
     """
 
     def __init__(
@@ -25,7 +26,10 @@ class RBlockPool:
     ) -> None:
         if min(num_rblocks, num_layers, num_kv_heads, rblock_size, head_dim) < 1:
             raise ConfigError("an rBlock pool needs at least one rBlock, layer, KV head, token and head dimension")
-        shape = (num_rblocks, num_layers, num_kv_heads, 2, rblock_size, head_dim)
+        heads = (num_rblocks, num_layers, num_kv_heads)
+        shape: tuple[int, ...] = (*heads, 2, rblock_size, head_dim)
+        if dtype is torch.int8:
+            shape, dtype = (*heads, int8_head_bytes(rblock_size, head_dim)), torch.uint8
         self.tensor_BLK2ND = zeroed_pool(shape, dtype, device)
         self.rblock_size = rblock_size
 

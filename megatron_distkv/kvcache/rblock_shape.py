@@ -6,12 +6,13 @@ import msgspec
 import torch
 
 from megatron_distkv.kvcache.rblock_pool import RBlockPool
+from megatron_distkv.rblock import int8_head_bytes
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Positive = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
 
 
-class RBlockShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class RBlockShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Counts are those of the whole model; each of `tensor_parallel` ranks holds the same share of all heads."""
 
     num_layers: Positive
@@ -21,14 +22,28 @@ class RBlockShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rblock_size: Positive
     dtype: Literal["fp32", "bf16"]
     tensor_parallel: Positive = 1
+    kv_dtype: Literal["auto", "int8"] = "auto"  # auto: `dtype`, the model's
 
     def __post_init__(self) -> None:
         if self.num_query_heads % self.num_kv_heads or self.num_kv_heads % self.tensor_parallel:
             raise ValueError("tensor_parallel must divide num_kv_heads, and num_kv_heads num_query_heads")
+        if self.kv_dtype == "int8" and self.rblock_size * self.head_dim % 2:
+            raise ValueError("rBlocks in int8 need an even rblock_size or head_dim, for the alignment of their scales")
 
     @property
     def torch_dtype(self) -> torch.dtype:
+        """The model's: of queries, and of K and V as they are computed."""
         return _DTYPES[self.dtype]
+
+    @property
+    def kv_name(self) -> str:
+        """Of the dtype of K and V in a pool."""
+        return "int8" if self.kv_dtype == "int8" else self.dtype
+
+    @property
+    def kv_torch_dtype(self) -> torch.dtype:
+        """Of K and V in a pool."""
+        return torch.int8 if self.kv_dtype == "int8" else self.torch_dtype
 
     @property
     def query_heads_per_rank(self) -> int:
@@ -36,9 +51,11 @@ class RBlockShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def rblock_bytes(self) -> int:
-        """Of one rBlock, on all ranks together."""
-        numbers = 2 * self.num_layers * self.num_kv_heads * self.rblock_size * self.head_dim
-        return numbers * self.torch_dtype.itemsize
+        """Of one rBlock, on all ranks together; the scales of int8 are part of it."""
+        head_bytes = 2 * self.rblock_size * self.head_dim * self.torch_dtype.itemsize
+        if self.kv_dtype == "int8":
+            head_bytes = int8_head_bytes(self.rblock_size, self.head_dim)
+        return self.num_layers * self.num_kv_heads * head_bytes
 
     @property
     def query_bytes_per_rank(self) -> int:
@@ -48,8 +65,15 @@ class RBlockShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def rank_pool(self, num_rblocks: int) -> RBlockPool:
         """One rank's part of `num_rblocks` rBlocks."""
+        return self._pool_of(num_rblocks, self.kv_torch_dtype)
+
+    def open_pool(self, num_rblocks: int) -> RBlockPool:
+        """The same for rBlocks that are still being filled, in the model's dtype."""
+        return self._pool_of(num_rblocks, self.torch_dtype)
+
+    def _pool_of(self, num_rblocks: int, dtype: torch.dtype) -> RBlockPool:
         kv_heads = self.num_kv_heads // self.tensor_parallel
-        return RBlockPool(num_rblocks, self.num_layers, kv_heads, self.rblock_size, self.head_dim, self.torch_dtype)
+        return RBlockPool(num_rblocks, self.num_layers, kv_heads, self.rblock_size, self.head_dim, dtype)
 
     def of_one_rank(self) -> "RBlockShape":
         """The same rBlocks, held by one rank."""

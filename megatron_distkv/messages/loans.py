@@ -27,7 +27,10 @@ class GrantHeader(msgspec.Struct, frozen=True):
 
 
 class StoreHeader(msgspec.Struct, frozen=True):
-    """Payload: the rBlocks' bytes, `[num_rblocks, layers, kv_heads, 2, rblock_size, head_dim]`, in the pool's dtype."""
+    """Payload: the rBlocks' bytes, `[num_rblocks, layers, kv_heads, 2, rblock_size, head_dim]`, in the pool's dtype.
+
+    Of a pool in int8 `[num_rblocks, layers, kv_heads, bytes]`, numbers and scales (ops.int8_kv).
+    """
 
     loan_id: str
     block_ids: list[BlockId]

@@ -28,15 +28,25 @@ class QueryShare(msgspec.Struct, frozen=True, omit_defaults=True):
     first_position: Count = 0
 
 
+# Questions that a step may ask of one creditor for one layer, in fixed order.
+MOST_PARTS = 1 << 14
+
+
 class QueryHeader(msgspec.Struct, frozen=True):
     """MicroAttention of one layer. `shares` come with the step's first layer that makes scores in this way, and hold
     for its other layers that do: with a window only what some query sees is asked for.
 
     Payload: q `[T, query_heads, head_dim]` in the model's dtype, T = sum of num_queries. Reply payload: the normalised
     output `[T, query_heads, head_dim]` in the wire dtype, then LSE `[T, query_heads]` fp32 (natural log; empty = -inf).
+
+    In fixed order (`num_partials` > 0; attention/fixed_order.py) the answer has, for each share, its rows for each node
+    that covers its rBlocks, `num_partials` rows in all, in fp32; a step may ask several `part`s for a layer, and shares
+    have all positions.
     """
 
     step: Serial
     layer: Count
     shares: list[QueryShare] | None = None
     scoring: Scoring = Scoring()
+    part: Annotated[int, msgspec.Meta(ge=0, lt=MOST_PARTS)] = 0
+    num_partials: Count = 0

@@ -11,6 +11,7 @@ class RequestKV(msgspec.Struct, frozen=True):
     that asked, in proportion to tokens times borrowed rBlocks. (With tensor parallelism: as the leader waited.)
     """
 
+    kv_dtype: str = ""  # of K and V in full rBlocks: fp32, bf16 or int8; empty: nobody told
     max_local_rblocks: int = 0
     max_host_rblocks: int = 0  # in the instance's own host memory
     max_borrowed_rblocks: dict[str, int] = {}  # by creditor

@@ -3,6 +3,7 @@
 from megatron_distkv.model import megatron_core  # isort: skip  # before all that imports Megatron
 from megatron_distkv.model.gpt import GPT, build_gpt
 from megatron_distkv.model.parallel import TensorParallel, init_tensor_parallel
+from megatron_distkv.model.row_tiles import tile_rows
 from megatron_distkv.model.weights import Checkpoint, find_checkpoint, load_weights
 
 __all__ = [
@@ -14,4 +15,5 @@ __all__ = [
     "init_tensor_parallel",
     "load_weights",
     "megatron_core",
+    "tile_rows",
 ]

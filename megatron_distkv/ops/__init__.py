@@ -5,13 +5,21 @@ N tokens per rBlock, M rBlocks listed, P partials, R rotated dims.
 """
 
 from megatron_distkv.ops.backend import available_backends, backend_in_use, instruction_set, use_backend
-from megatron_distkv.ops.int8_kv import micro_attention_int8, quantize_rblocks
+from megatron_distkv.ops.int8_kv import (
+    Int8RBlocks,
+    micro_attention_int8,
+    pack_rblocks,
+    quantize_rblocks,
+    readable,
+    unpack_rblocks,
+)
 from megatron_distkv.ops.micro_attention import merge, micro_attention, micro_attention_out
 from megatron_distkv.ops.move_rblocks import gather_rblocks, scatter_rblocks
 from megatron_distkv.ops.store_kv import apply_rope, store_kv
 from megatron_distkv.ops.tile_backward import tile_backward
 
 __all__ = [
+    "Int8RBlocks",
     "apply_rope",
     "available_backends",
     "backend_in_use",
@@ -21,9 +29,12 @@ __all__ = [
     "micro_attention",
     "micro_attention_int8",
     "micro_attention_out",
+    "pack_rblocks",
     "quantize_rblocks",
+    "readable",
     "scatter_rblocks",
     "store_kv",
     "tile_backward",
+    "unpack_rblocks",
     "use_backend",
 ]

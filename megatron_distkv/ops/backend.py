@@ -3,18 +3,22 @@
 triton       kernels for GPUs, where Triton and a GPU (or Triton's interpreter, for tests) are at hand
 cpu          C++ for CPUs, where the package was installed with a compiler
 reference    plain torch, anywhere
+flash_attn   torch's FlashAttention, or the package, for full rBlocks of the past; ours for the rest
+flashinfer   the same with FlashInfer, where it is installed beside a GPU
+
+The last two are taken where they are asked for, never by `auto`: on CPUs torch's is slower than ours
+(docs/experiments.md), on GPUs neither has been measured.
 """
 
 import importlib
-import importlib.util
-import os
 from functools import cache
 from types import ModuleType
 
 import torch
 
 from megatron_distkv.errors import ConfigError
-from megatron_distkv.kernels import cpu, reference
+from megatron_distkv.kernels import cpu, flash_attn, flashinfer, reference
+from megatron_distkv.kernels.own import has_triton
 
 _CPU_IS_BUILT = cpu.is_built()
 _chosen = "auto"
@@ -22,9 +26,10 @@ _chosen = "auto"
 
 @cache
 def available_backends() -> tuple[str, ...]:
-    """Best first."""
-    triton = ["triton"] if _has_triton() else []
-    return (*triton, *(["cpu"] if cpu.is_built() else []), "reference")
+    """Best first; then those that `auto` never takes."""
+    ours = (("triton", has_triton()), ("cpu", cpu.is_built()), ("reference", True))
+    libraries = (("flash_attn", flash_attn.is_here()), ("flashinfer", flashinfer.is_here()))
+    return tuple(name for name, is_here in (*ours, *libraries) if is_here)
 
 
 def backend_in_use() -> str:
@@ -60,14 +65,7 @@ def cpu_comes_first() -> bool:
 
 
 def _triton_can_serve(*tensors: torch.Tensor) -> bool:
-    return _has_triton() and bool(_module("triton").can_serve(*tensors))
-
-
-@cache
-def _has_triton() -> bool:
-    if importlib.util.find_spec("triton") is None:
-        return False
-    return torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
+    return has_triton() and bool(_module("triton").can_serve(*tensors))
 
 
 @cache

@@ -3,7 +3,14 @@
 K has a scale per rBlock, KV head and channel, because some channels of K are far larger than others; V has one per
 token and KV head. So an rBlock becomes int8 when it is full; what is still being written stays as it is, and the two
 partial results are merged.
+
+In a pool the scales lie behind the numbers that they belong to, head by head, so that an rBlock, or some of its heads,
+travels as one piece of bytes like any other:
+
+    packed `[B, L, K, X]`, uint8:  | K and V, int8 `[2, N, D]` | scales of K, fp32 `[D]` | scales of V, fp32 `[N]` |
 """
+
+from typing import NamedTuple
 
 import torch
 
@@ -12,14 +19,43 @@ from megatron_distkv.ops.backend import kernels
 LARGEST = 127.0
 
 
-def quantize_rblocks(pool_BLK2ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+class Int8RBlocks(NamedTuple):
+    """`quantize_rblocks` says what they are."""
+
+    pool_BLK2ND: torch.Tensor
+    k_scales_BLKD: torch.Tensor
+    v_scales_BLKN: torch.Tensor
+
+
+def quantize_rblocks(pool_BLK2ND: torch.Tensor) -> Int8RBlocks:
     """Full rBlocks as int8 of the same shape, and the scales of K `[B, L, K, D]` and of V `[B, L, K, N]`, fp32."""
     k_BLKND, v_BLKND = (part.float() for part in pool_BLK2ND.unbind(3))
     k_scales_BLKD = k_BLKND.abs().amax(dim=-2).div_(LARGEST)
     v_scales_BLKN = v_BLKND.abs().amax(dim=-1).div_(LARGEST)
-    k_BLKND /= k_scales_BLKD.unsqueeze(-2).clamp_min(torch.finfo(torch.float32).tiny)
-    v_BLKND /= v_scales_BLKN.unsqueeze(-1).clamp_min(torch.finfo(torch.float32).tiny)
-    return torch.stack([k_BLKND, v_BLKND], dim=3).round_().to(torch.int8), k_scales_BLKD, v_scales_BLKN
+    k_BLKND = k_BLKND / k_scales_BLKD.unsqueeze(-2).clamp_min(torch.finfo(torch.float32).tiny)
+    v_BLKND = v_BLKND / v_scales_BLKN.unsqueeze(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    numbers = torch.stack([k_BLKND, v_BLKND], dim=3).round_().to(torch.int8)
+    return Int8RBlocks(numbers, k_scales_BLKD, v_scales_BLKN)
+
+
+def pack_rblocks(pool_BLK2ND: torch.Tensor) -> torch.Tensor:
+    """Full rBlocks as int8 with their scales, `[B, L, K, X]`."""
+    numbers, *scales = quantize_rblocks(pool_BLK2ND)
+    return torch.cat([part.view(torch.uint8) for part in (numbers.flatten(3), *scales)], dim=-1)
+
+
+def unpack_rblocks(packed_BLKX: torch.Tensor, head_dim: int) -> Int8RBlocks:
+    """Views, no copy."""
+    rblock_size = (packed_BLKX.shape[-1] - 4 * head_dim) // (2 * head_dim + 4)
+    num_numbers = 2 * rblock_size * head_dim
+    numbers = packed_BLKX.view(torch.int8)[..., :num_numbers].unflatten(-1, (2, rblock_size, head_dim))
+    scales = packed_BLKX.view(torch.float32)[..., num_numbers // 4 :]
+    return Int8RBlocks(numbers, scales[..., :head_dim], scales[..., head_dim:])
+
+
+def readable(pool: torch.Tensor, head_dim: int) -> torch.Tensor | Int8RBlocks:
+    """What attention reads of a pool or a copy of some rBlocks: itself `[B, L, K, 2, N, D]`, or, packed, its views."""
+    return unpack_rblocks(pool, head_dim) if pool.dtype is torch.uint8 else pool
 
 
 def micro_attention_int8(

@@ -13,6 +13,7 @@ from itertools import pairwise
 from megatron_distkv.attention import LoanTable
 from megatron_distkv.errors import DistkvError, IntegrityError
 from megatron_distkv.kvcache.block_table import BlockTable
+from megatron_distkv.kvcache.open_slots import OpenSlots
 from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
 from megatron_distkv.log import get_logger
 from megatron_distkv.messages import Acknowledge, AdoptHeader, LendReply, PrepareHeader, Refusal
@@ -38,8 +39,14 @@ class Adoptions:
     """Channel threads prepare and fill it; while `draining` it takes nothing. The rBlocks count as used at once."""
 
     def __init__(
-        self, allocator: RBlockAllocator, loan_table: LoanTable, followers: Followers, rblock_size: int
+        self,
+        allocator: RBlockAllocator,
+        loan_table: LoanTable,
+        followers: Followers,
+        rblock_size: int,
+        open_slots: OpenSlots | None = None,
     ) -> None:
+        self._open_slots = open_slots or OpenSlots(None)
         self._allocator = allocator
         self._loan_table = loan_table
         self._followers = followers
@@ -57,7 +64,7 @@ class Adoptions:
                 return LendReply(refusal=Refusal.CONFLICT)
             had = adoption.block_ids if adoption is not None else []
             more = self._allocator.allocate_up_to(max(0, header.num_rblocks - len(had)))
-            if len(had) + len(more) < header.num_rblocks:
+            if len(had) + len(more) < header.num_rblocks or not self._open_slots.reserve(header.adoption_id):
                 self._allocator.free(more)
                 return LendReply(refusal=Refusal.FULL)
             block_ids = [*had, *more]
@@ -101,6 +108,12 @@ class Adoptions:
                 logger.warning("nobody asked for a request of %s: freeing it", self._adoptions[adoption_id].parent)
                 self._drop(adoption_id)
 
+    @property
+    def ids(self) -> list[str]:
+        """Of those that lie here."""
+        with self._lock:
+            return list(self._adoptions)
+
     @contextmanager
     def held(self) -> Iterator[Sequence[int]]:
         """All rBlocks that lie here; inside, none comes and none goes."""
@@ -109,7 +122,12 @@ class Adoptions:
 
     def _drop(self, adoption_id: str) -> None:
         self._revoke(adoption_id)
-        self._allocator.free(self._adoptions.pop(adoption_id).block_ids)
+        self.free(adoption_id, self._adoptions.pop(adoption_id))
+
+    def free(self, adoption_id: str, adoption: Adoption) -> None:
+        """Of one that was claimed: nobody can go on with it."""
+        self._open_slots.give_back(adoption_id)
+        self._allocator.free(adoption.block_ids)
 
     def _revoke(self, adoption_id: str) -> None:
         self._loan_table.revoke(adoption_id)

@@ -114,7 +114,8 @@ class Peers(Mapping[str, Line]):
     @property
     def _rblock(self) -> TensorSpec:
         assert self._shape is not None
-        return TensorSpec(tuple(self._shape.rank_pool(1).tensor_BLK2ND.shape[1:]), self._shape.torch_dtype)
+        one_BLK2ND = self._shape.rank_pool(1).tensor_BLK2ND
+        return TensorSpec(tuple(one_BLK2ND.shape[1:]), one_BLK2ND.dtype)
 
     def _connect(self, peer: str, address: str, rank: int, sizes: MailboxSizes, timeout_s: float) -> Channel:
         hello = Hello(

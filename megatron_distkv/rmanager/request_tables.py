@@ -3,12 +3,16 @@
 from collections.abc import Collection, Sequence
 
 from megatron_distkv.kvcache.block_table import BlockTable
+from megatron_distkv.kvcache.open_slots import OpenSlots
 from megatron_distkv.rblock import LoanId, num_rblocks_for
 from megatron_distkv.request import Request
 
 
 class RequestTables:
-    def __init__(self, rblock_size: int) -> None:
+    """`open_slots`: where rBlocks that are not full yet lie, if not where their tables say."""
+
+    def __init__(self, rblock_size: int, open_slots: OpenSlots) -> None:
+        self._open_slots = open_slots
         self.by_request: dict[str, BlockTable] = {}
         self._requests: dict[str, Request] = {}
         self._rblock_size = rblock_size
@@ -22,12 +26,14 @@ class RequestTables:
     def enter(self, request: Request, table: BlockTable | None = None) -> BlockTable:
         """Its table: the one that it brings along, the one that it has, or an empty one."""
         self._requests[request.request_id] = request
+        self._open_slots.take(request.request_id)
         if table is not None:
             self.by_request[request.request_id] = table
         return self.by_request.setdefault(request.request_id, BlockTable())
 
     def leave(self, request: Request) -> BlockTable | None:
         self._requests.pop(request.request_id, None)
+        self._open_slots.give_back(request.request_id)
         return self.by_request.pop(request.request_id, None)
 
     def longest_first(self) -> list[Request]:
@@ -40,13 +46,28 @@ class RequestTables:
         size = self._rblock_size
         return [range(num_rblocks_for(have.start, size), have.stop // size) for have in request.computed_ranges()]
 
+    def movable_ranges(self, request: Request) -> list[range]:
+        """Positions whose KV could go to another instance: all that are computed, less those in open slots."""
+        if not self._open_slots.are_needed:
+            return request.computed_ranges()
+        size = self._rblock_size
+        return [range(x.start * size, x.stop * size) for x in self.full_rblocks(request) if x]
+
+    def _open_ranges(self, request: Request) -> list[range]:
+        """What is lost with any other loss: a step that fails may have written over it in its slot."""
+        if not self._open_slots.are_needed:
+            return []
+        size = self._rblock_size
+        return [range(max(x.start, x.stop // size * size), x.stop) for x in request.computed_ranges()]
+
     def lose(
         self, request: Request, table: BlockTable, loan_ids: Collection[LoanId], rblocks: Sequence[range] = ()
     ) -> None:
         """What lay under these loans is gone, and these rBlocks hold nothing: all that will be computed again."""
         spans = table.remove_loans(loan_ids)
         lost = [*(range(span.first, span.first + len(span.block_ids)) for span in spans), *rblocks]
-        request.lose(*(range(x.start * self._rblock_size, x.stop * self._rblock_size) for x in lost))
+        size = self._rblock_size
+        request.lose(*(range(x.start * size, x.stop * size) for x in lost), *self._open_ranges(request))
 
     # ------------------------------------------------------------------ growth
 

@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from megatron_distkv.config.instance import LendingConfig
 from megatron_distkv.kvcache.block_table import BlockTable
+from megatron_distkv.kvcache.open_slots import OpenSlots
 from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
 from megatron_distkv.log import get_logger
 from megatron_distkv.rblock import HOST_LOAN, LoanId, Span, num_rblocks_for
@@ -40,14 +41,16 @@ class RManager:
         outlook: PoolOutlook,
         config: LendingConfig,
         rblock_size: int,
+        open_slots: OpenSlots,
     ) -> None:
+        self._open_slots = open_slots
         self._allocator = allocator
         self._host = host
         self._borrowing = borrowing
         self._outlook = outlook
         self._config = config
         self.rblock_size = rblock_size
-        self._tables = RequestTables(rblock_size)
+        self._tables = RequestTables(rblock_size, open_slots)
         self._outgoing = Outgoing(allocator, host, borrowing, outlook)
         self._backpressure = Backpressure()
         self._homecoming = Homecoming(borrowing, outlook, config.recall_patience_s)
@@ -57,6 +60,13 @@ class RManager:
 
     def full_rblocks(self, request: Request) -> list[range]:
         return self._tables.full_rblocks(request)
+
+    def movable_ranges(self, request: Request) -> list[range]:
+        return self._tables.movable_ranges(request)
+
+    def open_slot(self, request: Request) -> int | None:
+        """Where its rBlock that is not full yet lies; None: where its table says, like all others."""
+        return self._open_slots.slot_of(request.request_id)
 
     def spans_before(self, request: Request, position: int) -> list[Span]:
         """Where the rBlocks of positions `[0, position)` lie."""
@@ -162,8 +172,9 @@ class RManager:
             self._host.free(table.block_ids_under(HOST_LOAN))
         self._borrowing.release_all(request.request_id)
 
-    def adopt(self, request: Request, table: BlockTable) -> None:
+    def adopt(self, request: Request, table: BlockTable, adoption_id: str) -> None:
         """A request comes from another instance, with its KV: the table's local rBlocks are allocated for it."""
+        self._open_slots.rename(adoption_id, request.request_id)
         self._tables.enter(request, table)
 
     def forget(self, request: Request, table: BlockTable, loan_ids: Collection[LoanId]) -> None:
@@ -201,13 +212,14 @@ class RManager:
         """This instance is about to leave: ask for everything back."""
         self._outlook.reclaim(self._allocator.num_lent)
 
-    def check_integrity(self, kept_for_others: Sequence[int] = ()) -> None:
+    def check_integrity(self, kept_for_others: Sequence[int] = (), adoption_ids: Collection[str] = ()) -> None:
         """Between steps: tables in order, and every used rBlock in exactly one of them, or kept for an adoption."""
         self._outgoing.check_integrity()
         tables = self._tables.by_request.values()
         for table in tables:
             table.check_integrity()
         self._allocator.check_integrity([*kept_for_others, *(b for table in tables for b in table.local_block_ids())])
+        self._open_slots.check_integrity([*self._tables.by_request, *adoption_ids])
         self._host.check_integrity([b for table in tables for b in table.block_ids_under(HOST_LOAN)])
 
     # ------------------------------------------------------------------ inside

@@ -129,6 +129,7 @@ def _receipt(choice: Choice) -> dict[str, Any]:
         "instance": instances[-1] if instances else "",
         "instances": list(instances),
         "num_untold_parts": num_untold,
+        "kv_dtype": kv.kv_dtype,
         "max_local_rblocks": kv.max_local_rblocks,
         "max_host_rblocks": kv.max_host_rblocks,
         "max_borrowed_rblocks": kv.max_borrowed_rblocks,

@@ -23,6 +23,7 @@ def _sum(one: RequestKV, other: RequestKV) -> RequestKV:
     """A request is at one instance at a time: its peaks are the greater ones, all else adds up."""
     lenders = one.max_borrowed_rblocks.keys() | other.max_borrowed_rblocks.keys()
     return RequestKV(
+        kv_dtype=other.kv_dtype or one.kv_dtype,
         max_local_rblocks=max(one.max_local_rblocks, other.max_local_rblocks),
         max_host_rblocks=max(one.max_host_rblocks, other.max_host_rblocks),
         max_borrowed_rblocks={

@@ -1,6 +1,7 @@
 """A whole pool of real processes, and the reference: one instance with enough memory."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +54,18 @@ def client(cluster: LocalCluster) -> Iterator[OpenAI]:
 
 @pytest.fixture(scope="session")
 def reference(byte_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reference]:
+    with start_reference(byte_llama, tmp_path_factory.mktemp("ref"), "auto") as greedy:
+        yield greedy
+
+
+@contextmanager
+def start_reference(byte_llama: Path, run_dir: Path, kv_dtype: str) -> Iterator[Reference]:
     config = InstanceConfig.model_validate(
         {
             "instance_id": "reference",
             "model": byte_llama,
-            "run_dir": tmp_path_factory.mktemp("ref"),
-            "kv_cache": {"num_rblocks": 512, "rblock_size": RBLOCK_SIZE},
+            "run_dir": run_dir,
+            "kv_cache": {"num_rblocks": 512, "rblock_size": RBLOCK_SIZE, "dtype": kv_dtype},
         }
     )
     with LLM(config) as llm:

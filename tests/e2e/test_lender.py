@@ -14,7 +14,15 @@ from megatron_distkv.launch.local_cluster import LocalCluster
 
 from megatron_distkv.cli.main import main
 from megatron_distkv.ledger import render_debts
-from tests.e2e.conftest import NUM_RBLOCKS, OWN_TOKENS, RBLOCK_SIZE, Reference, cluster_config, openai_client
+from tests.e2e.conftest import (
+    NUM_RBLOCKS,
+    OWN_TOKENS,
+    RBLOCK_SIZE,
+    Reference,
+    cluster_config,
+    openai_client,
+    start_reference,
+)
 from tests.e2e.test_api import GREEDY, as_text, random_prompt, wait_for_no_debts
 
 LENDER_RBLOCKS = 64
@@ -73,14 +81,20 @@ def test_a_lender_killed_in_mid_request_costs_what_it_held(lent_to: LocalCluster
         assert kv["num_preemptions"] == 0
 
 
-def test_tensor_parallel_ranks_use_host_memory_and_then_a_lender(byte_llama: Path, reference: Reference) -> None:
-    cache = {"num_rblocks": NUM_RBLOCKS, "num_host_rblocks": 8, "rblock_size": RBLOCK_SIZE}
+def test_tensor_parallel_ranks_use_host_memory_and_then_a_lender_in_int8(byte_llama: Path, tmp_path: Path) -> None:
+    # Given an int8 cache everywhere
+    cache = {"num_rblocks": NUM_RBLOCKS, "num_host_rblocks": 8, "rblock_size": RBLOCK_SIZE, "dtype": "int8"}
     config: dict[str, Any] = {"instances": 1, "tensor_parallel": 2, "launcher": "deepspeed", "kv_cache": cache}
     with with_lender(byte_llama, **config) as cluster, openai_client(cluster) as client:
+        assert "KV cache: 16 rBlocks of 8 tokens in int8" in (cluster.run_dir / "instance-0.log").read_text()
+        # When a prompt needs the pool, host memory and the lender
         prompt = random_prompt(2 * OWN_TOKENS, seed=2)
         answer = client.completions.create(prompt=prompt, max_tokens=12, **GREEDY)
-        assert answer.choices[0].text == as_text(reference(prompt, 12))
+        # Then its tokens are those of one instance with enough memory
+        with start_reference(byte_llama, tmp_path, "int8") as int8_reference:
+            assert answer.choices[0].text == as_text(int8_reference(prompt, 12))
         (kv,) = answer.usage.kv  # type: ignore[union-attr]
+        assert kv["kv_dtype"] == "int8"
         assert kv["max_host_rblocks"] == 8
         assert kv["max_borrowed_rblocks"]["lender-0"] > 0
         wait_for_no_debts(cluster)

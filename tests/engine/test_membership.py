@@ -25,6 +25,10 @@ from tests.conftest import MakeConfig
     [
         ({"kv_cache": {"num_rblocks": 8, "rblock_size": 16}}, "rblock_size 16, not 8 as those of a"),
         ({"dtype": "bf16"}, "dtype bf16, not fp32 as those of a"),
+        (
+            {"kv_cache": {"num_rblocks": 8, "rblock_size": 8, "dtype": "int8"}},
+            "kv_dtype int8, not auto as those of a",
+        ),
     ],
 )
 def test_rblocks_of_another_shape_cannot_join(

@@ -7,7 +7,7 @@ import random
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -115,8 +115,18 @@ class Pool:
 @pytest.fixture(scope="module")
 def pool(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
     """One pool for all seeds: a driver leaves it empty, or fails."""
-    run_dir = tmp_path_factory.mktemp("pool")
+    with start_pool(llama, tmp_path_factory.mktemp("pool"), "auto") as pool:
+        yield pool
 
+
+@pytest.fixture
+def int8_pool(llama: Path, tmp_path: Path) -> Iterator[Pool]:
+    with start_pool(llama, tmp_path, "int8") as pool:
+        yield pool
+
+
+@contextmanager
+def start_pool(llama: Path, run_dir: Path, kv_dtype: str) -> Iterator[Pool]:
     def start(name: str, num_rblocks: int, url: str, max_batched_tokens: int) -> LLM:
         values = {
             "instance_id": name,
@@ -126,6 +136,7 @@ def pool(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool
                 "num_rblocks": num_rblocks,
                 "num_host_rblocks": HOST_RBLOCKS.get(name, 0),
                 "rblock_size": RBLOCK_SIZE,
+                "dtype": kv_dtype,
             },
             "ledger": {"url": url, "heartbeat_interval_s": 0.1, "lease_s": 1.0},
             "scheduler": {"max_batched_tokens": max_batched_tokens},
@@ -344,3 +355,9 @@ def test_channels_that_break_cost_nothing_but_time(pool: Pool, seed: int) -> Non
 @pytest.mark.parametrize("seed", range(200, 202))
 def test_a_ledger_that_dies_and_comes_back_empty_costs_nothing_but_time(pool: Pool, seed: int) -> None:
     drive(pool, seed, 60, ledger_losses=2)
+
+
+def test_an_int8_cache_is_the_same_wherever_it_lies_and_however_it_was_computed(int8_pool: Pool) -> None:
+    drive(int8_pool, 400, 40, cuts=2, ledger_losses=1)
+    drivers = [drive(int8_pool, seed, 30, cuts=1, leaves=8) for seed in (401, 402)]
+    assert sum(driver.num_handed_over for driver in drivers) > 0

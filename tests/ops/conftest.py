@@ -12,6 +12,13 @@ from megatron_distkv.kernels import cpu
 from megatron_distkv.ops import available_backends, use_backend
 
 INSTRUCTION_SETS = ("avx512bf16", "avx512", "avx2", "baseline")
+SERVED_BY_LIBRARIES = (
+    "test_full_rblocks",
+    "test_every_head_size",
+    "test_large_scores",
+    "test_nothing_is_written",
+    "test_past_rblocks",
+)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -28,9 +35,15 @@ def variants() -> list[str]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The interpreter is slow, computes all floats as fp32, and knows no threads."""
+    """The interpreter is slow, computes all floats as fp32, and knows no threads. Of a library on a CPU, which leaves
+    much to the backends that are tested anyway, only what it serves."""
     if DEVICE == "cpu":
-        items[:] = [item for item in items if "[triton" not in item.name or not _only_costs_time(item.name)]
+        items[:] = [
+            item
+            for item in items
+            if not ("[triton" in item.name and _only_costs_time(item.name))
+            and not ("[flash_attn" in item.name and not item.name.startswith(SERVED_BY_LIBRARIES))
+        ]
 
 
 def _only_costs_time(name: str) -> bool:

@@ -44,6 +44,16 @@ def test_full_rblocks_without_a_mask(dtype: torch.dtype) -> None:
     batch.check(out, lse)
 
 
+def test_past_rblocks_in_any_order_beside_tails() -> None:
+    # Given sequences with much past, with none, with nothing but past and without queries, rBlocks in reverse order
+    sequences = [Sequence(200, 3), Sequence(9, 9), Sequence(64, 1), Sequence(32, 0), Sequence(47, 20)]
+    batch = Batch(Case(torch.float32, 2, 4, 64, 16, sequences))
+    for s in range(len(sequences)):
+        listed = slice(int(batch.cu_blocks[s]), int(batch.cu_blocks[s + 1]))
+        batch.ids[listed], batch.starts[listed] = batch.ids[listed].flip(0), batch.starts[listed].flip(0)
+    batch.check(*batch.attend())
+
+
 @pytest.mark.parametrize("dtype", OUT_LIMIT, ids=str)
 @pytest.mark.parametrize(("kv_heads", "group", "window"), [(2, 4, 1), (2, 4, 16), (1, 8, 33), (2, 3, 100), (1, 40, 17)])
 def test_a_window_counts_the_querys_own_token(dtype: torch.dtype, kv_heads: int, group: int, window: int) -> None:

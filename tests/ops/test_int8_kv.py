@@ -3,14 +3,20 @@
 import pytest
 import torch
 
-from megatron_distkv.ops import micro_attention_int8, quantize_rblocks
+from megatron_distkv.ops import micro_attention_int8, pack_rblocks, quantize_rblocks, unpack_rblocks
+from megatron_distkv.rblock import int8_head_bytes
 from tests.ops.batch import LAYER, Batch, Case, Sequence
 from tests.ops.dense import relative_error
 
 
-def attend(batch: Batch, **limits: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Over the batch's pool in int8; the batch's K and V become what the int8 numbers stand for."""
-    int8, k_scales, v_scales = quantize_rblocks(batch.pool.nan_to_num(0.0))
+def attend(batch: Batch, *, packed: bool = True, **limits: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Over the batch's pool in int8; the batch's K and V become what the int8 numbers stand for.
+
+    `packed`: with the scales behind the numbers that they belong to, as in an instance's pool.
+    """
+    pool = batch.pool.nan_to_num(0.0)
+    rblocks = unpack_rblocks(pack_rblocks(pool), batch.case.head_dim) if packed else quantize_rblocks(pool)
+    int8, k_scales, v_scales = rblocks
     k, v = int8[:, LAYER].float().unbind(2)
     pool_BK2ND = torch.stack([k * k_scales[:, LAYER, :, None], v * v_scales[:, LAYER, ..., None]], dim=2)
     for s, sequence in enumerate(batch.case.sequences):
@@ -47,7 +53,7 @@ def test_the_numbers_that_the_scales_stand_for(dtype: torch.dtype, kv_heads: int
 def test_the_error_against_the_numbers_before() -> None:
     batch = Batch(Case(torch.bfloat16, 2, 4, 128, 64, [Sequence(2048, 1), Sequence(512, 40)]))
     exact, exact_lse = batch.expected()
-    out, lse = attend(batch)
+    out, lse = attend(batch, packed=False)
     assert relative_error(out, exact) < 1.5e-2
     assert (lse - exact_lse).abs().max() < 1e-2
 
@@ -76,3 +82,23 @@ def test_other_scales_are_another_call(backend: str) -> None:
     # Then they count
     torch.testing.assert_close(twice, first * 2)
     assert not torch.allclose(colder, first)
+
+def test_packed_rblocks_hold_the_same_and_say_how_many_bytes_they_are(backend: str) -> None:
+    rblocks = torch.randn(3, 2, 2, 2, 6, 10)
+    packed = pack_rblocks(rblocks)
+    assert packed.shape == (3, 2, 2, int8_head_bytes(6, 10))
+    for got, expected in zip(unpack_rblocks(packed, 10), quantize_rblocks(rblocks), strict=True):
+        assert torch.equal(got, expected)
+        assert got.untyped_storage().data_ptr() == packed.untyped_storage().data_ptr()
+
+
+def test_heads_that_do_not_lie_at_even_distances_are_refused(backend: str) -> None:
+    if not backend.startswith("cpu"):
+        pytest.skip("the others take any strides")
+    batch = Batch(Case(torch.float32, 2, 2, 64, 8, [Sequence(16, 1)]))
+    rblocks = quantize_rblocks(batch.pool.nan_to_num(0.0))
+    indices = (batch.ids, batch.starts, batch.cu_blocks, batch.cu_queries, batch.positions)
+    for wrong in range(3):
+        uneven = [x.transpose(0, 1).contiguous().transpose(0, 1) if i == wrong else x for i, x in enumerate(rblocks)]
+        with pytest.raises(ValueError, match="at even distances"):
+            micro_attention_int8(batch.q, uneven[0], uneven[1], uneven[2], LAYER, *indices, 1.0, True)

@@ -11,6 +11,7 @@ from megatron_distkv.server.receipt import Receipt
 from megatron_distkv.server.tokenizer import Tokenizer
 
 RECEIPT = RequestKV(
+    kv_dtype="int8",
     max_local_rblocks=4,
     max_borrowed_rblocks={"c": 1, "b": 2},
     local_rblock_s=8.25,
@@ -41,6 +42,7 @@ def test_each_choice_has_a_receipt() -> None:
     borrower, other = asyncio.run(usage())["kv"]
     # Then its lenders are named, and their rBlock-seconds summed
     assert (borrower["instance"], borrower["num_untold_parts"]) == ("a", 0)
+    assert (borrower["kv_dtype"], other["kv_dtype"]) == ("int8", "")
     assert borrower["lenders"] == ["b", "c"]
     assert borrower["borrowed_rblock_s"] == 2.0
     assert borrower["local_rblock_s"] == 8.25
@@ -61,6 +63,7 @@ def test_a_receipt_sums_the_parts_of_all_instances() -> None:
     kv, instances, num_untold = Receipt().add("x", RECEIPT).add("y", None).add("z", other)
     # Then peaks are the greater ones, and all else adds up
     assert (instances, num_untold) == (("x", "y", "z"), 1)
+    assert kv.kv_dtype == "int8"
     assert (kv.max_local_rblocks, kv.max_borrowed_rblocks) == (4, {"b": 5, "c": 1, "d": 1})
     assert (kv.local_rblock_s, kv.borrowed_rblock_s) == (9.25, {"b": 3.5, "c": 0.5})
     assert (kv.remote_attention_s, kv.num_recomputed_tokens) == (0.125, 7)

@@ -22,7 +22,8 @@ def test_a_dry_run_checks_and_reports_every_kernel(tmp_path: Path) -> None:
 
     # Then conformance was run, and every kernel has its row
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "conformance: passed" in result.stdout
+    assert "conformance of ours: passed" in result.stdout
+    assert "conformance of flash_attn: passed" in result.stdout
     works = [row["work"].split(",")[0] for row in json.loads((tmp_path / "gpu_check.json").read_text())["figures"]]
     assert works[:4] == ["decode", "prefill", "backward", "merge of 8 partials"]
     assert "| decode" in (tmp_path / "gpu_check.md").read_text()

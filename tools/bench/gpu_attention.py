@@ -4,13 +4,13 @@ Every answer is checked against float64 first. rBlocks lie in random order in th
 """
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from megatron_distkv.ops import gather_rblocks, merge, micro_attention, store_kv, tile_backward
+from megatron_distkv.ops import gather_rblocks, merge, micro_attention, store_kv, tile_backward, use_backend
 from tools.bench.gpu_timing import Stopwatch, Work, median_ratio
 
 SIZE, SEED, GROUP, HEAD_DIM = 64, 0, 4, 128
@@ -92,7 +92,9 @@ def same(found: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> None:
 
 
 class GpuBench:
-    def __init__(self, device: str, sizes: Sizes) -> None:
+    def __init__(self, device: str, sizes: Sizes, libraries: Sequence[str] = ()) -> None:
+        """`libraries`: backends that are measured beside ours, over the same scattered rBlocks."""
+        self.libraries = libraries
         self.device, self.sizes, self.kv_heads, self.watch = device, sizes, sizes.kv_heads, Stopwatch(device)
         self.name = torch.cuda.get_device_name() if device == "cuda" else "CPU, interpreted: no figure means anything"
         source = torch.empty(sizes.copied_bytes, dtype=torch.int8, device=device)
@@ -119,8 +121,22 @@ class GpuBench:
         peers: dict[str, Work] = {
             "torch sdpa, dense KV": lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True),
             **library_decode(case, k, v),
+            **{f"backend {name}, same rBlocks": self._with(name, case) for name in self.libraries},
         }
         return self._figure(f"decode, context {context}, batch {batch}", case.attend, peers, "copy", k.nbytes * 2e-9)
+
+    def _with(self, backend: str, case: Batch) -> Work:
+        """Decode by this backend, which is right; all rBlocks are full, so the library has all of it."""
+
+        def attend() -> tuple[torch.Tensor, torch.Tensor]:
+            use_backend(backend)
+            try:
+                return case.attend()
+            finally:
+                use_backend("triton")
+
+        case.check(attend())
+        return attend
 
     def prefill(self, chunk: int) -> Figure:
         case = Batch(self.kv_heads, chunk, 1, chunk, self.device)
