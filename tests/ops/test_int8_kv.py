@@ -83,6 +83,7 @@ def test_other_scales_are_another_call(backend: str) -> None:
     torch.testing.assert_close(twice, first * 2)
     assert not torch.allclose(colder, first)
 
+
 def test_packed_rblocks_hold_the_same_and_say_how_many_bytes_they_are(backend: str) -> None:
     rblocks = torch.randn(3, 2, 2, 2, 6, 10)
     packed = pack_rblocks(rblocks)
