@@ -5,7 +5,7 @@ from megatron_distkv.attention.creditor import Creditor
 from megatron_distkv.attention.deadlines import Deadlines
 from megatron_distkv.attention.debtor import Debtor
 from megatron_distkv.attention.dist_attention import DistAttention
-from megatron_distkv.attention.fixed_attention import FixedAttention
+from megatron_distkv.attention.fixed_order.fixed_attention import FixedAttention
 from megatron_distkv.attention.forward_context import ForwardContext, forward_context
 from megatron_distkv.attention.head_share import HeadShare
 from megatron_distkv.attention.host_memory import HostMemory

@@ -8,7 +8,7 @@ import torch
 
 from megatron_distkv import metrics
 from megatron_distkv.attention.debtor import wire_dtype
-from megatron_distkv.attention.fixed_leaves import FixedIndex, index_in_fixed_order
+from megatron_distkv.attention.fixed_order.leaves import FixedIndex, index_in_fixed_order
 from megatron_distkv.attention.head_share import HeadShare, attend_heads
 from megatron_distkv.attention.loan_table import Access, LoanTable
 from megatron_distkv.attention.shares import ShareIndex, index_shares, measure_query_us

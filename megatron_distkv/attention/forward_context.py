@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_distkv.attention.debtor import Debtor
-from megatron_distkv.attention.fixed_attention import FixedAttention
+from megatron_distkv.attention.fixed_order.fixed_attention import FixedAttention
 from megatron_distkv.attention.metadata import AttentionMetadata
 from megatron_distkv.attention.open_rblocks import OpenRBlocks
 

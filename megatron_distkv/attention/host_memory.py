@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_distkv.attention.fixed_leaves import Leaves
+from megatron_distkv.attention.fixed_order.leaves import Leaves
 from megatron_distkv.attention.metadata import RemoteShare
 from megatron_distkv.attention.partial import Partial
 from megatron_distkv.attention.shares import ORDINARY, ShareIndex, attend_shares, index_shares, measure_query_us

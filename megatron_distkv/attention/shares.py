@@ -6,7 +6,7 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 
-from megatron_distkv.attention.fixed_leaves import FixedIndex
+from megatron_distkv.attention.fixed_order.leaves import FixedIndex
 from megatron_distkv.errors import DistkvError
 from megatron_distkv.messages import QueryShare, Scoring
 from megatron_distkv.ops import Int8RBlocks, micro_attention, micro_attention_int8, readable

@@ -1,11 +1,13 @@
 """Membership of a pool, for instances and lenders alike: what the ledger knows of them."""
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 
 import msgspec
 
 from megatron_distkv.config.instance import LedgerConfig
-from megatron_distkv.errors import UserError
+from megatron_distkv.errors import LedgerUnavailable, UserError
 from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
 from megatron_distkv.kvcache.rblock_shape import RBlockShape
 from megatron_distkv.ledger import DebtLedger, InstanceRecord
@@ -14,6 +16,9 @@ from megatron_distkv.rmanager import Identity
 
 logger = get_logger(__name__)
 _SHAPE = "rblock_shape"
+# Of who joins, with a ledger that was there a moment ago: it may be restarted, or its machine busy.
+JOIN_PATIENCE_S = 10.0
+_RETRY_AFTER_S = 0.2
 
 
 def published_shape(record: InstanceRecord) -> RBlockShape | None:
@@ -25,7 +30,7 @@ def published_shape(record: InstanceRecord) -> RBlockShape | None:
 
 
 class Membership:
-    """Raises UserError in a pool whose rBlocks have another shape than `shape`."""
+    """Raises UserError in a pool whose rBlocks have another shape than `shape`, or whose ledger stays silent."""
 
     def __init__(
         self,
@@ -45,13 +50,39 @@ class Membership:
         self._shape = shape
         self._info = {**info, _SHAPE: msgspec.json.encode(shape).decode()}
         self._has_joined = False
-        self._require_same_shape()
+        self._patiently(self._require_same_shape)
 
     def join(self) -> None:
-        """Register, and again where the ledger has forgotten.
+        """Register, and again where the ledger has forgotten (then it raises LedgerUnavailable at once).
 
         Two members may come at the same moment, each before the other is in the ledger: the later one leaves again.
         """
+        if self._has_joined:
+            self._register()
+            return
+        self._patiently(self._register)
+        try:
+            self._patiently(lambda: self._require_same_shape(before_epoch=self._identity.epoch))
+        except UserError:
+            with suppress(LedgerUnavailable):
+                self.leave()
+            raise
+        self._has_joined = True
+
+    def _patiently(self, ask: Callable[[], None]) -> None:
+        until_s = time.monotonic() + JOIN_PATIENCE_S
+        while True:
+            try:
+                ask()
+                return
+            except LedgerUnavailable as error:
+                if time.monotonic() > until_s:
+                    raise UserError(
+                        f"{self._identity.instance} cannot join pool {self._config.pool!r}: {error}"
+                    ) from error
+                time.sleep(_RETRY_AFTER_S)
+
+    def _register(self) -> None:
         identity, allocator = self._identity, self._allocator
         registration = self._ledger.register(
             identity.instance,
@@ -64,13 +95,6 @@ class Membership:
             info=self._info,
         )
         identity.epoch, identity.generation = registration.epoch, registration.generation
-        if not self._has_joined:
-            try:
-                self._require_same_shape(before_epoch=identity.epoch)
-            except UserError:
-                self.leave()
-                raise
-        self._has_joined = True
 
     def describe(self, **facts: str) -> None:
         """Say more of this member than at its registration; raises LedgerUnavailable. Any thread may call it."""

@@ -39,7 +39,7 @@ class QueryHeader(msgspec.Struct, frozen=True):
     Payload: q `[T, query_heads, head_dim]` in the model's dtype, T = sum of num_queries. Reply payload: the normalised
     output `[T, query_heads, head_dim]` in the wire dtype, then LSE `[T, query_heads]` fp32 (natural log; empty = -inf).
 
-    In fixed order (`num_partials` > 0; attention/fixed_order.py) the answer has, for each share, its rows for each node
+    In fixed order (`num_partials` > 0; attention/fixed_order) the answer has, for each share, its rows for each node
     that covers its rBlocks, `num_partials` rows in all, in fp32; a step may ask several `part`s for a layer, and shares
     have all positions.
     """

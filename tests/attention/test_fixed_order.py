@@ -17,9 +17,9 @@ from megatron_distkv.attention import (
     HostMemory,
     RotaryConfig,
     build_metadata,
-    fixed_plan,
 )
-from megatron_distkv.attention.fixed_order import FAN_IN, Node, cover
+from megatron_distkv.attention.fixed_order import plan
+from megatron_distkv.attention.fixed_order.tree import FAN_IN, Node, cover
 from megatron_distkv.errors import DistkvError
 from megatron_distkv.messages import QueryHeader, QueryShare, Scoring
 from megatron_distkv.rblock import HOST, HOST_LOAN, InstanceId, LoanId, LocalSpan, RemoteSpan, Span
@@ -116,7 +116,7 @@ def test_bits_do_not_depend_on_places(world: World, scoring: dict[str, Any], mon
     # When they lie anywhere, are computed with others or alone, a few rows at a time, in small questions
     found = [world.attend(layer, in_runs(of, first=of)) for of in (1, 21)]
     found.append(world.attend(layer, in_runs(3, first=2), {"a": 1, "c": 1}))
-    monkeypatch.setattr(fixed_plan, "MOST_PARTIALS", 100)
+    monkeypatch.setattr(plan, "MOST_PARTIALS", 100)
     found.append(world.attend(layer, in_runs(19, first=3), answers=7))
 
     # Then not a bit differs

@@ -1,11 +1,16 @@
 """Who may join a pool: only members whose rBlocks look alike could compute over each other's."""
 
+import os
+import signal
+import threading
+from contextlib import nullcontext
 from typing import Any
 
 import msgspec
 import pytest
 
 from megatron_distkv.config.instance import InstanceConfig, LedgerConfig
+from megatron_distkv.engine import membership
 from megatron_distkv.engine.llm import LLM
 from megatron_distkv.engine.membership import Membership
 from megatron_distkv.errors import UserError
@@ -13,6 +18,7 @@ from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
 from megatron_distkv.kvcache.rblock_shape import RBlockShape
 from megatron_distkv.ledger import MemoryLedger
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
+from megatron_distkv.ledger.redis_ledger import RedisLedger
 from megatron_distkv.rblock import InstanceId
 from megatron_distkv.request import Request
 from megatron_distkv.rmanager import Identity
@@ -64,6 +70,27 @@ def test_of_two_shapes_that_join_at_the_same_moment_one_is_refused(order: str) -
     ledger.lose_everything()
     members[first].join()
     assert [record.instance for record in ledger.snapshot().instances] == [first]
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_who_joins_waits_for_a_ledger_that_is_silent_for_a_while(
+    comes_back: bool, server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(membership, "JOIN_PATIENCE_S", 10.0 if comes_back else 0.1)
+    # Given a ledger that hangs for longer than a call waits
+    ledger = RedisLedger(server.url, "silent", timeout_s=0.2)
+    os.kill(server.pid, signal.SIGSTOP)
+    again = threading.Timer(0.5 if comes_back else 1.0, os.kill, (server.pid, signal.SIGCONT))
+    again.start()
+    try:
+        # When a member joins, then it waits
+        shape, allocator = RBlockShape(2, 4, 2, 8, 8, "fp32", 1), RBlockAllocator(4, 4)
+        with nullcontext() if comes_back else pytest.raises(UserError, match="a cannot join pool 'silent': snapshot"):
+            Membership(ledger, Identity(InstanceId("a")), LedgerConfig(pool="silent"), "", allocator, shape, {}).join()
+            assert [record.instance for record in ledger.snapshot().instances] == ["a"]
+    finally:
+        again.join()
+        ledger.close()
 
 
 def test_a_new_member_is_used_within_two_of_its_reports(make_config: MakeConfig, server: EmbeddedServer) -> None:

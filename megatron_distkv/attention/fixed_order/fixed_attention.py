@@ -1,4 +1,4 @@
-"""Attention whose bits do not depend on where rBlocks lie, nor on what else is in the batch (fixed_order.py).
+"""Attention whose bits do not depend on where rBlocks lie, nor on what else is in the batch (tree.py).
 
 Every partial is fp32, also on the way from a creditor. The price: a partial per rBlock and query, and its merge.
 """
@@ -9,8 +9,8 @@ from itertools import groupby
 import torch
 
 from megatron_distkv.attention.debtor import Debtor
-from megatron_distkv.attention.fixed_leaves import Buffer, carry_out
-from megatron_distkv.attention.fixed_plan import Block, Question, plan_blocks
+from megatron_distkv.attention.fixed_order.leaves import Buffer, carry_out
+from megatron_distkv.attention.fixed_order.plan import Block, Question, plan_blocks
 from megatron_distkv.attention.metadata import SequenceSlice
 from megatron_distkv.messages import QueryHeader, Scoring
 

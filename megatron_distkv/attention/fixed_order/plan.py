@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_distkv.attention.fixed_leaves import MOST_PARTIALS, LeafList, Leaves
-from megatron_distkv.attention.fixed_order import Family, Merges, Node, cover, merge_up
+from megatron_distkv.attention.fixed_order.leaves import MOST_PARTIALS, LeafList, Leaves
+from megatron_distkv.attention.fixed_order.tree import Family, Merges, Node, cover, merge_up
 from megatron_distkv.attention.metadata import SequenceSlice
 from megatron_distkv.messages import QueryShare
 from megatron_distkv.rblock import HOST, LocalSpan, Span

@@ -1,4 +1,4 @@
-"""Partials of single rBlocks in a pool, for its owner or for a debtor, and their merges (fixed_order.py)."""
+"""Partials of single rBlocks in a pool, for its owner or for a debtor, and their merges (tree.py)."""
 
 import threading
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_distkv.attention.fixed_order import Family, Merges, Node, cover, merge_up
+from megatron_distkv.attention.fixed_order.tree import Family, Merges, Node, cover, merge_up
 from megatron_distkv.errors import DistkvError
 from megatron_distkv.messages import QueryShare, Scoring
 from megatron_distkv.ops import merge, micro_attention_out
