@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tensor-parallel", type=int, help="ranks of this instance")
     parser.add_argument("--num-rblocks", type=int, help="rBlocks in this instance's pool")
     parser.add_argument("--num-host-rblocks", type=int, help="rBlocks in own host memory, used before borrowing")
+    parser.add_argument("--num-lent-host-rblocks", type=int, help="rBlocks of host memory beside these, lent to others")
     parser.add_argument(
         "--kv-cache-dtype", choices=("auto", "int8"), help="of K and V; int8: half the memory of bf16; else the model's"
     )
@@ -60,6 +61,7 @@ def _config(args: argparse.Namespace) -> InstanceConfig:
         "kv_cache": {
             "num_rblocks": args.num_rblocks,
             "num_host_rblocks": args.num_host_rblocks,
+            "num_lent_host_rblocks": args.num_lent_host_rblocks,
             "dtype": args.kv_cache_dtype,
         },
         "lending": {"verify_one_in": args.verify},

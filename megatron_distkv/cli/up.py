@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tensor-parallel", type=int, help="ranks of each instance")
     parser.add_argument("--num-rblocks", type=int, help="rBlocks in each instance's pool")
     parser.add_argument("--num-host-rblocks", type=int, help="rBlocks in each instance's host memory, beside its pool")
+    parser.add_argument("--num-lent-host-rblocks", type=int, help="rBlocks of host memory that each instance lends")
     parser.add_argument(
         "--kv-cache-dtype", choices=("auto", "int8"), help="of K and V; int8: half the memory of bf16; else the model's"
     )
@@ -74,7 +75,8 @@ def _config(args: argparse.Namespace) -> ClusterConfig:
     for key in top:
         if getattr(args, key) is not None:
             values[key] = getattr(args, key)
-    cache = {"num_rblocks": args.num_rblocks, "num_host_rblocks": args.num_host_rblocks, "dtype": args.kv_cache_dtype}
+    cache = {"num_rblocks": args.num_rblocks, "num_host_rblocks": args.num_host_rblocks,
+             "num_lent_host_rblocks": args.num_lent_host_rblocks, "dtype": args.kv_cache_dtype}  # fmt: skip
     if given := {key: value for key, value in cache.items() if value is not None}:
         values["kv_cache"] = {**values.get("kv_cache", {}), **given}
     if args.verify is not None:

@@ -17,7 +17,10 @@ class KVCacheConfig(FrozenConfig):
     """rBlocks in this instance's pool (per TP rank: each rank keeps its own heads of every rBlock)."""
     num_host_rblocks: int = Field(0, ge=0)
     """rBlocks in this instance's own host memory, beside the pool: used when that runs short, before any borrowing, and
-    never lent. Attention over them is computed by the CPU."""
+    never lent (`num_lent_host_rblocks` are). Attention over them is computed by the CPU."""
+    num_lent_host_rblocks: int = Field(0, ge=0)
+    """rBlocks of host memory that this instance lends: a memory-only lender in its process, named ID.host. The instance
+    may borrow from it like everybody."""
     rblock_size: int = Field(64, ge=1)
     """Tokens per rBlock. 64 is the smallest size at which reads run near the memory's speed: docs/experiments.md."""
     dtype: Literal["auto", "int8"] = "auto"
@@ -106,4 +109,12 @@ class InstanceConfig(FrozenConfig):
             raise ValueError("deterministic does not go with lending.verify_one_in yet: choose one of them")
         if self.deterministic and self.kv_cache.dtype == "int8":
             raise ValueError("deterministic does not go with kv_cache.dtype int8 yet: choose one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _lent_host_memory_goes_with(self) -> "InstanceConfig":
+        if self.kv_cache.num_lent_host_rblocks and not self.lending.enabled:
+            raise ValueError("kv_cache.num_lent_host_rblocks needs lending.enabled")
+        if self.kv_cache.num_lent_host_rblocks and self.ledger.url == LONELY_LEDGER:
+            raise ValueError("kv_cache.num_lent_host_rblocks needs a ledger that others see: set ledger.url")
         return self

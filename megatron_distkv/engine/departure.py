@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from megatron_distkv.engine.admission import Admission
 from megatron_distkv.engine.handover import Handover
+from megatron_distkv.engine.lender import Lender
 from megatron_distkv.engine.reporting import Reporting
 from megatron_distkv.engine.scheduler import Scheduler
 from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
@@ -38,6 +39,8 @@ class Departure:
         self._adoptions = adoptions
         self._handover = handover
         self._ends_by_s: float | None = None
+        self.host_lender: Lender | None = None
+        """Of this instance's own; it leaves with it."""
 
     @property
     def is_under_way(self) -> bool:
@@ -48,7 +51,8 @@ class Departure:
         """Nothing runs, is lent, or waits for its heir; or the time for that is over: gateways go on elsewhere."""
         if self._ends_by_s is None:
             return False
-        is_empty = self._scheduler.is_idle and self._allocator.num_lent == 0 and not self._borrowing.has_bequests
+        num_lent = self._allocator.num_lent + (self.host_lender.allocator.num_lent if self.host_lender else 0)
+        is_empty = self._scheduler.is_idle and num_lent == 0 and not self._borrowing.has_bequests
         return is_empty or time.monotonic() > self._ends_by_s
 
     def begin(self, within_s: float) -> None:
@@ -63,6 +67,8 @@ class Departure:
         """Ask for what is still lent, and choose what goes next."""
         if self.is_under_way:
             self._rmanager.reclaim_all()
+            if self.host_lender is not None:
+                self.host_lender.ask_back()
             self._borrowing.settle_bequests()
             self._handover.begin_step()
 

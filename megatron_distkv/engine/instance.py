@@ -6,6 +6,7 @@ from megatron_distkv.config.instance import LONELY_LEDGER, InstanceConfig
 from megatron_distkv.engine.assembly import assemble
 from megatron_distkv.engine.batch import Slice, StepPlan
 from megatron_distkv.engine.closing import close_in_order
+from megatron_distkv.engine.host_lender import open_host_lender
 from megatron_distkv.engine.model_runner import StepResult
 from megatron_distkv.engine.rank import Rank
 from megatron_distkv.engine.sampler import SampledToken, sample
@@ -51,6 +52,7 @@ class Instance:
         self.scheduler = parts.scheduler
         self._membership.join()
         self._heartbeat.start()
+        self._host_lender = self._departure.host_lender = open_host_lender(config, rank.shape)
         if config.lending.enabled and config.ledger.url != LONELY_LEDGER:
             self._ways.start()
 
@@ -196,6 +198,7 @@ class Instance:
                 self._ways.stop,
                 self._heartbeat.stop,
                 self._finish_all,
+                *([self._host_lender.close] if self._host_lender is not None else []),
                 self._membership.leave,
                 self._doors.close,
                 *([self._followers.stop] if self._followers is not None else []),

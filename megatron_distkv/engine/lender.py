@@ -57,6 +57,7 @@ class Lender:
 
     def __init__(self, config: LenderConfig, shape: RBlockShape, ledger: DebtLedger) -> None:
         self._ledger = ledger
+        self._asked_back_s = 0.0
         self.num_rblocks = num_rblocks_to_lend(config, shape)
         self.allocator = RBlockAllocator(self.num_rblocks, self.num_rblocks)
         self.loan_table = LoanTable()
@@ -90,12 +91,19 @@ class Lender:
 
     def drain(self, within_s: float) -> None:
         """Lend nothing new and ask for everything back; returns when it has come, or the time is over."""
-        self.lending.draining = True
         until_s = time.monotonic() + within_s
+        self.ask_back()
         while self.allocator.num_lent > 0 and time.monotonic() < until_s:
+            time.sleep(WATCH_INTERVAL_S)
+            self.ask_back()
+
+    def ask_back(self) -> None:
+        """Lend nothing new, and ask for all that is still lent; not more often than a debtor could hear of it."""
+        self.lending.draining = True
+        if self.allocator.num_lent > 0 and time.monotonic() > self._asked_back_s + WATCH_INTERVAL_S:
+            self._asked_back_s = time.monotonic()
             with suppress(LedgerUnavailable):
                 self._ledger.reclaim(self._identity.instance, self._identity.epoch, self.allocator.num_lent)
-            time.sleep(WATCH_INTERVAL_S)
 
     def check_integrity(self) -> None:
         self.allocator.check_integrity([])
