@@ -1,5 +1,6 @@
 """A lost creditor costs its part of a request's prefill, not all of it; tokens and logprobs stay the same."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
@@ -151,6 +152,10 @@ def test_a_creditor_lost_while_rblocks_travel(
     monkeypatch.setattr(run.a, "_run", lose_on_the_way)
     if way == "home":
         run.pool[run.creditors()[0]].instance.rmanager.reclaim_all()
+        until_s = time.monotonic() + 10.0
+        while run.a._heartbeat.orders.empty():  # of the recall it hears with its next report
+            assert time.monotonic() < until_s
+            time.sleep(0.01)
     run.finish()
     # Then a part of the request is computed again
     assert lost
