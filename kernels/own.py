@@ -29,9 +29,11 @@ def best_for(*tensors: torch.Tensor) -> ModuleType:
     return reference
 
 
-def merge(outs_PTHD: torch.Tensor, lses_PTH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse = best_for(outs_PTHD, lses_PTH).merge(outs_PTHD, lses_PTH)
-    return out, lse
+def merge(
+    outs_PTHD: torch.Tensor, lses_PTH: torch.Tensor, out: tuple[torch.Tensor, torch.Tensor] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out_THD, lse_TH = best_for(outs_PTHD, lses_PTH).merge(outs_PTHD, lses_PTH, out)
+    return out_THD, lse_TH
 
 
 def store_kv(

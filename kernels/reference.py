@@ -93,10 +93,13 @@ def _over_blocks(
     return out_THD, lse_KR.view(kv_heads, num_tokens, group).permute(1, 0, 2).reshape(num_tokens, num_heads)
 
 
-def merge(outs_PTHD: torch.Tensor, lses_PTH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def merge(
+    outs_PTHD: torch.Tensor, lses_PTH: torch.Tensor, out: tuple[torch.Tensor, torch.Tensor] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     lse_TH = torch.logsumexp(lses_PTH, dim=0)
     weights_PTH = (lses_PTH - lse_TH.masked_fill(lse_TH == float("-inf"), 0.0)).exp()
-    return (outs_PTHD * weights_PTH.unsqueeze(-1)).sum(dim=0), lse_TH
+    out_THD = (outs_PTHD * weights_PTH.unsqueeze(-1)).sum(dim=0)
+    return (out_THD, lse_TH) if out is None else (out[0].copy_(out_THD), out[1].copy_(lse_TH))
 
 
 def store_kv(

@@ -36,10 +36,12 @@ def can_serve(*tensors: torch.Tensor) -> bool:
     return True
 
 
-def merge(outs_PTHD: torch.Tensor, lses_PTH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def merge(
+    outs_PTHD: torch.Tensor, lses_PTH: torch.Tensor, out: tuple[torch.Tensor, torch.Tensor] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     outs_PTHD, lses_PTH = outs_PTHD.contiguous(), lses_PTH.contiguous()
     num_parts, num_tokens, num_heads, head_dim = outs_PTHD.shape
-    out_THD, lse_TH = outs_PTHD.new_empty(num_tokens, num_heads, head_dim), lses_PTH.new_empty(num_tokens, num_heads)
+    out_THD, lse_TH = out or (outs_PTHD.new_empty(outs_PTHD.shape[1:]), lses_PTH.new_empty(lses_PTH.shape[1:]))
     status = library.distkv_merge(
         outs_PTHD.data_ptr(),
         lses_PTH.data_ptr(),

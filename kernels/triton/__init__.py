@@ -70,8 +70,10 @@ def micro_attention(
     return final if num_splits == 1 else _merge_into(final, outs, lses)
 
 
-def merge(outs_PTHD: torch.Tensor, lses_PTH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    final = outs_PTHD.new_empty(outs_PTHD.shape[1:]), lses_PTH.new_empty(lses_PTH.shape[1:])
+def merge(
+    outs_PTHD: torch.Tensor, lses_PTH: torch.Tensor, out: tuple[torch.Tensor, torch.Tensor] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    final = out or (outs_PTHD.new_empty(outs_PTHD.shape[1:]), lses_PTH.new_empty(lses_PTH.shape[1:]))
     return _merge_into(final, outs_PTHD.contiguous(), lses_PTH.contiguous())
 
 

@@ -13,7 +13,7 @@ from megatron_distkv.ops.int8_kv import (
     readable,
     unpack_rblocks,
 )
-from megatron_distkv.ops.micro_attention import merge, micro_attention, micro_attention_out
+from megatron_distkv.ops.micro_attention import merge, merge_out, micro_attention, micro_attention_out
 from megatron_distkv.ops.move_rblocks import gather_rblocks, scatter_rblocks
 from megatron_distkv.ops.store_kv import apply_rope, store_kv
 from megatron_distkv.ops.tile_backward import tile_backward
@@ -26,6 +26,7 @@ __all__ = [
     "gather_rblocks",
     "instruction_set",
     "merge",
+    "merge_out",
     "micro_attention",
     "micro_attention_int8",
     "micro_attention_out",

@@ -115,3 +115,23 @@ torch.library.custom_op("distkv::merge", merge, mutates_args=())
 @torch.library.register_fake("distkv::merge")
 def _(outs_PTHD: torch.Tensor, lses_PTH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return outs_PTHD.new_empty(outs_PTHD.shape[1:]), lses_PTH.new_empty(lses_PTH.shape[1:])
+
+
+def merge_out(outs_PTHD: torch.Tensor, lses_PTH: torch.Tensor, out_THD: torch.Tensor, lse_TH: torch.Tensor) -> None:
+    """The same into tensors at hand (fp32, contiguous): fresh memory may cost more than the merge."""
+    if torch.compiler.is_compiling():
+        torch.ops.distkv.merge_out(outs_PTHD, lses_PTH, out_THD, lse_TH)
+        return
+    if out_THD.shape != outs_PTHD.shape[1:] or lse_TH.shape != lses_PTH.shape[1:]:
+        raise ValueError("out and lse must have the shape of one partial")
+    if not all(x.dtype is torch.float32 and x.is_contiguous() for x in (out_THD, lse_TH)):
+        raise ValueError("out and lse must be contiguous fp32 tensors")
+    kernels(outs_PTHD, lses_PTH).merge(outs_PTHD, lses_PTH, (out_THD, lse_TH))
+
+
+torch.library.custom_op("distkv::merge_out", merge_out, mutates_args=("out_THD", "lse_TH"))
+
+
+@torch.library.register_fake("distkv::merge_out")
+def _(*_: object) -> None:
+    return None

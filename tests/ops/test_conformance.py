@@ -5,7 +5,7 @@ import weakref
 import pytest
 import torch
 
-from megatron_distkv.ops import gather_rblocks, merge, micro_attention, scatter_rblocks, store_kv
+from megatron_distkv.ops import gather_rblocks, merge, merge_out, micro_attention, scatter_rblocks, store_kv
 from tests.ops.batch import LAYER, LAYERS, OUT_LIMIT, Batch, Case, Sequence, int64
 
 MIXED = [Sequence(70, 1), Sequence(41, 6), Sequence(33, 33), Sequence(1, 1), Sequence(9, 0), Sequence(150, 130)]
@@ -134,6 +134,14 @@ def test_merge_of_many_partials_with_empty_ones() -> None:
     weights = (lses.double() - lses.double().logsumexp(0)).exp().nan_to_num(0.0)
     assert torch.allclose(out.double(), (outs.double() * weights[..., None]).sum(0), atol=1e-5)
     assert torch.allclose(lse.double(), lses.double().logsumexp(0), atol=1e-4)
+    # And the same bits into tensors at hand, which must be of the right shape, dtype and layout
+    room = torch.full_like(out, 7.0), torch.full_like(lse, 7.0)
+    merge_out(outs, lses, *room)
+    assert torch.equal(room[0], out)
+    assert torch.equal(room[1], lse)
+    for wrong in (out[1:], out.double(), out.transpose(0, 1).contiguous().transpose(0, 1)):
+        with pytest.raises(ValueError, match="out and lse must"):
+            merge_out(outs, lses, wrong, lse)
 
 
 @pytest.mark.parametrize("source", OUT_LIMIT, ids=str)

@@ -9,7 +9,7 @@ import torch
 from megatron_distkv.attention.fixed_order.tree import Family, Merges, Node, cover, merge_up
 from megatron_distkv.errors import DistkvError
 from megatron_distkv.messages import QueryShare, Scoring
-from megatron_distkv.ops import merge, micro_attention_out
+from megatron_distkv.ops import merge_out, micro_attention_out
 
 # Partials that are held at one time: of a model with 32 heads of 128 dims 64 MiB. More queries wait for their turn.
 MOST_PARTIALS = 4096
@@ -109,7 +109,7 @@ def carry_out(merges: Merges, out: torch.Tensor, lse: torch.Tensor) -> None:
     end = merges.num_rows - sum(level.shape[1] for level in merges.levels)
     for rows_FM in merges.levels:
         count = rows_FM.shape[1]
-        out[end : end + count], lse[end : end + count] = merge(out[rows_FM], lse[rows_FM])
+        merge_out(out[rows_FM], lse[rows_FM], out[end : end + count], lse[end : end + count])
         end += count
 
 
