@@ -24,7 +24,6 @@ struct FewRows {
   const int64_t rows = item.row_end - item.row_begin;
   const bool is_quads = X::IS_DOTS || (X::IS_PAIRS && rows >= 3 && a.head_dim % 8 == 0);
   const int64_t held = is_quads ? round_up(rows, 4) : rows + (rows % 4 == 3);  // with the empty rows that fill a tile
-  const bool waits_for_memory = rows <= 4 && (X::IS_PAIRS || sizeof(Element) == 4);
   const int64_t padded = round_up(a.head_dim, X::CHUNK);
   const int64_t slab = (int64_t)a.rblock_size * a.head_dim;           // elements of one head's K, or V
   const int64_t stretch = (item.head_end - item.head_begin) * a.head_stride;  // what of an rBlock this item reads
@@ -123,8 +122,8 @@ struct FewRows {
   // From element `place` of rBlock b's stretch.
   Ahead ahead_of(int64_t b, const Element* base, int64_t place) const {
     Ahead ahead;
-    ahead.times = waits_for_memory ? 3 : 1;
-    for (int i = 0; i < ahead.times; ++i) ahead.by[i] = distance_to(b, base, place, AHEAD_BYTES[i] / (int64_t)sizeof(Element));
+    for (int i = 0; i < times_to_ask<X>(rows); ++i)
+      ahead.by[i] = distance_to(b, base, place, AHEAD_BYTES[i] / (int64_t)sizeof(Element));
     return ahead;
   }
 
@@ -151,7 +150,8 @@ struct FewRows {
     const char* v = (const char*)(k + slab);
     Fetch fetch{v, v + n * a.head_dim * (int64_t)sizeof(Element), v_ahead};
     for (int64_t r = 0; r < held; ++r) {
-      fetch.lines(smaller(16, 64 / held));
+      if (times_to_ask<X>(rows) == 3) fetch.template lines<3>(smaller(16, 64 / held));
+      else fetch.template lines<1>(smaller(16, 64 / held));
       few_weights<X>(scores + r * CHUNK_TOKENS, r < rows ? seen[r].within(from, n) : Seen{0, 0}, n, score_scale(a),
                      tops + state + r, sums + (state + r) * W, shrinks + r, weights + r * CHUNK_TOKENS);
     }

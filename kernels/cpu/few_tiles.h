@@ -25,7 +25,7 @@ inline void few_scores(const typename X::Query* q, int64_t padded, const typenam
       for (int j = 0; j < J; ++j) {
         const typename X::Element* key = k + (t + j) * head_dim + d;
         keys[j] = X::load(key);
-        if (PREFETCH) ahead.prefetch_from(key);
+        if (PREFETCH) ahead.template prefetch_from<times_to_ask<X>(R)>(key);
       }
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
@@ -80,7 +80,7 @@ inline void few_values(const typename X::Weight* p, const typename X::Element* v
       else
         X::load_values(value + c * X::CHUNK, next ? next + c * X::CHUNK : nullptr, values + c * X::PARTS);
     }
-    fetch.step();
+    fetch.template step<times_to_ask<X>(R)>();
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const typename X::Operand weight = X::weight(p + r * CHUNK_TOKENS + t);

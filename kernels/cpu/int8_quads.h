@@ -86,7 +86,7 @@ inline void int8_scores_of(const Int8Queries& q, int64_t first, int64_t rows, co
           }
         }
 #pragma GCC unroll 2
-        for (int i = 0; i < J * 16; i += 64) ahead.prefetch_from((const char*)keys + d * J + i);
+        for (int i = 0; i < J * 16; i += 64) ahead.prefetch_from<1>((const char*)keys + d * J + i);
       }
     };
     if (last >= J - 1) add([](int64_t j) { return j; });
@@ -180,7 +180,7 @@ inline void int8_values_of(const uint8_t* high, const uint8_t* low, const float*
 #pragma GCC unroll 1
   for (; t + 4 <= num_keys; t += 4, at += 4 * head_dim) {
     add(t, at, at + head_dim, at + 2 * head_dim, at + 3 * head_dim);
-    fetch.step();
+    fetch.step<1>();
   }
   if (t < num_keys) {  // the missing ones have no weight
     const int64_t last = num_keys - 1 - t;

@@ -57,7 +57,7 @@ inline void quad_scores_of(const uint16_t* q, const uint16_t* k, int64_t head_di
         }
         // In the order of memory, evenly: bursts would fill the buffers that hold what is on its way.
 #pragma GCC unroll 4
-        for (int i = 0; i < J * 16; i += 64) ahead.prefetch_from((const char*)keys + u * J * 16 + i);
+        for (int i = 0; i < J * 16; i += 64) ahead.prefetch_from<Q == 1 ? 3 : 1>((const char*)keys + u * J * 16 + i);
       }
     };
     if (last >= J - 1) add([](int64_t j) { return j; });

@@ -22,6 +22,8 @@ class TimedElsewhere(NamedTuple):
         return self.measure()
 
 
+# Threads of the work before may still look out for more (OpenMP's do, for milliseconds) and take a core from the next.
+SETTLE_S = 0.02
 PROBE_DISTANCES = (4096, 16384, 65536)
 
 
@@ -42,6 +44,8 @@ def in_turn(works: dict[str, Work], num_threads: int, runs: int) -> dict[str, li
     times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(runs):
         for name, work in works.items():
+            if num_threads > 1:
+                time.sleep(SETTLE_S)
             times[name].append(seconds(work, num_threads))
     return times
 
