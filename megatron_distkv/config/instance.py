@@ -16,8 +16,8 @@ class KVCacheConfig(FrozenConfig):
     num_rblocks: int = Field(256, ge=2)
     """rBlocks in this instance's pool (per TP rank: each rank keeps its own heads of every rBlock)."""
     num_host_rblocks: int = Field(0, ge=0)
-    """rBlocks in this instance's own host memory, beside the pool: used when that runs short, before any borrowing, and
-    never lent (`num_lent_host_rblocks` are). Attention over them is computed by the CPU."""
+    """rBlocks in this instance's own host memory, beside the pool: used when that runs short, before any borrowing
+    (after it where creditors answer much sooner), never lent. Attention over them is computed by the CPU."""
     num_lent_host_rblocks: int = Field(0, ge=0)
     """rBlocks of host memory that this instance lends: a memory-only lender in its process, named ID.host. The instance
     may borrow from it like everybody."""

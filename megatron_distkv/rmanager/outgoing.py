@@ -1,4 +1,4 @@
-"""rBlocks that leave the pool: to own host memory first, then to creditors."""
+"""rBlocks that leave the pool: to own host memory first, then to creditors; the other way round where that is dear."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -67,17 +67,29 @@ class Outgoing:
     ) -> int:
         """Move up to `count` of the request's oldest full rBlocks out; returns how many go."""
         movable = sum(len(span.block_ids) for span in table.oldest_local(count, full))
-        room = [] if only_to else [self._host_room(request, movable)]
-        missing = movable - sum(len(x.unused) for x in room) - self._borrowing.num_unused(request.request_id)
-        if missing > 0 and self._outlook.may_ask():
-            borrowed = self._borrowing.borrow(request.request_id, missing, only_to)
-            self._outlook.note_answer(got_all=borrowed >= missing)
         moved = 0
-        for loan in [*room, *self._borrowing.usable_loans_of(request.request_id)]:
+        for loan in self._rooms(request, movable, only_to):
             while loan.unused and moved < movable:
                 moved += self._move_into(loan, table, movable - moved, full)
         self.moves_left -= moved
         return moved
+
+    def _rooms(self, request: Request, count: int, only_to: str | None) -> list[HeldLoan]:
+        """For up to `count` rBlocks of the request, in the order of use."""
+        if only_to is not None:
+            return self._loans(request, count, only_to)
+        if self._outlook.host_memory_is_dear():
+            loans = self._loans(request, count, None)
+            return [*loans, self._host_room(request, count - sum(len(x.unused) for x in loans))]
+        room = self._host_room(request, count)
+        return [room, *self._loans(request, count - len(room.unused), None)]
+
+    def _loans(self, request: Request, count: int, only_to: str | None) -> list[HeldLoan]:
+        missing = count - self._borrowing.num_unused(request.request_id)
+        if missing > 0 and self._outlook.may_ask():
+            borrowed = self._borrowing.borrow(request.request_id, missing, only_to)
+            self._outlook.note_answer(got_all=borrowed >= missing)
+        return self._borrowing.usable_loans_of(request.request_id)
 
     def _host_room(self, request: Request, count: int) -> HeldLoan:
         """Up to `count` rBlocks of own host memory, as if lent."""

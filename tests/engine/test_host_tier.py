@@ -1,5 +1,6 @@
 """An instance's own host memory: used before anything is borrowed, the same tokens, and everything comes back."""
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,10 +9,11 @@ import torch
 
 from megatron_distkv.engine.llm import LLM
 from megatron_distkv.errors import UserError
-from megatron_distkv.ledger import render_debts
+from megatron_distkv.ledger import HOST_QUERY_US, render_debts
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
 from megatron_distkv.rblock import HOST
 from megatron_distkv.request import Request
+from megatron_distkv.rmanager import pool_outlook
 from megatron_distkv.sampling_params import SamplingParams
 from tests.conftest import MakeConfig
 
@@ -67,6 +69,32 @@ def test_many_requests_share_host_memory(make_config: MakeConfig, enough: LLM) -
     expected = [completion.token_ids for completion in enough.generate(prompts, GREEDY)]
     with LLM(make_config("a", **rooms(9))) as a:
         assert [completion.token_ids for completion in a.generate(prompts, GREEDY)] == expected
+        assert_all_is_free(a)
+
+
+def test_it_comes_after_creditors_where_it_is_much_slower(
+    make_config: MakeConfig, server: EmbeddedServer, enough: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_outlook, "RECORDS_AGE_S", 0.0)
+    (prompt,) = random_prompts(260)
+    ledger = {"url": server.url, "heartbeat_interval_s": 0.1, "lease_s": 1.0}
+    b_has = {"kv_cache": {"num_rblocks": 14, "rblock_size": 8}}
+    with (
+        LLM(make_config("a", **rooms(32, ledger=ledger))) as a,
+        LLM(make_config("b", ledger=ledger, **b_has)) as b,
+    ):
+        # Given an instance whose host memory has measured badly, and a creditor with a little memory
+        a.instance._membership.describe(**{HOST_QUERY_US: "1e9"})
+        time.sleep(0.3)  # longer than the instance's view of the pool lasts
+        # When a prompt is longer than the pool
+        request = Request("long", prompt, GREEDY)
+        a.instance.add(request)
+        while not a.instance.scheduler.is_idle:
+            a.instance.step()
+        # Then the creditor's memory is used up before host memory is, and the tokens are right
+        assert request.max_borrowed_rblocks["b"] == b.instance._allocator.max_lent == 12
+        assert 0 < request.max_host_rblocks < 260 // 8 - 12
+        assert request.output_token_ids == enough.generate([prompt], GREEDY)[0].token_ids
         assert_all_is_free(a)
 
 

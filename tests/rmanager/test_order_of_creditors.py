@@ -1,17 +1,23 @@
 """Whom a debtor asks first: by what a query costs there, then lenders before instances, then the freest."""
 
-from megatron_distkv.ledger import LENDER, QUERY_US, ROLE, MemoryLedger
+import pytest
+
+from megatron_distkv.ledger import HOST_QUERY_US, LENDER, QUERY_US, ROLE, MemoryLedger
 from megatron_distkv.rblock import InstanceId
 from megatron_distkv.rmanager import Identity, MailboxSizes, Peers, PoolOutlook
 
 
-def order(**members: tuple[int, dict[str, str]]) -> list[str]:
-    """The order in which `me` would ask these members, given by their free rBlocks and their info."""
+def outlook(**members: tuple[int, dict[str, str]]) -> PoolOutlook:
+    """That of `me` on these members, given by their free rBlocks and their info."""
     ledger, me = MemoryLedger(), Identity(InstanceId("me"))
     for name, (free, info) in members.items():
         ledger.register(InstanceId(name), name, free, 0, 60.0, info=info)
     peers = Peers("pool", me, 0, MailboxSizes(1, 1), deadline_s=1.0)
-    return [creditor.instance for creditor in PoolOutlook(ledger, me, peers, enabled=True).creditors()]
+    return PoolOutlook(ledger, me, peers, enabled=True)
+
+
+def order(**members: tuple[int, dict[str, str]]) -> list[str]:
+    return [creditor.instance for creditor in outlook(**members).creditors()]
 
 
 def test_alike_the_freest_first() -> None:
@@ -32,3 +38,14 @@ def test_who_says_nothing_that_can_be_read_is_not_dear() -> None:
     infos = {"nan": {QUERY_US: "nan"}, "text": {QUERY_US: "fast"}, "nothing": {}, "minus": {QUERY_US: "-1"}}
     members = {name: (place, info) for place, (name, info) in enumerate(infos.items(), start=10)}
     assert order(a=(1, {QUERY_US: "5"}), **members) == ["minus", "nothing", "text", "nan", "a"]
+
+
+@pytest.mark.parametrize(
+    ("own", "theirs", "free", "is_dear"),
+    [("20.1", "5", 9, True), ("19.9", "5", 9, False), ("20.1", "5", 0, False), ("nan", "5", 9, False)],
+)
+def test_own_host_memory_comes_first_unless_others_are_much_quicker(
+    own: str, theirs: str, free: int, is_dear: bool
+) -> None:
+    members = {"me": (4, {QUERY_US: "1", HOST_QUERY_US: own}), "a": (free, {QUERY_US: theirs})}
+    assert outlook(**members).host_memory_is_dear() == is_dear
