@@ -9,13 +9,12 @@ from functools import cache
 
 import torch
 
-from . import past_rblocks
 from .own import apply_rope as apply_rope
 from .own import gather_rblocks as gather_rblocks
 from .own import merge as merge
 from .own import scatter_rblocks as scatter_rblocks
 from .own import store_kv as store_kv
-from .past_rblocks import Past, Scales
+from .past_rblocks import Library, Past, served_by
 
 # Head sizes: GPUs have no others; on CPUs the result is rounded to bf16, which over fewer dims is no small error.
 PAGE_MULTIPLE, HEAD_MULTIPLE, LARGEST_HEAD = 256, 8, 256
@@ -38,28 +37,10 @@ def can_serve(q_THD: torch.Tensor, pool_BLK2ND: torch.Tensor) -> bool:
     return q_THD.is_cpu and q_THD.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
-def micro_attention(
-    q_THD: torch.Tensor,
-    pool_BLK2ND: torch.Tensor,
-    layer: int,
-    block_ids_M: torch.Tensor,
-    block_starts_M: torch.Tensor,
-    cu_blocks: torch.Tensor,
-    cu_queries: torch.Tensor,
-    positions_T: torch.Tensor,
-    scale: float,
-    causal: bool,
-    window: int | None = None,
-    soft_cap: float | None = None,
-    out: tuple[torch.Tensor, torch.Tensor] | None = None,
-    scales: Scales = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    args = (
-        q_THD, pool_BLK2ND, layer, block_ids_M, block_starts_M, cu_blocks, cu_queries, positions_T, scale, causal
-    )  # fmt: skip
-    is_ours = window is not None or soft_cap is not None or scales is not None or not can_serve(q_THD, pool_BLK2ND)
-    library = _on_cpu if q_THD.is_cpu else _on_gpu
-    return past_rblocks.run(None if is_ours else library, args, window, soft_cap, out, scales)
+def _library(q_THD: torch.Tensor, pool_BLK2ND: torch.Tensor) -> Library | None:
+    if not can_serve(q_THD, pool_BLK2ND):
+        return None
+    return _on_cpu if q_THD.is_cpu else _on_gpu
 
 
 def _on_cpu(past: Past) -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,3 +97,6 @@ def _by_token(lse: torch.Tensor, cu_queries: torch.Tensor) -> torch.Tensor:
         return lse.T
     is_there = torch.arange(lse.shape[2], device=lse.device) < cu_queries.diff()[:, None]
     return lse.transpose(1, 2)[is_there]
+
+
+micro_attention = served_by(_library)

@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 
-from . import past_rblocks
 from .own import apply_rope as apply_rope
 from .own import gather_rblocks as gather_rblocks
 from .own import merge as merge
 from .own import scatter_rblocks as scatter_rblocks
 from .own import store_kv as store_kv
-from .past_rblocks import Past, Scales
+from .past_rblocks import Library, Past, served_by
 
 WORKSPACE_BYTES = 128 << 20  # what its documentation asks for
 HEAD_DIMS = (64, 128, 256)
@@ -32,27 +31,8 @@ def can_serve(q_THD: torch.Tensor, pool_BLK2ND: torch.Tensor) -> bool:
     return q_THD.is_cuda and is_half and q_THD.shape[-1] in HEAD_DIMS
 
 
-def micro_attention(
-    q_THD: torch.Tensor,
-    pool_BLK2ND: torch.Tensor,
-    layer: int,
-    block_ids_M: torch.Tensor,
-    block_starts_M: torch.Tensor,
-    cu_blocks: torch.Tensor,
-    cu_queries: torch.Tensor,
-    positions_T: torch.Tensor,
-    scale: float,
-    causal: bool,
-    window: int | None = None,
-    soft_cap: float | None = None,
-    out: tuple[torch.Tensor, torch.Tensor] | None = None,
-    scales: Scales = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    args = (
-        q_THD, pool_BLK2ND, layer, block_ids_M, block_starts_M, cu_blocks, cu_queries, positions_T, scale, causal
-    )  # fmt: skip
-    is_ours = window is not None or soft_cap is not None or scales is not None or not can_serve(q_THD, pool_BLK2ND)
-    return past_rblocks.run(None if is_ours else _attend, args, window, soft_cap, out, scales)
+def _library(q_THD: torch.Tensor, pool_BLK2ND: torch.Tensor) -> Library | None:
+    return _attend if can_serve(q_THD, pool_BLK2ND) else None
 
 
 @cache
@@ -76,3 +56,6 @@ def _attend(past: Past) -> tuple[torch.Tensor, torch.Tensor]:
     )  # fmt: skip
     out, lse = wrapper.run(past.q_THD, (k_BKND, v_BKND), return_lse=True)
     return out, lse * math.log(2)
+
+
+micro_attention = served_by(_library)

@@ -12,7 +12,7 @@ import torch
 
 from .own import best_for
 
-Scales = tuple[torch.Tensor, torch.Tensor] | None
+Partial = tuple[torch.Tensor, torch.Tensor]  # out `[T, H, D]` and natural LSE `[T, H]`
 
 
 class Past(NamedTuple):
@@ -32,35 +32,41 @@ class Past(NamedTuple):
         return k, v
 
 
-# q, pool, layer, block_ids, block_starts, cu_blocks, cu_queries, positions, scale, causal
-Arguments = tuple[
-    torch.Tensor, torch.Tensor, int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float, bool
-]
-# Out `[T, H, D]` and natural LSE `[T, H]`, in any dtype.
-Library = Callable[[Past], tuple[torch.Tensor, torch.Tensor]]
+Library = Callable[[Past], Partial]  # its results in any dtype
 
 
-def run(
-    library: Library | None,
-    args: Arguments,
-    window: int | None,
-    soft_cap: float | None,
-    out: tuple[torch.Tensor, torch.Tensor] | None,
-    scales: Scales,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`library` None: all by our own kernels."""
-    if library is None:
-        tensors = args[:2] if scales is None else (args[0], *scales)
-        whole = best_for(*tensors).micro_attention(*args, window, soft_cap, out=out, scales=scales)
-        return whole[0], whole[1]
-    if out is not None:
-        _check(args[0], *out)
-    found = _merged(library, *args)
-    if out is None:
-        return found
-    for place, result in zip(out, found, strict=True):
-        place.copy_(result)
-    return out
+def served_by(choose: Callable[[torch.Tensor, torch.Tensor], Library | None]) -> Callable[..., Partial]:
+    """A backend's `micro_attention`; `choose` tells from queries and pool who serves their past, None: we do."""
+
+    def micro_attention(
+        q_THD: torch.Tensor,
+        pool_BLK2ND: torch.Tensor,
+        layer: int,
+        block_ids_M: torch.Tensor,
+        block_starts_M: torch.Tensor,
+        cu_blocks: torch.Tensor,
+        cu_queries: torch.Tensor,
+        positions_T: torch.Tensor,
+        scale: float,
+        causal: bool,
+        window: int | None = None,
+        soft_cap: float | None = None,
+        out: Partial | None = None,
+        scales: Partial | None = None,
+    ) -> Partial:
+        args = (layer, block_ids_M, block_starts_M, cu_blocks, cu_queries, positions_T, scale, causal)
+        is_ours = window is not None or soft_cap is not None or scales is not None
+        library = None if is_ours else choose(q_THD, pool_BLK2ND)
+        if library is None:
+            ours = best_for(q_THD, *(scales or (pool_BLK2ND,)))
+            whole = ours.micro_attention(q_THD, pool_BLK2ND, *args, window, soft_cap, out=out, scales=scales)
+            return whole[0], whole[1]
+        if out is not None:
+            _check(q_THD, *out)
+        found = _merged(library, q_THD, pool_BLK2ND, *args)
+        return found if out is None else (out[0].copy_(found[0]), out[1].copy_(found[1]))
+
+    return micro_attention
 
 
 def _check(q_THD: torch.Tensor, out_THD: torch.Tensor, lse_TH: torch.Tensor) -> None:

@@ -17,8 +17,8 @@ from types import ModuleType
 import torch
 
 from megatron_distkv.errors import ConfigError
-from megatron_distkv.kernels import cpu, flash_attn, flashinfer, reference
-from megatron_distkv.kernels.own import has_triton
+from megatron_distkv.kernels import cpu, flash_attn, flashinfer
+from megatron_distkv.kernels.own import best_for, has_triton
 
 _CPU_IS_BUILT = cpu.is_built()
 _chosen = "auto"
@@ -52,20 +52,12 @@ def use_backend(name: str) -> None:
 
 def kernels(*tensors: torch.Tensor) -> ModuleType:
     """The module with the functions that serve `tensors`: all of a call that are not indices."""
-    if _chosen == "auto":
-        if _CPU_IS_BUILT and cpu.can_serve(*tensors):
-            return cpu
-        return _module("triton") if tensors[0].is_cuda and _triton_can_serve(*tensors) else reference
-    return _module(_chosen)
+    return best_for(*tensors) if _chosen == "auto" else _module(_chosen)
 
 
 def cpu_comes_first() -> bool:
     """Whether the C++ kernels serve whatever they can serve."""
     return _CPU_IS_BUILT and _chosen in ("auto", "cpu")
-
-
-def _triton_can_serve(*tensors: torch.Tensor) -> bool:
-    return has_triton() and bool(_module("triton").can_serve(*tensors))
 
 
 @cache

@@ -73,12 +73,15 @@ class PoolOutlook:
         return sorted(able, key=rank)
 
     def host_memory_is_dear(self) -> bool:
-        """Whether own host memory answers so much later than a member of the pool that it comes after creditors."""
-        records = self._records() if self._enabled else {}
-        own = records.get(self._identity.instance)
+        """Whether own host memory answers so much later than a member of the pool that it comes after creditors.
+
+        By the last look at the ways to them, in a thread of its own: moves to own memory never wait for the ledger.
+        """
+        members = {} if self._ways is None else self._ways.members
+        own = members.get(self._identity.instance)
         if own is None or own.host_query_us is None:
             return False
-        others = [x for x in records.values() if x is not own and x.query_us is not None and x.free_to_lend > 0]
+        others = [x for x in members.values() if x is not own and x.query_us is not None and x.free_to_lend > 0]
         return ASKED_RBLOCKS * own.host_query_us > DEAR * min(map(self._answer_us, others), default=float("inf"))
 
     def _answer_us(self, record: InstanceRecord) -> float:

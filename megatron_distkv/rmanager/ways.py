@@ -55,6 +55,8 @@ class Ways:
         self._dial = dial
         self._publish = publish
         self._deadline_s = deadline_s
+        self.members: dict[str, InstanceRecord] = {}
+        """This one too, as the ledger told of them at the last look."""
         self._costs: dict[str, WayCost] = {}
         self._attempts: dict[tuple[str, int], int] = {}  # by member and epoch
         self._stop = threading.Event()
@@ -75,7 +77,8 @@ class Ways:
 
     def look(self) -> None:
         """Measure the members that have joined since the last time; raises LedgerUnavailable."""
-        new = [record for record in self._ledger.snapshot().live if self._is_new(record)]
+        self.members = {record.instance: record for record in self._ledger.snapshot().live}
+        new = [record for record in self.members.values() if self._is_new(record)]
         found: dict[str, WayCost] = {
             record.instance: cost for record in new if (cost := self._measure(record)) is not None
         }

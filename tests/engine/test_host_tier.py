@@ -13,7 +13,7 @@ from megatron_distkv.ledger import HOST_QUERY_US, render_debts
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
 from megatron_distkv.rblock import HOST
 from megatron_distkv.request import Request
-from megatron_distkv.rmanager import pool_outlook
+from megatron_distkv.rmanager import ways
 from megatron_distkv.sampling_params import SamplingParams
 from tests.conftest import MakeConfig
 
@@ -75,7 +75,7 @@ def test_many_requests_share_host_memory(make_config: MakeConfig, enough: LLM) -
 def test_it_comes_after_creditors_where_it_is_much_slower(
     make_config: MakeConfig, server: EmbeddedServer, enough: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pool_outlook, "RECORDS_AGE_S", 0.0)
+    monkeypatch.setattr(ways, "LOOK_INTERVAL_S", 0.05)
     (prompt,) = random_prompts(260)
     ledger = {"url": server.url, "heartbeat_interval_s": 0.1, "lease_s": 1.0}
     b_has = {"kv_cache": {"num_rblocks": 14, "rblock_size": 8}}

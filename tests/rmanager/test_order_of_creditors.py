@@ -2,9 +2,18 @@
 
 import pytest
 
+from megatron_distkv.attention import Line
+from megatron_distkv.errors import PeerLost
+from megatron_distkv.kvcache.rblock_shape import RBlockShape
 from megatron_distkv.ledger import HOST_QUERY_US, LENDER, QUERY_US, ROLE, MemoryLedger
 from megatron_distkv.rblock import InstanceId
-from megatron_distkv.rmanager import Identity, MailboxSizes, Peers, PoolOutlook
+from megatron_distkv.rmanager import Identity, MailboxSizes, Peers, PoolOutlook, Ways
+
+SHAPE = RBlockShape(2, 4, 2, 16, 8, "fp32")
+
+
+def unreachable(peer: str, address: str, sizes: MailboxSizes) -> Line:
+    raise PeerLost(peer, "nobody is there")
 
 
 def outlook(**members: tuple[int, dict[str, str]]) -> PoolOutlook:
@@ -13,7 +22,9 @@ def outlook(**members: tuple[int, dict[str, str]]) -> PoolOutlook:
     for name, (free, info) in members.items():
         ledger.register(InstanceId(name), name, free, 0, 60.0, info=info)
     peers = Peers("pool", me, 0, MailboxSizes(1, 1), deadline_s=1.0)
-    return PoolOutlook(ledger, me, peers, enabled=True)
+    ways = Ways(ledger, me, SHAPE, unreachable, lambda _: None, deadline_s=1.0)
+    ways.look()
+    return PoolOutlook(ledger, me, peers, enabled=True, ways=ways)
 
 
 def order(**members: tuple[int, dict[str, str]]) -> list[str]:
