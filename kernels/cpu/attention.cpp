@@ -2,6 +2,7 @@
 //
 // Where a sequence's keys are cut depends on its own shape only, so neither the batch around it nor the number of
 // threads changes a bit of its result.
+#include <algorithm>
 #include <vector>
 
 #include "dispatch.h"
@@ -12,7 +13,7 @@ namespace distkv {
 namespace {
 
 // K and V that one item of few rows reads: small enough to share out, large enough that merging costs little.
-constexpr int64_t BYTES_PER_ITEM = 2 << 20;
+constexpr int64_t BYTES_PER_ITEM = 4 << 20;
 // Keys that one item of many rows reads where a sequence has only one tile of rows.
 constexpr int64_t KEYS_PER_ITEM = 4096;
 // Below this much K and V in the whole call, waking another thread takes longer than the work.
@@ -40,7 +41,7 @@ class Plan {
  public:
   explicit Plan(const DistkvAttention& a) : a_(a), group_(a.num_heads / a.kv_heads) {
     const int64_t kv_bytes = 2 * a.kv_heads * a.rblock_size * a.head_dim * (a.kv_dtype == DISTKV_FP32 ? 4 : a.kv_dtype == DISTKV_INT8 ? 1 : 2);
-    few_blocks_ = BYTES_PER_ITEM / kv_bytes > 0 ? BYTES_PER_ITEM / kv_bytes : 1;
+    head_bytes_ = kv_bytes / a.kv_heads;
     many_blocks_ = KEYS_PER_ITEM / a.rblock_size > 0 ? KEYS_PER_ITEM / a.rblock_size : 1;
     call_bytes_ = a.num_listed * kv_bytes;
   }
@@ -55,11 +56,11 @@ class Plan {
     const int threads = call_bytes_ < BYTES_WORTH_A_THREAD && many_.empty() ? 1 : a_.num_threads;
     const int64_t num_many = static_cast<int64_t>(many_.size()), count = num_many + static_cast<int64_t>(few_.size());
     // The longest items first, so that none is left over at the end: those of prefill, later rows before earlier.
-    parallel_for(count, threads, [&](int64_t i) {
+    parallel_for(count, threads, [&](int64_t i, int64_t next) {
       char* memory = thread_memory(0, scratch);
       if (memory == nullptr) return has_memory.store(false);
       if (i < num_many) isa.many_rows(a_, many_[num_many - 1 - i], memory);
-      else isa.few_rows(a_, few_[i - num_many], memory);
+      else isa.few_rows(a_, few_[i - num_many], next == NO_ITEM ? nullptr : &few_[next - num_many], memory);
     });
     for (const Parts& parts : parts_) merge(isa, parts);
     return has_memory ? DISTKV_OK : DISTKV_OUT_OF_MEMORY;
@@ -72,7 +73,7 @@ class Plan {
     const int64_t rows = tokens_of(s) * group_, blocks = a_.cu_blocks[s + 1] - a_.cu_blocks[s];
     if (rows == 0) return;
     if (blocks == 0) return clear(s);
-    if (rows <= most_few_rows_) return cut(few_, s, rows, few_blocks_, a_.kv_heads);
+    if (rows <= most_few_rows_) return cut_few(s, rows, blocks);
     if (rows <= ROW_TILE) return cut(many_, s, rows, many_blocks_, 1);
     for (int32_t h = 0; h < a_.kv_heads; ++h)
       for (int64_t r = 0; r < rows; r += ROW_TILE) {
@@ -88,13 +89,19 @@ class Plan {
             a_.lse + row};
   }
 
+  // Along the heads first: what is cut along the keys has to be merged.
+  void cut_few(int64_t s, int64_t rows, int64_t blocks) {
+    const int64_t heads = a_.kv_heads;(void)blocks;
+    cut(few_, s, rows, std::max<int64_t>(BYTES_PER_ITEM / (heads * head_bytes_), 1), static_cast<int32_t>(heads));
+  }
+
   // All rows, `heads` KV heads at a time, in parts of `step` rBlocks.
   void cut(std::vector<Item>& items, int64_t s, int64_t rows, int64_t step, int32_t heads) {
     const int64_t begin = a_.cu_blocks[s], end = a_.cu_blocks[s + 1], count = ceil_div(end - begin, step);
     if (count > 1) parts_.push_back({s, count, nullptr, nullptr});
     for (int64_t b = begin; b < end; b += step)
       for (int32_t h = 0; h < a_.kv_heads; h += heads) {
-        items.push_back(item(s, b, b + step < end ? b + step : end, 0, rows, h, h + heads));
+        items.push_back(item(s, b, std::min(b + step, end), 0, rows, h, std::min(h + heads, a_.kv_heads)));
         if (count > 1) parted_.push_back({&items == &few_, items.size() - 1, parts_.size() - 1, (b - begin) / step});
       }
   }
@@ -142,7 +149,7 @@ class Plan {
 
   const DistkvAttention& a_;
   const int64_t group_;
-  int64_t few_blocks_, many_blocks_, call_bytes_, most_few_rows_ = 0;
+  int64_t head_bytes_, many_blocks_, call_bytes_, most_few_rows_ = 0;
   std::vector<Item> few_, many_;
   std::vector<Parts> parts_;
   std::vector<Parted> parted_;

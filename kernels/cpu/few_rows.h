@@ -8,6 +8,7 @@
 #include "int8_quads.h"
 #include "isa.h"
 #include "kinds.h"
+#include "octets.h"
 #include "quads.h"
 
 namespace {
@@ -21,12 +22,13 @@ struct FewRows {
 
   const DistkvAttention& a;
   const Item& item;
+  const Item* next;  // or null
   const int64_t rows = item.row_end - item.row_begin;
-  const bool is_quads = X::IS_DOTS || (X::IS_PAIRS && rows >= 3 && a.head_dim % 8 == 0);
-  const int64_t held = is_quads ? round_up(rows, 4) : rows + (rows % 4 == 3);  // with the empty rows that fill a tile
+  const bool is_quads = X::IS_DOTS || (X::IS_PAIRS && !X::IS_OCTETS && rows >= 3 && a.head_dim % 8 == 0);
+  // With the empty rows that fill a tile:
+  const int64_t held = X::IS_OCTETS ? round_up(rows, 8) : is_quads ? round_up(rows, 4) : rows + (rows % 4 == 3);
   const int64_t padded = round_up(a.head_dim, X::CHUNK);
   const int64_t slab = (int64_t)a.rblock_size * a.head_dim;           // elements of one head's K, or V
-  const int64_t stretch = (item.head_end - item.head_begin) * a.head_stride;  // what of an rBlock this item reads
   float *acc, *tops, *sums, *scores, *shrinks;
   typename X::Query* queries;
   typename X::Weight* weights;
@@ -39,11 +41,12 @@ struct FewRows {
   int8_t* query_bytes;
   uint8_t* weight_bytes;                // high, then low
 
-  FewRows(const DistkvAttention& attention, const Item& work, char* scratch) : a(attention), item(work) {
+  FewRows(const DistkvAttention& attention, const Item& work, const Item* then, char* scratch)
+      : a(attention), item(work), next(then) {
     const int64_t heads = item.head_end - item.head_begin, all = heads * held;
     acc = (float*)scratch;
     tops = acc + all * padded;
-    sums = tops + all;
+    sums = tops + all * (X::IS_OCTETS ? 2 : 1);
     scores = sums + all * W;
     shrinks = scores + FEW_ROWS * CHUNK_TOKENS;
     weights = (typename X::Weight*)(shrinks + FEW_ROWS);
@@ -57,7 +60,7 @@ struct FewRows {
     memset(acc, 0, all * padded * sizeof(float));
     memset(sums, 0, all * W * sizeof(float));
     memset((void*)queries, 0, all * padded * sizeof(typename X::Query));
-    for (int64_t i = 0; i < all; ++i) tops[i] = NO_SCORE;
+    for (float* top = tops; top < sums; ++top) *top = NO_SCORE;
   }
 
   void run() {
@@ -67,20 +70,23 @@ struct FewRows {
     for (int64_t h = item.head_begin; h < item.head_end; ++h)
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t state = (h - item.head_begin) * held + r;
-        emit_row<X>(a, item, h, item.row_begin + r, acc + state * padded, tops[state],
-                    sum_lane(load(sums + state * W)));
+        const float top = tops[X::IS_OCTETS ? 2 * state : state];
+        const float sum = X::IS_OCTETS ? sums[2 * state] + sums[2 * state + 1] : sum_lane(load(sums + state * W));
+        emit_row<X>(a, item, h, item.row_begin + r, acc + state * padded, top, sum);
       }
   }
 
   void load_row(int64_t h, int64_t r) {
     const int64_t offset = query_offset(a, item, h, item.row_begin + r);
     typename X::Query* to = queries + (h - item.head_begin) * held * padded;
-    if constexpr (X::IS_PAIRS)
-      if (is_quads) {
-        const uint16_t* q = (const uint16_t*)a.q + offset;
-        for (int64_t d = 0; d < a.head_dim; d += 8) memcpy(to + place_in_quads(r, d, a.head_dim), q + d, 16);
-        return;
-      }
+    const uint16_t* q = (const uint16_t*)a.q + offset;
+    if constexpr (X::IS_OCTETS) {
+      for (int64_t d = 0; d < a.head_dim; d += 4) memcpy(to + place_in_octets(r, d, a.head_dim), q + d, 8);
+      return;
+    } else if (X::IS_PAIRS && is_quads) {
+      for (int64_t d = 0; d < a.head_dim; d += 8) memcpy(to + place_in_quads(r, d, a.head_dim), q + d, 16);
+      return;
+    }
     X::load_queries(a.q, a.q_dtype, offset, a.head_dim, to + r * padded);
   }
 
@@ -127,17 +133,22 @@ struct FewRows {
     return ahead;
   }
 
-  // In bytes, to what the walk reads `later` elements later.
+  // Elements of an rBlock, with the gaps between heads, that an item reads.
+  int64_t stretch_of(const Item& walk) const { return (walk.head_end - walk.head_begin) * a.head_stride; }
+
+  // In bytes, to what the walk, this item's and then the next one's, reads `later` elements later.
   ptrdiff_t distance_to(int64_t b, const Element* base, int64_t place, int64_t later) const {
     int64_t target = place + later;
-    const int64_t block = b;
-    while (target >= stretch && b + 1 < item.block_end) {
-      target -= stretch;
-      ++b;
+    const Element* other = base;
+    for (const Item* walk = &item; target >= stretch_of(*walk);) {
+      target -= stretch_of(*walk);
+      if (++b == walk->block_end) {
+        walk = walk == &item ? next : nullptr;
+        if (!walk) return 0;
+        b = walk->block_begin;
+      }
+      other = (const Element*)a.pool + slab_offset(a, a.block_ids[b], walk->head_begin);
     }
-    if (target >= stretch) return 0;
-    const Element* other =
-        b == block ? base : (const Element*)a.pool + slab_offset(a, a.block_ids[b], item.head_begin);
     return (const char*)(other + target) - (const char*)(base + place);
   }
 
@@ -149,16 +160,31 @@ struct FewRows {
     bend_scores(a, scores, held * CHUNK_TOKENS);
     const char* v = (const char*)(k + slab);
     Fetch fetch{v, v + n * a.head_dim * (int64_t)sizeof(Element), v_ahead};
-    for (int64_t r = 0; r < held; ++r) {
-      if (times_to_ask<X>(rows) == 3) fetch.template lines<3>(smaller(16, 64 / held));
-      else fetch.template lines<1>(smaller(16, 64 / held));
-      few_weights<X>(scores + r * CHUNK_TOKENS, r < rows ? seen[r].within(from, n) : Seen{0, 0}, n, score_scale(a),
-                     tops + state + r, sums + (state + r) * W, shrinks + r, weights + r * CHUNK_TOKENS);
-    }
+    weigh(state, n, from, seen, fetch);
     if constexpr (X::IS_INT8 && !X::IS_DOTS)
       for (int64_t r = 0; r < held; ++r)
         for (int64_t t = 0; t < n; ++t) ((float*)weights)[r * CHUNK_TOKENS + t] *= token_scales[t];
     add_values(state, k + slab, n, fetch);
+  }
+
+  void weigh(int64_t state, int64_t n, int64_t from, const Seen* seen, Fetch& fetch) {
+    Seen here[FEW_ROWS] = {};
+    for (int64_t r = 0; r < rows; ++r) here[r] = seen[r].within(from, n);
+    Again again{fetch.next, fetch.end};
+    if constexpr (X::IS_OCTETS) {
+      again.spread_over(held / OCTET * ((n + 1) / 2));
+      for (int64_t r = 0; r < held; r += OCTET)
+        octet_weights(scores + r * CHUNK_TOKENS, OctetSeen(here + r, rows - r, n), n, score_scale(a),
+                      tops + (state + r) * 2, sums + (state + r) * 2, shrinks + r, weights + r * CHUNK_TOKENS, again);
+      return;
+    }
+    again.spread_over(held);
+    for (int64_t r = 0; r < held; ++r) {
+      if (times_to_ask<X>(rows) == 3) fetch.template lines<3>(smaller(16, 64 / held));
+      else again.step();
+      few_weights<X>(scores + r * CHUNK_TOKENS, here[r], n, score_scale(a), tops + state + r, sums + (state + r) * W,
+                     shrinks + r, weights + r * CHUNK_TOKENS);
+    }
   }
 
   void add_values(int64_t state, const Element* v, int64_t n, Fetch& fetch) {
@@ -167,7 +193,7 @@ struct FewRows {
 #endif
     for_value_tiles([&](auto tile, int64_t r) {
       constexpr int R = decltype(tile)::ROWS;
-      const typename X::Weight* p = weights + r * CHUNK_TOKENS;
+      const typename X::Weight* p = X::weights_of(weights, r);
       float* out = acc + (state + r) * padded;
       few_all_values<X, R>(p, v, a.head_dim, n, larger(R, rows - r), fetch, shrinks + r, out, padded);
     });
@@ -198,6 +224,7 @@ struct FewRows {
 #if defined(__AVX512VNNI__)
     if constexpr (X::IS_DOTS) return int8_scores(bytes(), held, k, a.head_dim, n, ahead, scores);
 #endif
+    if constexpr (X::IS_OCTETS) return all_octet_scores(held / OCTET, q, k, a.head_dim, n, ahead, scores);
     if constexpr (X::IS_PAIRS)
       if (is_quads) return all_quad_scores(held / 4, q, k, a.head_dim, n, ahead, scores);
     for_tiles([&](auto tile, int64_t r) {
@@ -218,7 +245,7 @@ struct FewRows {
   void for_value_tiles(F work) const {
     int64_t r = 0;
     if constexpr (X::IS_PAIRS)
-      for (; is_quads && rows - r >= 7; r += 8) work(Tile<8>{}, r);
+      for (; X::IS_OCTETS && rows - r >= 7; r += 8) work(Tile<8>{}, r);
     for_tiles(work, r);
   }
 

@@ -62,7 +62,7 @@ inline void few_scores(const typename X::Query* q, int64_t padded, const typenam
 // acc[r][d] = acc[r][d] * shrink[r] + sum over tokens of p[r][t] v[t][d], for C chunks of dims from `d` on.
 // With `rest`, C is 1 and only the first `rest` dims of the chunk exist.
 template <class X, int R, int C>
-inline void few_values(const typename X::Weight* p, const typename X::Element* v, int64_t head_dim, int64_t num_keys,
+KEEP_REGISTERS void few_values(const typename X::Weight* p, const typename X::Element* v, int64_t head_dim, int64_t num_keys,
                        int64_t d, int64_t rest, Fetch& fetch, const float* shrink, float* acc, int64_t padded) {
   constexpr int N = C * X::PARTS;
   vf sums[R * N];
@@ -83,7 +83,7 @@ inline void few_values(const typename X::Weight* p, const typename X::Element* v
     fetch.template step<times_to_ask<X>(R)>();
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const typename X::Operand weight = X::weight(p + r * CHUNK_TOKENS + t);
+      const typename X::Operand weight = X::weight(p, r, t);
 #pragma GCC unroll 16
       for (int i = 0; i < N; ++i) sums[r * N + i] = X::multiply_add(weight, values[i], sums[r * N + i]);
     }
@@ -117,25 +117,33 @@ inline void few_all_values(const typename X::Weight* p, const typename X::Elemen
   if (d < head_dim) few_values<X, R, 1>(p, v, head_dim, num_keys, d, head_dim - d, fetch, shrink, acc, padded);
 }
 
-// Scores of one row to weights 2^(score - top); keeps the row's running top and its sums (one per lane), gives what to
-// shrink acc by. Most chunks hold no new top: then nothing is reduced across lanes.
-template <class X>
-inline void few_weights(const float* s, Seen seen, int64_t num_keys, float scale, float* top, float* sums,
-                        float* shrink, typename X::Weight* p) {
+// How much a weight may grow, as a power of two, before its row's top is raised: a branch taken in every other chunk
+// would cost more than the weights, and floats have room.
+constexpr float HEADROOM = 8;
+
+// Scores of one row to weights 2^(score - top), at most 2^HEADROOM; keeps the row's top and its sums (one per lane),
+// gives what to shrink acc by. ALL: every key is seen, and they fill whole vectors.
+template <class X, bool ALL>
+inline void few_weights_of(const float* s, Seen seen, int64_t num_keys, float scale, float* top, float* sums,
+                           float* shrink, typename X::Weight* p) {
   constexpr int64_t MOST = CHUNK_TOKENS / W;
   const vi lanes = lane_numbers(), begin = vi{} + (int32_t)seen.begin, end = vi{} + (int32_t)seen.end;
   const int64_t vectors = (num_keys + W - 1) / W;
-  vf scores[MOST], most = splat(*top);
+  const auto if_seen = [&](int64_t i, vf x, vf otherwise) __attribute__((always_inline)) {
+    if (ALL) return x;
+    const vi keys = lanes + (int32_t)(i * W);
+    return ((keys >= begin) & (keys < end)) ? x : otherwise;
+  };
+  vf scores[MOST], most = splat(NO_SCORE);
 #pragma GCC unroll 4
   for (int64_t i = 0; i < vectors; ++i) {
-    const vi keys = lanes + (int32_t)(i * W);
-    scores[i] = ((keys >= begin) & (keys < end)) ? load(s + i * W) * splat(scale) : splat(NO_SCORE);
+    scores[i] = if_seen(i, load(s + i * W) * splat(scale), splat(NO_SCORE));
     most = vmax(most, scores[i]);
   }
   const float old_top = *top;
   *shrink = 1;
   vf total = load(sums);
-  if (any_above(most, splat(old_top))) {
+  if (any_above(most, splat(old_top + HEADROOM))) {
     *top = max_lane(most);
     *shrink = exp2_of(old_top - *top);
     total = total * splat(*shrink);
@@ -143,12 +151,19 @@ inline void few_weights(const float* s, Seen seen, int64_t num_keys, float scale
   const vf base = splat(*top == NO_SCORE ? 0.f : *top);
 #pragma GCC unroll 4
   for (int64_t i = 0; i < vectors; ++i) {
-    const vi keys = lanes + (int32_t)(i * W);
-    const vf weights = ((keys >= begin) & (keys < end)) ? exp2_of(scores[i] - base) : vf{};
+    const vf weights = if_seen(i, exp2_of(scores[i] - base), vf{});
     X::store_weights(p + i * W, weights);
     total = total + weights;
   }
   store(sums, total);
+}
+
+template <class X>
+inline void few_weights(const float* s, Seen seen, int64_t num_keys, float scale, float* top, float* sums,
+                        float* shrink, typename X::Weight* p) {
+  if (num_keys == CHUNK_TOKENS && seen.begin == 0 && seen.end == CHUNK_TOKENS)
+    return few_weights_of<X, true>(s, seen, CHUNK_TOKENS, scale, top, sums, shrink, p);
+  few_weights_of<X, false>(s, seen, num_keys, scale, top, sums, shrink, p);
 }
 
 }  // namespace

@@ -26,7 +26,8 @@ constexpr int64_t CHUNK_TOKENS = 64;
 
 struct Isa {
   const char* name;
-  void (*few_rows)(const DistkvAttention&, const Item&, char* scratch);
+  // `next` is the item that the same thread goes on with, or null.
+  void (*few_rows)(const DistkvAttention&, const Item&, const Item* next, char* scratch);
   void (*many_rows)(const DistkvAttention&, const Item&, char* scratch);
   int64_t (*most_few_rows)(const DistkvAttention&);  // from here on the engine for many rows is faster
   size_t (*scratch_bytes)(const DistkvAttention&);

@@ -18,17 +18,19 @@ inline bool takes_dots(const DistkvAttention& a) {
   return a.kv_dtype == DISTKV_INT8 && a.head_dim % 64 == 0 && a.head_dim <= 256;
 }
 
-void few_rows(const DistkvAttention& a, const Item& item, char* scratch) {
+void few_rows(const DistkvAttention& a, const Item& item, const Item* next, char* scratch) {
 #if defined(__AVX512BF16__)
-  if (takes_pairs(a)) return FewRows<Pairs>(a, item, scratch).run();
+  if (takes_pairs(a) && item.row_end - item.row_begin > 4 && a.head_dim % 8 == 0)
+    return FewRows<Octets>(a, item, next, scratch).run();
+  if (takes_pairs(a)) return FewRows<Pairs>(a, item, next, scratch).run();
 #endif
 #if defined(__AVX512VNNI__)
-  if (takes_dots(a)) return FewRows<Dots>(a, item, scratch).run();
+  if (takes_dots(a)) return FewRows<Dots>(a, item, next, scratch).run();
 #endif
-  if (a.kv_dtype == DISTKV_INT8) return FewRows<Widened<Int8>>(a, item, scratch).run();
-  if (a.kv_dtype == DISTKV_FP32) return FewRows<Widened<Fp32>>(a, item, scratch).run();
-  if (a.kv_dtype == DISTKV_BF16) return FewRows<Widened<Bf16>>(a, item, scratch).run();
-  FewRows<Widened<Fp16>>(a, item, scratch).run();
+  if (a.kv_dtype == DISTKV_INT8) return FewRows<Widened<Int8>>(a, item, next, scratch).run();
+  if (a.kv_dtype == DISTKV_FP32) return FewRows<Widened<Fp32>>(a, item, next, scratch).run();
+  if (a.kv_dtype == DISTKV_BF16) return FewRows<Widened<Bf16>>(a, item, next, scratch).run();
+  FewRows<Widened<Fp16>>(a, item, next, scratch).run();
 }
 
 constexpr int MOST_VECTORS = W == 16 ? 4 : 2;  // of query rows that the registers take
@@ -75,7 +77,7 @@ int64_t most_few_rows(const DistkvAttention& a) {
 size_t scratch_bytes(const DistkvAttention& a) {
   const int64_t padded = round_up(a.head_dim, 32), states = a.kv_heads * FEW_ROWS;
   const int64_t int8 = FEW_ROWS * (2 * padded + CHUNK_TOKENS + 8);
-  const int64_t few = states * (2 * padded + 1 + W) + 2 * FEW_ROWS * CHUNK_TOKENS + FEW_ROWS + int8;
+  const int64_t few = states * (2 * padded + 2 + W) + 2 * FEW_ROWS * CHUNK_TOKENS + FEW_ROWS + int8;
   constexpr int64_t LANES = MOST_VECTORS * W;
   const int64_t many = 2 * LANES * padded + 3 * LANES + 2 * CHUNK_TOKENS * LANES + 2 * CHUNK_TOKENS * padded;
   return larger(few, many) * sizeof(float);

@@ -10,6 +10,8 @@
 
 namespace {
 
+using distkv::CHUNK_TOKENS;
+
 template <class E>
 struct Widened {
   using Element = typename E::Type;
@@ -20,6 +22,7 @@ struct Widened {
   static constexpr int PARTS = 1;  // vectors of accumulators per chunk of V's dims
   static constexpr int STEP = 1;   // tokens of V per multiplication
   static constexpr bool IS_PAIRS = false;
+  static constexpr bool IS_OCTETS = false;
   static constexpr bool IS_INT8 = sizeof(Element) == 1;
   static constexpr bool IS_DOTS = false;
 
@@ -32,11 +35,14 @@ struct Widened {
   static void load_first_values(const Element* v, const Element*, int64_t n, Operand* parts) {
     parts[0] = ::load_first<E>(v, n);
   }
-  static Operand weight(const Weight* p) { return splat(*p); }
+  // Weights of a chunk are [row][CHUNK_TOKENS]; those from row r on, and that of row r and token t.
+  static const Weight* weights_of(const Weight* p, int64_t r) { return p + r * CHUNK_TOKENS; }
+  static Operand weight(const Weight* p, int64_t r, int64_t t) { return splat(p[r * CHUNK_TOKENS + t]); }
   // Weights are stored as they will be multiplied; sums are formed before that, so the LSE stays fp32.
   static void store_weights(Weight* p, vf x) { ::store(p, x); }
-  // Where dim d stands among the accumulators.
-  static int64_t place(int64_t d) { return d; }
+  // GROUP vectors of accumulators hold as many vectors of dims; this puts them in order.
+  static constexpr int GROUP = 1;
+  static void order(const vf* sums, vf* dims) { dims[0] = sums[0]; }
   static void load_queries(const void* q, int32_t dtype, int64_t offset, int64_t n, Query* to) {
     widen(q, dtype, offset, n, to);
   }
@@ -46,7 +52,17 @@ struct Widened {
 // int8 by integer products (int8_quads.h), for heads of 64, 128, 192 or 256 dims.
 struct Dots : Widened<Int8> {
   static constexpr bool IS_DOTS = true;
-  static int64_t place(int64_t d) { return d / 64 * 64 + d % 16 / 4 * 16 + d % 64 / 16 * 4 + d % 4; }
+  // Vector i holds dims 16 * lane + 4 * i to + 3: lanes of 128 bits are transposed.
+  static constexpr int GROUP = 4;
+  static void order(const vf* sums, vf* dims) {
+    const __m512 a = (__m512)sums[0], b = (__m512)sums[1], c = (__m512)sums[2], d = (__m512)sums[3];
+    const __m512 front = _mm512_shuffle_f32x4(a, b, 0x44), back = _mm512_shuffle_f32x4(c, d, 0x44);
+    const __m512 later_front = _mm512_shuffle_f32x4(a, b, 0xee), later_back = _mm512_shuffle_f32x4(c, d, 0xee);
+    dims[0] = (vf)_mm512_shuffle_f32x4(front, back, 0x88);
+    dims[1] = (vf)_mm512_shuffle_f32x4(front, back, 0xdd);
+    dims[2] = (vf)_mm512_shuffle_f32x4(later_front, later_back, 0x88);
+    dims[3] = (vf)_mm512_shuffle_f32x4(later_front, later_back, 0xdd);
+  }
 };
 #endif
 
@@ -60,6 +76,7 @@ struct Pairs {
   static constexpr int PARTS = 2;
   static constexpr int STEP = 2;
   static constexpr bool IS_PAIRS = true;
+  static constexpr bool IS_OCTETS = false;
   static constexpr bool IS_INT8 = false;
   static constexpr bool IS_DOTS = false;
 
@@ -80,18 +97,23 @@ struct Pairs {
   static void load_first_values(const Element* v, const Element* next, int64_t n, Operand* parts) {
     interleave(_mm512_maskz_loadu_epi16(first(n), v), _mm512_maskz_loadu_epi16(next ? first(n) : 0, next), parts);
   }
-  static Operand weight(const Weight* p) {
+  static const Weight* weights_of(const Weight* p, int64_t r) { return p + r * CHUNK_TOKENS; }
+  static Operand weight(const Weight* p, int64_t r, int64_t t) { return two_weights(p + r * CHUNK_TOKENS + t); }
+  static Operand two_weights(const Weight* p) {
     int32_t two;
-    memcpy(&two, p, 4);
+    memcpy(&two, p, sizeof two);
     return (Operand)_mm512_set1_epi32(two);
   }
   static void store_weights(Weight* p, vf x) {
     _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)x));
   }
   // The interleaving takes four dims of each eight to one part, four to the other.
-  static int64_t place(int64_t d) {
-    const int64_t in_chunk = d % 32;
-    return d - in_chunk + (in_chunk % 8 < 4 ? 0 : 16) + in_chunk / 8 * 4 + in_chunk % 4;
+  static constexpr int GROUP = 2;
+  static void order(const vf* sums, vf* dims) {
+    const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i second = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+    dims[0] = (vf)_mm512_permutex2var_ps((__m512)sums[0], first, (__m512)sums[1]);
+    dims[1] = (vf)_mm512_permutex2var_ps((__m512)sums[0], second, (__m512)sums[1]);
   }
   static void load_queries(const void* q, int32_t, int64_t offset, int64_t n, Query* to) {
     memcpy(to, (const uint16_t*)q + offset, n * 2);
@@ -153,7 +175,12 @@ inline void emit_row(const DistkvAttention& a, const distkv::Item& item, int64_t
   const int64_t place = row / group * a.num_heads + head * group + row % group;
   const float inverse = sum == 0 ? 0 : 1 / sum;
   float* out = item.out + place * a.head_dim;
-  for (int64_t d = 0; d < a.head_dim; ++d) out[d] = acc[X::place(d)] * inverse;
+  for (int64_t d = 0; d < a.head_dim; d += X::GROUP * W) {
+    vf sums[X::GROUP], dims[X::GROUP];
+    for (int i = 0; i < X::GROUP; ++i) sums[i] = load(acc + d + i * W) * splat(inverse);
+    X::order(sums, dims);
+    memcpy(out + d, dims, smaller(X::GROUP * W, a.head_dim - d) * sizeof(float));
+  }
   item.lse[place] = sum == 0 ? NO_SCORE : (top + log2f(sum)) * 0.69314718056f;
 }
 

@@ -19,7 +19,7 @@ int64_t element_bytes(int32_t dtype) { return dtype == DISTKV_FP32 ? 4 : 2; }
 template <class F>
 void in_pieces(int64_t count, int64_t bytes_each, int num_threads, F work) {
   const int64_t step = bytes_each < BYTES_PER_PIECE ? BYTES_PER_PIECE / (bytes_each > 0 ? bytes_each : 1) : 1;
-  parallel_for((count + step - 1) / step, num_threads, [&](int64_t i) {
+  parallel_for((count + step - 1) / step, num_threads, [&](int64_t i, int64_t) {
     const int64_t begin = i * step;
     work(begin, begin + step < count ? begin + step : count);
   });

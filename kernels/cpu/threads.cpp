@@ -22,7 +22,7 @@ inline void pause() {
 }
 
 struct Job {
-  void (*work)(void*, int64_t);
+  void (*work)(void*, int64_t, int64_t);
   void* context;
   int64_t count;
   int num_helpers;
@@ -73,8 +73,19 @@ class Pool {
     }
   }
 
+  // Each thread takes its next item before it begins one, but for the last items: those go to whoever is done first.
   void take_items() {
-    for (int64_t i = next_.fetch_add(1); i < job_.count; i = next_.fetch_add(1)) job_.work(job_.context, i);
+    const int64_t last = job_.count - job_.num_helpers - 1;
+    for (int64_t i = take(); i != NO_ITEM;) {
+      const int64_t next = next_.load(std::memory_order_relaxed) < last ? take() : NO_ITEM;
+      job_.work(job_.context, i, next);
+      i = next == NO_ITEM ? take() : next;
+    }
+  }
+
+  int64_t take() {
+    const int64_t i = next_.fetch_add(1);
+    return i < job_.count ? i : NO_ITEM;
   }
 
   std::mutex mutex_;
@@ -111,7 +122,7 @@ struct Memory {
 
 }  // namespace
 
-void parallel_for(int64_t count, int num_threads, void (*work)(void*, int64_t), void* context) {
+void parallel_for(int64_t count, int num_threads, void (*work)(void*, int64_t, int64_t), void* context) {
   if (num_threads > 1 && count > 1) {
     Pool* shared = the_pool();
     std::unique_lock<std::mutex> lock(shared->in_use, std::try_to_lock);
@@ -120,7 +131,7 @@ void parallel_for(int64_t count, int num_threads, void (*work)(void*, int64_t), 
       return shared->run({work, context, count, static_cast<int>(helpers)});
     }
   }
-  for (int64_t i = 0; i < count; ++i) work(context, i);
+  for (int64_t i = 0; i < count; ++i) work(context, i, i + 1 < count ? i + 1 : NO_ITEM);
 }
 
 char* thread_memory(int slot, int64_t bytes) {

@@ -54,6 +54,9 @@ inline vf vmax(vf a, vf b) {
 #endif
 }
 
+// For loops that need all registers: inlined, they would share them with what is around.
+#define KEEP_REGISTERS __attribute__((noinline))
+
 // To L2: L1 has no room for what comes later. GCC drops its own builtin with a loop that does nothing else.
 inline void prefetch(const void* p) {
 #if defined(__x86_64__)
@@ -137,7 +140,7 @@ inline vf sums_of_lanes(const vf* a) {
 #endif
 }
 
-// 2^x for x <= 0, relative error 8e-8; everything below 2^-125 gives 2^-125.
+// 2^x for x < 127, relative error 8e-8; everything below 2^-125 gives 2^-125.
 inline vf exp2_of(vf x) {
   const vf magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer, which then stands in the low bits
   x = vmax(x, splat(-125.f));

@@ -79,6 +79,7 @@ def test_a_creditor_that_hangs_is_lost_long_before_the_last_deadline(
     debtor: Debtor, creditor: subprocess.Popen[str]
 ) -> None:
     os.kill(creditor.pid, signal.SIGSTOP)
+    os.waitpid(creditor.pid, os.WUNTRACED)  # until every thread of it stands still
     assert ask(debtor, 0) == 0
     assert "no sign of life" in debtor.lost["c"]
     assert debtor.waited_s < MOST_S / 2
