@@ -12,8 +12,10 @@
 namespace distkv {
 namespace {
 
-// K and V that one item of few rows reads: small enough to share out, large enough that merging costs little.
-constexpr int64_t BYTES_PER_ITEM = 4 << 20;
+// K and V that one item of few rows reads: a PARTS-th of the sequence within these bounds, small enough to share out,
+// large enough that what each item costs and merging does not show.
+constexpr int64_t LEAST_BYTES_PER_ITEM = 2 << 20, MOST_BYTES_PER_ITEM = 8 << 20;
+constexpr int64_t PARTS = 16;
 // Keys that one item of many rows reads where a sequence has only one tile of rows.
 constexpr int64_t KEYS_PER_ITEM = 4096;
 // Below this much K and V in the whole call, waking another thread takes longer than the work.
@@ -40,10 +42,9 @@ bool is_sound(const DistkvAttention& a) {
 class Plan {
  public:
   explicit Plan(const DistkvAttention& a) : a_(a), group_(a.num_heads / a.kv_heads) {
-    const int64_t kv_bytes = 2 * a.kv_heads * a.rblock_size * a.head_dim * (a.kv_dtype == DISTKV_FP32 ? 4 : a.kv_dtype == DISTKV_INT8 ? 1 : 2);
-    head_bytes_ = kv_bytes / a.kv_heads;
+    kv_bytes_ = 2 * a.kv_heads * a.rblock_size * a.head_dim * (a.kv_dtype == DISTKV_FP32 ? 4 : a.kv_dtype == DISTKV_INT8 ? 1 : 2);
     many_blocks_ = KEYS_PER_ITEM / a.rblock_size > 0 ? KEYS_PER_ITEM / a.rblock_size : 1;
-    call_bytes_ = a.num_listed * kv_bytes;
+    call_bytes_ = a.num_listed * kv_bytes_;
   }
 
   int32_t run() {
@@ -73,7 +74,7 @@ class Plan {
     const int64_t rows = tokens_of(s) * group_, blocks = a_.cu_blocks[s + 1] - a_.cu_blocks[s];
     if (rows == 0) return;
     if (blocks == 0) return clear(s);
-    if (rows <= most_few_rows_) return cut_few(s, rows, blocks);
+    if (rows <= most_few_rows_) return cut(few_, s, rows, few_blocks(blocks), a_.kv_heads);
     if (rows <= ROW_TILE) return cut(many_, s, rows, many_blocks_, 1);
     for (int32_t h = 0; h < a_.kv_heads; ++h)
       for (int64_t r = 0; r < rows; r += ROW_TILE) {
@@ -82,17 +83,16 @@ class Plan {
       }
   }
 
+  int64_t few_blocks(int64_t blocks) const {
+    const int64_t bytes = std::clamp(blocks * kv_bytes_ / PARTS, LEAST_BYTES_PER_ITEM, MOST_BYTES_PER_ITEM);
+    return std::max<int64_t>(bytes / kv_bytes_, 1);
+  }
+
   Item item(int64_t s, int64_t block_begin, int64_t block_end, int64_t row_begin, int64_t row_end, int32_t head_begin,
             int32_t head_end) const {
     const int64_t first = a_.cu_queries[s], row = first * a_.num_heads;
     return {block_begin, block_end, first, row_begin, row_end, head_begin, head_end, a_.out + row * a_.head_dim,
             a_.lse + row};
-  }
-
-  // Along the heads first: what is cut along the keys has to be merged.
-  void cut_few(int64_t s, int64_t rows, int64_t blocks) {
-    const int64_t heads = a_.kv_heads;(void)blocks;
-    cut(few_, s, rows, std::max<int64_t>(BYTES_PER_ITEM / (heads * head_bytes_), 1), static_cast<int32_t>(heads));
   }
 
   // All rows, `heads` KV heads at a time, in parts of `step` rBlocks.
@@ -149,7 +149,7 @@ class Plan {
 
   const DistkvAttention& a_;
   const int64_t group_;
-  int64_t head_bytes_, many_blocks_, call_bytes_, most_few_rows_ = 0;
+  int64_t kv_bytes_, many_blocks_, call_bytes_, most_few_rows_ = 0;
   std::vector<Item> few_, many_;
   std::vector<Parts> parts_;
   std::vector<Parted> parted_;

@@ -179,7 +179,8 @@ inline void emit_row(const DistkvAttention& a, const distkv::Item& item, int64_t
     vf sums[X::GROUP], dims[X::GROUP];
     for (int i = 0; i < X::GROUP; ++i) sums[i] = load(acc + d + i * W) * splat(inverse);
     X::order(sums, dims);
-    memcpy(out + d, dims, smaller(X::GROUP * W, a.head_dim - d) * sizeof(float));
+    if (d + X::GROUP * W <= a.head_dim) memcpy(out + d, dims, sizeof dims);
+    else memcpy(out + d, dims, (a.head_dim - d) * sizeof(float));
   }
   item.lse[place] = sum == 0 ? NO_SCORE : (top + log2f(sum)) * 0.69314718056f;
 }
