@@ -48,19 +48,6 @@ struct Fetch {
   }
 };
 
-// Asks once more for a chunk's values while its weights are formed, when nothing else is loaded: those prefetches that
-// were dropped are then on their way before they are waited for.
-struct Again {
-  const char *next, *end;
-  int64_t lines = 0;  // a step
-
-  void spread_over(int64_t steps) { lines = steps > 0 ? ((end - next) / 64 + steps - 1) / steps : 0; }
-
-  void step() {
-    for (int64_t i = 0; i < lines && next < end; ++i, next += 64) prefetch(next);
-  }
-};
-
 inline void fetch_all(const float* p, int64_t count) {
   for (int64_t i = 0; i < count; i += 16) prefetch(p + i);
 }

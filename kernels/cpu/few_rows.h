@@ -170,9 +170,11 @@ struct FewRows {
   void weigh(int64_t state, int64_t n, int64_t from, const Seen* seen, Fetch& fetch) {
     Seen here[FEW_ROWS] = {};
     for (int64_t r = 0; r < rows; ++r) here[r] = seen[r].within(from, n);
-    Again again{fetch.next, fetch.end};
+    // Asks once more for the chunk's values, while nothing else is loaded: those prefetches that were dropped are then on
+    // their way before they are waited for.
+    Fetch again{fetch.next, fetch.end, Ahead{}};
     if constexpr (X::IS_OCTETS) {
-      again.spread_over(held / OCTET * ((n + 1) / 2));
+      again.spread_over(held / OCTET * (n / 8));
       for (int64_t r = 0; r < held; r += OCTET)
         octet_weights(scores + r * CHUNK_TOKENS, OctetSeen(here + r, rows - r, n), n, score_scale(a),
                       tops + (state + r) * 2, sums + (state + r) * 2, shrinks + r, weights + r * CHUNK_TOKENS, again);
@@ -181,7 +183,7 @@ struct FewRows {
     again.spread_over(held);
     for (int64_t r = 0; r < held; ++r) {
       if (times_to_ask<X>(rows) == 3) fetch.template lines<3>(smaller(16, 64 / held));
-      else again.step();
+      else again.template step<1>();
       few_weights<X>(scores + r * CHUNK_TOKENS, here[r], n, score_scale(a), tops + state + r, sums + (state + r) * W,
                      shrinks + r, weights + r * CHUNK_TOKENS);
     }

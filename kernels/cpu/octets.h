@@ -102,10 +102,10 @@ inline void octet_scores(const uint16_t* q, const uint16_t* k, int64_t head_dim,
 }
 
 // few_weights for an octet: tops and sums are one vector each, a row's top in both its lanes. Steps `again` once for
-// every pair of keys.
+// eight keys.
 template <bool ALL>
 inline void octet_weights_of(const float* s, const OctetSeen& seen, int64_t num_keys, float scale, float* tops,
-                             float* sums, float* shrinks, uint16_t* p, Again& again) {
+                             float* sums, float* shrinks, uint16_t* p, Fetch& again) {
   vi begin, end;
   memcpy(&begin, seen.begin, sizeof begin);
   memcpy(&end, seen.end, sizeof end);
@@ -128,18 +128,23 @@ inline void octet_weights_of(const float* s, const OctetSeen& seen, int64_t num_
     store(tops, top);
   }
   const vf base = (top == splat(NO_SCORE)) ? vf{} : top;
-#pragma GCC unroll 4
-  for (int64_t t = 0; t < num_keys; t += 2) {
-    again.step();
+  const auto weigh = [&](int64_t t) __attribute__((always_inline)) {
     const vf weights = if_seen(t, exp2_of(load(s + t * OCTET) * splat(scale) - base), vf{});
     Octets::store_weights(p + t * OCTET, weights);
     total = total + weights;
+  };
+  int64_t t = 0;
+  for (; t + 8 <= num_keys; t += 8) {
+    again.step<1>();
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < 8; i += 2) weigh(t + i);
   }
+  for (; t < num_keys; t += 2) weigh(t);
   store(sums, total);
 }
 
 inline void octet_weights(const float* s, const OctetSeen& seen, int64_t num_keys, float scale, float* tops,
-                          float* sums, float* shrinks, uint16_t* p, Again& again) {
+                          float* sums, float* shrinks, uint16_t* p, Fetch& again) {
   if (seen.all) return octet_weights_of<true>(s, seen, num_keys, scale, tops, sums, shrinks, p, again);
   octet_weights_of<false>(s, seen, num_keys, scale, tops, sums, shrinks, p, again);
 }
