@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_distkv.ops import gather_rblocks, merge, micro_attention, store_kv, tile_backward, use_backend
-from tools.bench.ceilings import Work, median_ratio
-from tools.bench.gpu_timing import Stopwatch
+from tools.bench.gpu_timing import Stopwatch, Work, median_ratio
 
 SIZE, SEED, GROUP, HEAD_DIM = 64, 0, 4, 128
 TOLERANCE, LSE_TOLERANCE, GRADIENT_TOLERANCE = 4e-3, 1e-4, 1e-2

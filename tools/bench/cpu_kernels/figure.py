@@ -13,6 +13,8 @@ from tools.bench.wanted import check
 
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 TOLERANCES = {torch.bfloat16: 4e-3, torch.float32: 1e-5}
+# Of many queries every so manieth is checked.
+CHECKED = 37
 VLLM_TOLERANCE = 1e-2  # its results are bf16
 
 
