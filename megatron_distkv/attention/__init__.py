@@ -12,7 +12,7 @@ from megatron_distkv.attention.host_memory import HostMemory
 from megatron_distkv.attention.loan_table import LoanTable
 from megatron_distkv.attention.metadata import AttentionMetadata, RemoteShare, SequenceSlice, build_metadata
 from megatron_distkv.attention.open_rblocks import NewKeys, OpenRBlocks, OpenSlice
-from megatron_distkv.attention.partial import Partial, merge_partials
+from megatron_distkv.attention.partial import Merges, Partial
 from megatron_distkv.attention.rotary import RotaryConfig
 from megatron_distkv.attention.shard_order import ShardOrder
 from megatron_distkv.attention.split_channel import Line, Part, SplitChannel
@@ -32,6 +32,7 @@ __all__ = [
     "HostMemory",
     "Line",
     "LoanTable",
+    "Merges",
     "NewKeys",
     "OpenRBlocks",
     "OpenSlice",
@@ -47,5 +48,4 @@ __all__ = [
     "build_metadata",
     "context_attention",
     "forward_context",
-    "merge_partials",
 ]

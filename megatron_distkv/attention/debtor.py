@@ -61,7 +61,6 @@ class Debtor:
         self._seen: dict[int | None, dict[str, RemoteShare]] = {}  # by window: what its layers see of `_remote`
         self._told: dict[Scoring, int] = {}  # the layer that tells the shares to those that score alike
         self._posted: list[str] = []
-        self._spec: tuple[TensorSpec, ...] = ()
         self.lost: dict[str, str] = {}
         self.waited_s = 0.0  # for answers, in this step
         self.held_back_s: dict[str, float] = {}  # by creditor: of that, because it has work of its own

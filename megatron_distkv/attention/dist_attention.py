@@ -9,7 +9,6 @@ from megatron_distkv.attention.context_parallel import ContextShard, context_att
 from megatron_distkv.attention.dense import dense_attention
 from megatron_distkv.attention.forward_context import ForwardContext, current_context
 from megatron_distkv.attention.open_rblocks import NewKeys
-from megatron_distkv.attention.partial import merge_partials
 from megatron_distkv.attention.rotary import RotaryConfig, RotaryTable, rotary_table, sequence_table
 from megatron_distkv.errors import ConfigError
 from megatron_distkv.messages import Scoring
@@ -97,7 +96,9 @@ class DistAttention(torch.nn.Module):
         if debtor is not None:
             debtor.ask(self.layer, q_THD, self.scoring)
         out_THD, lse_TH = self._here(q_THD, k_TKD, v_TKD, angles, context)
-        return out_THD if debtor is None else merge_partials(out_THD, lse_TH, debtor.answers())
+        if debtor is None:
+            return out_THD
+        return metadata.merges.merge(self.scoring, out_THD, lse_TH, debtor.answers())
 
     def _here(
         self,

@@ -6,6 +6,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from megatron_distkv.attention.partial import Merges
 from megatron_distkv.attention.rotary import RotaryConfig, RotaryTable, rotary_table
 from megatron_distkv.errors import IntegrityError
 from megatron_distkv.messages import QueryShare
@@ -86,6 +87,7 @@ class AttentionMetadata:
     block_starts_M: torch.Tensor
     cu_blocks: torch.Tensor
     remote: dict[str, RemoteShare]  # by creditor
+    merges: Merges = field(default_factory=Merges)
     _tables: dict[tuple[RotaryConfig, int], RotaryTable] = field(default_factory=dict)
     _results: dict[torch.Size, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 

@@ -16,6 +16,7 @@ from megatron_distkv.config.base import load_config, parse_config
 from megatron_distkv.config.instance import KVCacheConfig
 from megatron_distkv.config.lender import LenderConfig
 from megatron_distkv.engine.lender import Lender, num_rblocks_to_lend, shape_of_pool
+from megatron_distkv.engine.rank_memory import rblock_shape
 from megatron_distkv.errors import UserError
 from megatron_distkv.kvcache.rblock_shape import RBlockShape
 from megatron_distkv.ledger import open_ledger
@@ -73,8 +74,7 @@ def _size(config: LenderConfig, shape: RBlockShape) -> str:
 
 def _shape(args: argparse.Namespace) -> RBlockShape:
     warnings.filterwarnings("ignore", module="megatron.*")
-    from megatron_distkv.engine.rank import rblock_shape  # brings Megatron, which a lender does not need
-    from megatron_distkv.model import find_checkpoint
+    from megatron_distkv.model import find_checkpoint  # brings Megatron, which a lender does not need
 
     model = find_checkpoint(args.model).model
     model = model if args.dtype is None else model.model_copy(update={"dtype": args.dtype})

@@ -5,6 +5,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from megatron_distkv.cli.instance_arguments import add_instance_arguments
 from megatron_distkv.cli.pool_arguments import default_ledger
 from megatron_distkv.config.base import load_config, parse_config
 from megatron_distkv.config.instance import InstanceConfig
@@ -14,23 +15,13 @@ from megatron_distkv.launch.processes import run_until_end
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, help="YAML or JSON file of an InstanceConfig; the options below win")
-    parser.add_argument("--model", type=Path, help="checkpoint: Hugging Face, Megatron torch_dist or legacy, DeepSpeed")
+    add_instance_arguments(parser)
     parser.add_argument("--instance-id", help="unique in the pool")
     parser.add_argument("--run-dir", type=Path, help="where sockets lie; shared by the instances of a host")
     parser.add_argument("--tensor-parallel", type=int, help="ranks of this instance")
     parser.add_argument("--num-rblocks", type=int, help="rBlocks in this instance's pool")
     parser.add_argument("--num-host-rblocks", type=int, help="rBlocks in own host memory, used before borrowing")
     parser.add_argument("--num-lent-host-rblocks", type=int, help="rBlocks of host memory beside these, lent to others")
-    parser.add_argument(
-        "--kv-cache-dtype", choices=("auto", "int8"), help="of K and V; int8: half the memory of bf16; else the model's"
-    )
-    parser.add_argument("--verify", type=int, metavar="N", help="compute one in N remote partials again, and compare")
-    parser.add_argument(
-        "--deterministic",
-        action="store_true",
-        default=None,
-        help="the same bits wherever rBlocks lie and whatever is in the batch",
-    )
     parser.add_argument(
         "--ledger", metavar="URL", help=f"redis://, rediss:// or unix:// of the ledger server; else {default_ledger()}"
     )

@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from megatron_distkv.cli.instance_arguments import add_instance_arguments
 from megatron_distkv.config.base import load_config, parse_config
 from megatron_distkv.config.cluster import ClusterConfig
 from megatron_distkv.errors import UserError
@@ -19,24 +20,14 @@ WATCH_INTERVAL_S = 0.5
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, help="YAML file of a ClusterConfig; the options below win")
-    parser.add_argument("--model", type=Path, help="checkpoint: Hugging Face, Megatron torch_dist or legacy, DeepSpeed")
+    add_instance_arguments(parser)
     parser.add_argument("--instances", type=int, help="serving instances")
     parser.add_argument("--tensor-parallel", type=int, help="ranks of each instance")
     parser.add_argument("--num-rblocks", type=int, help="rBlocks in each instance's pool")
     parser.add_argument("--num-host-rblocks", type=int, help="rBlocks in each instance's host memory, beside its pool")
     parser.add_argument("--num-lent-host-rblocks", type=int, help="rBlocks of host memory that each instance lends")
-    parser.add_argument(
-        "--kv-cache-dtype", choices=("auto", "int8"), help="of K and V; int8: half the memory of bf16; else the model's"
-    )
     parser.add_argument("--lenders", type=int, help="memory-only lenders beside the instances")
     parser.add_argument("--lender-rblocks", type=int, help="rBlocks that each lender lends")
-    parser.add_argument("--verify", type=int, metavar="N", help="compute one in N remote partials again, and compare")
-    parser.add_argument(
-        "--deterministic",
-        action="store_true",
-        default=None,
-        help="the same bits wherever rBlocks lie and whatever is in the batch",
-    )
     parser.add_argument("--ledger", metavar="URL", help="ledger server; embedded:// starts one")
     parser.add_argument("--port", type=int, help="port of the gateway; 0 takes a free one")
     parser.add_argument("--launcher", choices=("deepspeed", "python"), help="how an instance is started")

@@ -16,7 +16,8 @@ from megatron_distkv.engine.handover import Handover
 from megatron_distkv.engine.instance_secret import share_instance_secret
 from megatron_distkv.engine.lender_desk import LenderDesk
 from megatron_distkv.engine.membership import Membership
-from megatron_distkv.engine.rank import Rank, num_own_open_slots
+from megatron_distkv.engine.rank import Rank
+from megatron_distkv.engine.rank_memory import num_own_open_slots
 from megatron_distkv.engine.reporting import Reporting
 from megatron_distkv.engine.scheduler import Scheduler
 from megatron_distkv.engine.stranded import Stranded

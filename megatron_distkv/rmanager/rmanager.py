@@ -11,7 +11,6 @@ from megatron_distkv.config.instance import LendingConfig
 from megatron_distkv.kvcache.block_table import BlockTable
 from megatron_distkv.kvcache.open_slots import OpenSlots
 from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
-from megatron_distkv.log import get_logger
 from megatron_distkv.rblock import HOST_LOAN, LoanId, Span, num_rblocks_for
 from megatron_distkv.request import Request
 from megatron_distkv.rmanager.backpressure import Backpressure
@@ -22,8 +21,7 @@ from megatron_distkv.rmanager.move import Move, Pull
 from megatron_distkv.rmanager.outgoing import Outgoing
 from megatron_distkv.rmanager.pool_outlook import PoolOutlook
 from megatron_distkv.rmanager.request_tables import RequestTables
-
-logger = get_logger(__name__)
+from megatron_distkv.rmanager.room import Room
 
 
 class RManager:
@@ -52,8 +50,9 @@ class RManager:
         self.rblock_size = rblock_size
         self._tables = RequestTables(rblock_size, open_slots)
         self._outgoing = Outgoing(allocator, host, borrowing, outlook)
+        self._room = Room(self._outgoing, self._tables, int(config.low_watermark * allocator.num_rblocks))
         self._backpressure = Backpressure()
-        self._homecoming = Homecoming(borrowing, outlook, config.recall_patience_s)
+        self._homecoming = Homecoming(borrowing, outlook, self._tables, config.recall_patience_s)
 
     def table(self, request: Request) -> BlockTable:
         return self._tables.of(request.request_id)
@@ -76,7 +75,7 @@ class RManager:
 
     @property
     def num_local_free(self) -> int:
-        return self._outgoing.num_free
+        return self._room.num_free
 
     def can_admit(self, request: Request) -> bool:
         """Whether the tokens that this request has now, and one more, fit beside what running requests still need."""
@@ -99,18 +98,15 @@ class RManager:
         table = self._tables.enter(request)
         start = request.next_range.start
         missing = table.missing(self._rblocks_around(range(start, start + wanted)))
-        if len(missing) > self.num_local_free:
-            self._make_room(len(missing) - self.num_local_free)
-        block_ids = self._outgoing.take_free(len(missing))
+        self._room.make_for(len(missing))
+        block_ids = self._room.take(len(missing))
         table.add_local(missing[: len(block_ids)], block_ids)
         still_missing = missing[len(block_ids) :]
         return min(wanted, still_missing[0] * self.rblock_size - start) if still_missing else wanted
 
     def borrow_ahead(self) -> None:
         """Below the watermark, and where running requests will still grow, move rBlocks out before there is need."""
-        target = min(self._watermark, self._tables.growth_until_the_end())
-        if self.num_local_free < target:
-            self._make_room(target - self.num_local_free)
+        self._room.make_ahead()
 
     def bring_home(self) -> list[Request]:
         """Pull back what creditors want back, a bounded number of rBlocks; the last that a step plans.
@@ -119,32 +115,16 @@ class RManager:
         """
         loan = self._homecoming.next_loan()
         if loan is None:
-            self._find_early_homecomings()
+            self._homecoming.find_early_ones(self.num_local_free)
             return []
-        table = self._tables.of(loan.request_id)
-        count = min(table.num_under(loan.loan_id), self._outgoing.moves_left)
-        if not loan.is_asked_for:
-            count = min(count, max(0, self.num_local_free - self._watermark))
-        elif count > self.num_local_free:
-            self._make_room(count - self.num_local_free)
-        self._homecoming.pull(loan, table, self._outgoing.take_free(min(count, self._outgoing.moves_left)))
+        count = min(self._tables.of(loan.request_id).num_under(loan.loan_id), self._room.moves_left)
+        if loan.is_asked_for:
+            self._room.make_for(count)
+        else:
+            count = min(count, max(0, self._room.num_spare))
+        self._homecoming.pull(loan, self._room.take(min(count, self._room.moves_left)))
         is_overdue = loan.overdue_at_s is not None and time.monotonic() > loan.overdue_at_s
         return self._lose(self._borrowing.drop_loans(lambda other: other is loan)) if is_overdue else []
-
-    def _find_early_homecomings(self) -> None:
-        """rBlocks whose creditors do not mind, where asking for them costs more than bringing them home (paper: 5).
-
-        Only where all that runs fits here until its end: what comes home will not have to leave again for it.
-        """
-        for loan in self._borrowing.loans():
-            request, table = self._tables.request(loan.request_id), self._tables.of(loan.request_id)
-            count, way = table.num_under(loan.loan_id), self._outlook.way_to(loan.creditor)
-            steps_left = request.max_total_tokens - request.num_tokens
-            if way is None or count == 0 or count * way.break_even_steps > steps_left:
-                continue
-            if count + self._tables.growth_until_the_end() <= self.num_local_free:
-                self._homecoming.bring_when_there_is_room(loan)
-                return
 
     def take_moves(self) -> tuple[list[Move], list[Pull]]:
         """What the step must do first, the moves before the pulls."""
@@ -153,13 +133,13 @@ class RManager:
     def end_step(self) -> None:
         """The step has done its moves: vacated rBlocks are free, and loans without rBlocks end."""
         self._outgoing.end_step()
-        self._homecoming.end_step(self._tables.by_request)
+        self._homecoming.end_step()
 
     def move_to(self, request_id: str, count: int, creditor: str) -> int:
         """Carry out a move that was planned, as far as it is possible now; returns how many rBlocks go."""
         if request_id not in self._tables.by_request:
             return 0
-        return self._move_oldest(self._tables.request(request_id), min(count, self._outgoing.moves_left), creditor)
+        return self._room.move_oldest(self._tables.request(request_id), count, creditor)
 
     # ------------------------------------------------------------------ endings
 
@@ -196,13 +176,7 @@ class RManager:
         One that it has been too much for lends nothing more, and what lies there comes home as far as there is room.
         """
         for creditor in self._backpressure.note(held_back_s, step_s):
-            self._outlook.leave_alone(creditor)
-            room = self.num_local_free - self._watermark
-            for loan in [x for x in self._borrowing.loans() if x.creditor == creditor and not x.is_recalled]:
-                room -= self._tables.of(loan.request_id).num_under(loan.loan_id)
-                if room >= 0:
-                    logger.info("%s is busy: bringing %d rBlocks home", creditor, loan.num_rblocks)
-                    self._homecoming.bring_when_there_is_room(loan)
+            self._homecoming.leave(creditor, self._room.num_spare)
 
     def reclaim_for(self, request: Request) -> None:
         """Ask debtors for as much memory back as this request, one of this instance's own, lacks."""
@@ -224,11 +198,6 @@ class RManager:
 
     # ------------------------------------------------------------------ inside
 
-    @property
-    def _watermark(self) -> int:
-        """rBlocks that should be free."""
-        return int(self._config.low_watermark * self._allocator.num_rblocks)
-
     def _lose(self, loans: Sequence[HeldLoan], arrived: Sequence[tuple[str, range]] = ()) -> list[Request]:
         """What lay under these loans is gone, and what should have arrived from there holds nothing."""
         concerned = dict.fromkeys([*(loan.request_id for loan in loans), *(request_id for request_id, _ in arrived)])
@@ -240,15 +209,3 @@ class RManager:
 
     def _rblocks_around(self, positions: range) -> range:
         return range(positions.start // self.rblock_size, num_rblocks_for(positions.stop, self.rblock_size))
-
-    def _make_room(self, count: int) -> None:
-        """Move up to `count` rBlocks out: the oldest full ones of the longest request first."""
-        count = min(count, self._outgoing.moves_left)
-        for request in self._tables.longest_first():
-            if count <= 0:
-                return
-            count -= self._move_oldest(request, count)
-
-    def _move_oldest(self, request: Request, count: int, only_to: str | None = None) -> int:
-        full = self._tables.full_rblocks(request)
-        return self._outgoing.move_oldest(request, self.table(request), full, count, only_to)

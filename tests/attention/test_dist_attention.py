@@ -89,6 +89,44 @@ def store(lender: Lender, channel: Channel, loan: str, block_ids: list[int], dat
     return channel.call(MessageKind.STORE, header, [data], deadline_s=5).header
 
 
+class TwoRequests:
+    """`a` of 45 tokens and `b` of 20, in one pool; `tables` say where their rBlocks lie."""
+
+    def __init__(self, layer: DistAttention) -> None:
+        torch.manual_seed(0)
+        self.layer, self.pool = layer, pool()
+        self.qkv = {name: [torch.randn(n, h, D) for h in (H, K, K)] for name, n in {"a": 45, "b": 20}.items()}
+        self.tables: dict[str, list[Span]] = {
+            "a": [LocalSpan(0, (3, 1, 4, 15, 9, 2))],
+            "b": [LocalSpan(0, (6, 5, 8))],
+        }
+
+    def run(self, parts: dict[str, tuple[int, int]], debtor: Debtor | None) -> dict[str, torch.Tensor]:
+        """One step over these positions of each; attention's output."""
+        metadata = build_metadata([Slice(s, e, self.tables[name]) for name, (s, e) in parts.items()], N)
+        if debtor is not None:
+            debtor.begin_step(7, metadata.remote)
+        packed = [torch.cat([self.qkv[name][i][s:e] for name, (s, e) in parts.items()])[:, None] for i in range(3)]
+        with forward_context(ForwardContext(metadata, self.pool, debtor)):
+            out = self.layer(*packed, None)
+        sizes = [e - s for s, e in parts.values()]
+        return dict(zip(parts, out.view(-1, H, D).split(sizes), strict=True))
+
+    def move_out(self, lenders: dict[str, Lender], channels: dict[str, Channel], verification: Verification) -> None:
+        """Nothing is left here of what goes."""
+        for lender, loan, ids, local in (("x", "1", [0, 7], [3, 1]), ("y", "2", [5, 2], [4, 15]), ("y", "3", [9], [6])):
+            lenders[lender].loans.grant(loan, "me", ids)
+            verification.note_sent(lender, loan, ids, self.pool[local])
+            store(lenders[lender], channels[lender], loan, ids, self.pool[local])
+            self.pool[local] = float("nan")
+        self.tables["a"] = [
+            RemoteSpan(0, (0, 7), InstanceId("x"), LoanId("1")),
+            RemoteSpan(2, (5, 2), InstanceId("y"), LoanId("2")),
+            LocalSpan(4, (9, 2)),
+        ]
+        self.tables["b"] = [RemoteSpan(0, (9,), InstanceId("y"), LoanId("3")), LocalSpan(1, (5, 8))]
+
+
 @pytest.mark.parametrize(
     ("rotary", "scoring"),
     [
@@ -107,28 +145,9 @@ def test_a_mixed_batch_over_three_holders_is_dense_attention(
     lenders: dict[str, Lender], rotary: RotaryConfig, scoring: dict[str, Any]
 ) -> None:
     # Given two requests whose tokens are computed in chunks, on one pool
-    torch.manual_seed(0)
-    lengths = {"a": 45, "b": 20}
-    qkv = {name: [torch.randn(n, h, D) for h in (H, K, K)] for name, n in lengths.items()}
-    mine, layer = pool(), attention(rotary, **scoring)
-    window, soft_cap = scoring.get("window"), scoring.get("soft_cap")
-    tables: dict[str, list[Span]] = {
-        "a": [LocalSpan(0, (3, 1, 4, 15, 9, 2))],
-        "b": [LocalSpan(0, (6, 5, 8))],
-    }
-
-    def run(parts: dict[str, tuple[int, int]], debtor: Debtor | None) -> dict[str, torch.Tensor]:
-        metadata = build_metadata([Slice(s, e, tables[name]) for name, (s, e) in parts.items()], N)
-        if debtor is not None:
-            debtor.begin_step(7, metadata.remote)
-        packed = [torch.cat([qkv[name][i][s:e] for name, (s, e) in parts.items()])[:, None] for i in range(3)]
-        with forward_context(ForwardContext(metadata, mine, debtor)):
-            out = layer(*packed, None)
-        sizes = [e - s for s, e in parts.values()]
-        return dict(zip(parts, out.view(-1, H, D).split(sizes), strict=True))
-
-    run({"a": (0, 24), "b": (0, 10)}, None)
-    run({"a": (24, 44)}, None)
+    two = TwoRequests(attention(rotary, **scoring))
+    two.run({"a": (0, 24), "b": (0, 10)}, None)
+    two.run({"a": (24, 44)}, None)
 
     # When the first full rBlocks of `a` move to x and y, those of `b` to y
     verification = Verification(1, TensorSpec((L, K, 2, N, D), torch.float32), SCALE, 1, 5)
@@ -136,35 +155,25 @@ def test_a_mixed_batch_over_three_holders_is_dense_attention(
         channels = {name: lender.channel() for name, lender in lenders.items()}
         for channel in channels.values():
             stack.callback(channel.close)
-        for lender, loan, ids, local in (("x", "1", [0, 7], [3, 1]), ("y", "2", [5, 2], [4, 15]), ("y", "3", [9], [6])):
-            lenders[lender].loans.grant(loan, "me", ids)
-            verification.note_sent(lender, loan, ids, mine[local])
-            store(lenders[lender], channels[lender], loan, ids, mine[local])
-            mine[local] = float("nan")
-        tables["a"] = [
-            RemoteSpan(0, (0, 7), InstanceId("x"), LoanId("1")),
-            RemoteSpan(2, (5, 2), InstanceId("y"), LoanId("2")),
-            LocalSpan(4, (9, 2)),
-        ]
-        tables["b"] = [RemoteSpan(0, (9,), InstanceId("y"), LoanId("3")), LocalSpan(1, (5, 8))]
+        two.move_out(lenders, channels, verification)
         debtor = Debtor(channels, deadline_s=5, verification=verification)
-        outs = run({"a": (44, 45), "b": (10, 20)}, debtor)
+        outs = two.run({"a": (44, 45), "b": (10, 20)}, debtor)
 
     # Then a decode of `a` and a chunk of `b` in one step are dense attention
     assert debtor.lost == {}
     assert verification.wrong == set()
     for name, (start, end) in {"a": (44, 45), "b": (10, 20)}.items():
-        q, k, v = qkv[name]
+        q, k, v = two.qkv[name]
         if rotary.percent:
             q, k = rotate(q, rotary), rotate(k, rotary)
-        scale = scoring.get("softmax_scale", SCALE)
-        expected, _ = dense_attention(q[start:end], k[:end], v[:end], torch.arange(start, end), scale, window, soft_cap)
+        scale, limits = scoring.get("softmax_scale", SCALE), (scoring.get("window"), scoring.get("soft_cap"))
+        expected, _ = dense_attention(q[start:end], k[:end], v[:end], torch.arange(start, end), scale, *limits)
         assert relative_error(outs[name], expected) < 1e-5
     # And creditors were asked for what some query sees, and for no more
     asked = {
         name: [share.block_ids for x in lender.asked for share in x.shares or []] for name, lender in lenders.items()
     }
-    assert asked == ASKED.get(window, {"x": [[0, 7]], "y": [[5, 2], [9]]})
+    assert asked == ASKED.get(scoring.get("window"), {"x": [[0, 7]], "y": [[5, 2], [9]]})
 
 
 # With a window: rBlocks that are seen. a's query is at 44, its rBlocks at x begin at 0 and 8, at y at 16 and 24; b's

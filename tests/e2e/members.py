@@ -76,9 +76,6 @@ class Members:
                 assert time.monotonic() < end_s, f"{name} is not ready: {child.log.read_text()[-2000:]}"
                 time.sleep(0.1)
 
-    def log_of(self, name: str) -> str:
-        return self._children[name].log.read_text()
-
     def ask(self, name: str, prompt: list[int], max_tokens: int) -> "Conversation":
         return Conversation(request_socket(self.directory, name), prompt, max_tokens)
 

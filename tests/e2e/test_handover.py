@@ -54,56 +54,73 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
-def test_a_drained_instance_hands_its_requests_over_and_any_may_die_meanwhile(cluster: LocalCluster) -> None:
-    drains: list[threading.Thread] = []
-    heirs, killed = ("instance-3", "instance-4"), []
+class Drains:
+    """Of a cluster's instances, each begun in a thread."""
 
-    def drain(name: str) -> None:
+    def __init__(self, cluster: LocalCluster) -> None:
+        self._cluster = cluster
+        self._threads: list[threading.Thread] = []
+
+    def begin(self, name: str) -> None:
+        cluster = self._cluster
         arguments = ["drain", name, "--ledger", cluster.ledger_url, "--pool", cluster.config.ledger.pool]
-        drains.append(threading.Thread(target=main, args=(arguments,)))
-        drains[-1].start()
+        self._threads.append(threading.Thread(target=main, args=(arguments,)))
+        self._threads[-1].start()
 
-    def is_leaving(name: str) -> bool:
-        record = next((x for x in cluster.ledger.snapshot().live if x.instance == name), None)
+    def is_leaving(self, name: str) -> bool:
+        record = next((x for x in self._cluster.ledger.snapshot().live if x.instance == name), None)
         return record is None or record.state is InstanceState.DRAINING
 
-    def used(name: str) -> int:
-        return next((x.local_used for x in cluster.ledger.snapshot().live if x.instance == name), 0)
+    def join(self) -> None:
+        for thread in self._threads:
+            thread.join()
+
+
+def used(cluster: LocalCluster, name: str) -> int:
+    """rBlocks, of its pool."""
+    return next((x.local_used for x in cluster.ledger.snapshot().live if x.instance == name), 0)
+
+
+def kill(cluster: LocalCluster, name: str) -> None:
+    os.killpg(cluster.child(name).process.pid, signal.SIGKILL)
+
+
+def test_a_drained_instance_hands_its_requests_over_and_any_may_die_meanwhile(cluster: LocalCluster) -> None:
+    drains, heirs, killed = Drains(cluster), ("instance-3", "instance-4"), []
 
     # Given the answer when nothing happens
     calm, _ = stream(cluster, None, lambda: None)
 
     # When the instance that computes it leaves in the middle of it
-    texts, usage = stream(cluster, "instance-0", lambda: drain("instance-0"))
+    texts, usage = stream(cluster, "instance-0", lambda: drains.begin("instance-0"))
     # Then another goes on from the same token, with nothing computed again, and the first has ended
     assert texts == calm
     assert [kv["num_recomputed_tokens"] for kv in usage.kv] == [0, 0]
     assert all(kv["instance"] != "instance-0" for kv in usage.kv)
-    drains[0].join()
+    drains.join()
     assert cluster.child("instance-0").process.wait(20) == 0
 
     # When the one that leaves is killed on its way
     def drain_and_kill() -> None:
-        drain("instance-1")
-        wait_until(lambda: is_leaving("instance-1"))
-        os.killpg(cluster.child("instance-1").process.pid, signal.SIGKILL)
+        drains.begin("instance-1")
+        wait_until(lambda: drains.is_leaving("instance-1"))
+        kill(cluster, "instance-1")
 
     texts, _ = stream(cluster, "instance-1", drain_and_kill)
     assert texts == calm
 
     # When its successor is killed, before or after it has the request
     def drain_and_kill_heir() -> None:
-        drain("instance-2")
-        wait_until(lambda: any(used(heir) > 0 for heir in heirs) or is_leaving("instance-2"))
-        killed.append(max(heirs, key=used))
-        os.killpg(cluster.child(killed[0]).process.pid, signal.SIGKILL)
+        drains.begin("instance-2")
+        wait_until(lambda: any(used(cluster, heir) > 0 for heir in heirs) or drains.is_leaving("instance-2"))
+        killed.append(max(heirs, key=lambda heir: used(cluster, heir)))
+        kill(cluster, killed[0])
 
     texts, _ = stream(cluster, "instance-2", drain_and_kill_heir)
     assert texts == calm
 
     # And nothing of all this stays
-    for thread in drains:
-        thread.join()
+    drains.join()
     stays = {heir for heir in heirs if heir not in killed}
     wait_until(lambda: {record.instance for record in cluster.ledger.snapshot().live} == stays)
     wait_until(lambda: not cluster.ledger.snapshot().loans)

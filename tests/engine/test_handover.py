@@ -8,12 +8,12 @@ import torch
 
 from megatron_distkv.engine.instance import Instance
 from megatron_distkv.engine.llm import LLM
-from megatron_distkv.ledger import PoolSnapshot, open_ledger
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
 from megatron_distkv.messages import HandedOver, TokenLogprobs
 from megatron_distkv.request import Request
 from megatron_distkv.sampling_params import SamplingParams
 from tests.conftest import MakeConfig
+from tests.ledger.snapshot import snapshot
 
 NAMES = ("d", "s", "c")
 SAMPLED = SamplingParams(max_tokens=30, temperature=0.8, top_p=0.9, seed=11, logprobs=2, ignore_eos=True)
@@ -81,14 +81,6 @@ class Client:
     def finish(self) -> None:
         while self.request.finish_reason is None:
             self.step()
-
-
-def snapshot(server: EmbeddedServer) -> PoolSnapshot:
-    ledger = open_ledger(server.url, "default")
-    try:
-        return ledger.snapshot()
-    finally:
-        ledger.close()
 
 
 def assert_nothing_is_owed(pool: dict[str, Instance], server: EmbeddedServer) -> None:

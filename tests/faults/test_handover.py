@@ -12,7 +12,8 @@ from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
 from megatron_distkv.messages import AdoptHeader, HandedOver, InheritedSpan, PrepareHeader, Refusal, RequestKV
 from megatron_distkv.rmanager import Adoptions, NoFollowers, adoptions, bequests
-from tests.engine.test_handover import SAMPLED, Check, Client, expected, pool, random_prompt, snapshot
+from tests.engine.test_handover import SAMPLED, Check, Client, expected, pool, random_prompt
+from tests.ledger.snapshot import snapshot
 
 __all__ = ["expected", "pool"]
 Pool = dict[str, Instance]

@@ -9,12 +9,12 @@ import torch
 
 from megatron_distkv.engine.llm import LLM
 from megatron_distkv.errors import UserError
-from megatron_distkv.ledger import PoolSnapshot, open_ledger
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
 from megatron_distkv.messages import TokenOutput
 from megatron_distkv.request import Request
 from megatron_distkv.sampling_params import SamplingParams
 from tests.conftest import MakeConfig
+from tests.ledger.snapshot import snapshot
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
 Pool = dict[str, LLM]
@@ -40,14 +40,6 @@ def pool(make_config: MakeConfig, server: EmbeddedServer) -> Iterator[Pool]:
 def reference(make_config: MakeConfig) -> Iterator[LLM]:
     with LLM(make_config("enough", num_rblocks=256)) as llm:
         yield llm
-
-
-def snapshot(server: EmbeddedServer) -> PoolSnapshot:
-    ledger = open_ledger(server.url, "default")
-    try:
-        return ledger.snapshot()
-    finally:
-        ledger.close()
 
 
 def assert_nothing_is_owed(pool: Pool, server: EmbeddedServer) -> None:
