@@ -104,14 +104,6 @@ class InstanceConfig(FrozenConfig):
     network: NetworkConfig = NetworkConfig()
 
     @model_validator(mode="after")
-    def _deterministic_goes_with(self) -> "InstanceConfig":
-        if self.deterministic and self.lending.verify_one_in:
-            raise ValueError("deterministic does not go with lending.verify_one_in yet: choose one of them")
-        if self.deterministic and self.kv_cache.dtype == "int8":
-            raise ValueError("deterministic does not go with kv_cache.dtype int8 yet: choose one of them")
-        return self
-
-    @model_validator(mode="after")
     def _lent_host_memory_goes_with(self) -> "InstanceConfig":
         if self.kv_cache.num_lent_host_rblocks and not self.lending.enabled:
             raise ValueError("kv_cache.num_lent_host_rblocks needs lending.enabled")

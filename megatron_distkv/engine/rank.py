@@ -20,7 +20,7 @@ from megatron_distkv.config.instance import InstanceConfig, KVCacheConfig
 from megatron_distkv.config.model import ModelConfig
 from megatron_distkv.engine.doors import tls_of
 from megatron_distkv.engine.model_runner import ModelRunner
-from megatron_distkv.errors import ConfigError, UserError
+from megatron_distkv.errors import UserError
 from megatron_distkv.kvcache.open_slots import OpenSlots
 from megatron_distkv.kvcache.rblock_shape import RBlockShape
 from megatron_distkv.ledger import HOST_QUERY_US, QUERY_US
@@ -62,7 +62,7 @@ def build_rank(config: InstanceConfig, parallel: TensorParallel) -> Rank:
     module = build_gpt(model, parallel)
     load_weights(module, checkpoint, model)
     if config.deterministic:
-        _make_deterministic(module, model)
+        tile_rows(module)
     shape = rblock_shape(model, config.kv_cache, parallel.size)
     pool, dtype, num_query_heads = (
         shape.rank_pool(config.kv_cache.num_rblocks),
@@ -157,12 +157,6 @@ def num_own_open_slots(config: InstanceConfig) -> int | None:
 def _open_rblocks(config: InstanceConfig, shape: RBlockShape, pool_BLKX: torch.Tensor) -> OpenRBlocks | None:
     num_slots = OpenSlots(num_own_open_slots(config)).num_slots
     return OpenRBlocks(pool_BLKX, shape.open_pool(num_slots).tensor_BLK2ND) if num_slots else None
-
-
-def _make_deterministic(module: torch.nn.Module, model: ModelConfig) -> None:
-    if model.mixture is not None:
-        raise ConfigError("deterministic does not cover mixtures of experts yet: their products mix a batch's tokens")
-    tile_rows(module)
 
 
 def _mailbox_tokens(config: InstanceConfig) -> int:

@@ -2,14 +2,16 @@
 
 import threading
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 
 from megatron_distkv.attention.fixed_order.tree import Family, Merges, Node, cover, merge_up
 from megatron_distkv.errors import DistkvError
 from megatron_distkv.messages import QueryShare, Scoring
-from megatron_distkv.ops import merge_out, micro_attention_out
+from megatron_distkv.ops import Int8RBlocks, merge_out, micro_attention_int8, micro_attention_out
+
+KV: TypeAlias = torch.Tensor | Int8RBlocks  # what attention reads of a pool (ops.readable)
 
 # Partials that are held at one time: of a model with 32 heads of 128 dims 64 MiB. More queries wait for their turn.
 MOST_PARTIALS = 4096
@@ -27,7 +29,7 @@ class Leaves(NamedTuple):
     def attend(
         self,
         q_THD: torch.Tensor,
-        pool_BLK2ND: torch.Tensor,
+        kv: KV,
         layer: int,
         scale: float,
         scoring: Scoring,
@@ -35,10 +37,17 @@ class Leaves(NamedTuple):
         lse: torch.Tensor,
     ) -> None:
         """Into `out` `[P, H, D]` and `lse` `[P, H]`."""
-        micro_attention_out(
-            q_THD[self.rows_P], pool_BLK2ND, layer, self.block_ids_P, self.block_starts_P, self.cu_P1, self.cu_P1,
-            self.positions_P, scoring.scale or scale, True, scoring.window, scoring.soft_cap, out, lse,
+        if not len(self.rows_P):
+            return
+        q_PHD, limits = q_THD[self.rows_P], (scoring.window, scoring.soft_cap)
+        args = (
+            layer, self.block_ids_P, self.block_starts_P, self.cu_P1, self.cu_P1, self.positions_P,
+            scoring.scale or scale, True, *limits,
         )  # fmt: skip
+        if isinstance(kv, Int8RBlocks):
+            out[:], lse[:] = micro_attention_int8(q_PHD, kv.pool_BLK2ND, kv.k_scales_BLKD, kv.v_scales_BLKN, *args)
+        else:
+            micro_attention_out(q_PHD, kv, *args, out, lse)
 
 
 class LeafList:
@@ -122,13 +131,11 @@ class FixedIndex(NamedTuple):
     scoring: Scoring
     num_rows: int
 
-    def attend(
-        self, q_THD: torch.Tensor, pool_BLK2ND: torch.Tensor, layer: int, scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def attend(self, q_THD: torch.Tensor, kv: KV, layer: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
         num_pairs = len(self.leaves.rows_P)
         out, lse = _buffer_of_thread().take(self.merges.num_rows, *q_THD.shape[1:])
         places = slice(1, 1 + num_pairs)
-        self.leaves.attend(q_THD, pool_BLK2ND, layer, scale, self.scoring, out[places], lse[places])
+        self.leaves.attend(q_THD, kv, layer, scale, self.scoring, out[places], lse[places])
         carry_out(self.merges, out, lse)
         return out[self.answer_A], lse[self.answer_A]
 
