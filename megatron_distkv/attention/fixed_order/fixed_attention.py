@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 
 from megatron_distkv.attention.debtor import Debtor
+from megatron_distkv.attention.fixed_order.kept_plans import KeptPlans
 from megatron_distkv.attention.fixed_order.leaves import KV, Buffer, carry_out
-from megatron_distkv.attention.fixed_order.plan import Block, OpenPlaces, Question, plan_blocks
+from megatron_distkv.attention.fixed_order.plan import Block, OpenPlaces, Question
 from megatron_distkv.attention.metadata import SequenceSlice
 from megatron_distkv.attention.verification import Question as Asked
 from megatron_distkv.messages import QueryHeader, Scoring
@@ -32,8 +33,7 @@ class FixedAttention:
     def __init__(self, debtor: Debtor, rblock_size: int, most_answers: int) -> None:
         """`most_answers`: partials that a mailbox has room for."""
         self._debtor = debtor
-        self._rblock_size = rblock_size
-        self._most_answers = most_answers
+        self._kept_plans = KeptPlans(rblock_size, most_answers)
         self._buffer = Buffer()
         self._slices: Sequence[SequenceSlice] = ()
         self._open_places: OpenPlaces | None = None
@@ -48,12 +48,11 @@ class FixedAttention:
 
     def attend(self, q_THD: torch.Tensor, own: OwnKeys, scale: float, scoring: Scoring) -> torch.Tensor:
         """Out `[T, H, D]`, fp32, of all tokens of the step; the new ones' keys are written."""
-        if scoring.window not in self._plans:
-            self._plans[scoring.window] = plan_blocks(
-                self._slices, self._rblock_size, scoring.window, self._most_answers, self._open_places
-            )
+        window = scoring.window
+        if window not in self._plans:
+            self._plans[window] = self._kept_plans.blocks(self._slices, window, self._open_places)
         out_THD = torch.empty(q_THD.shape, dtype=torch.float32)
-        for block in self._plans[scoring.window]:
+        for block in self._plans[window]:
             out_THD[block.rows_T] = self._block(block, q_THD, own, scale, scoring)
         return out_THD
 
