@@ -4,14 +4,14 @@ Every partial is fp32, also on the way from a creditor. The price: a partial per
 """
 
 from collections.abc import Sequence
-from itertools import accumulate, groupby, pairwise
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
 
 from megatron_distkv.attention.debtor import Debtor
 from megatron_distkv.attention.fixed_order.kept_plans import KeptPlans
-from megatron_distkv.attention.fixed_order.leaves import KV, Buffer, carry_out
+from megatron_distkv.attention.fixed_order.leaves import KV, Buffer
 from megatron_distkv.attention.fixed_order.plan import Block, OpenPlaces, Question
 from megatron_distkv.attention.metadata import SequenceSlice
 from megatron_distkv.attention.verification import Question as Asked
@@ -53,26 +53,28 @@ class FixedAttention:
             self._plans[window] = self._kept_plans.blocks(self._slices, window, self._open_places)
         out_THD = torch.empty(q_THD.shape, dtype=torch.float32)
         for block in self._plans[window]:
-            out_THD[block.rows_T] = self._block(block, q_THD, own, scale, scoring)
+            self._block(block, q_THD, own, scale, scoring, out_THD[block.rows])
         return out_THD
 
-    def _block(self, block: Block, q_THD: torch.Tensor, own: OwnKeys, scale: float, scoring: Scoring) -> torch.Tensor:
+    def _block(
+        self, block: Block, q_THD: torch.Tensor, own: OwnKeys, scale: float, scoring: Scoring, to_RHD: torch.Tensor
+    ) -> None:
         out, lse = self._buffer.take(block.merges.num_rows, *q_THD.shape[1:])
         rounds = _rounds(block.questions)
         asked = self._ask(rounds[0], q_THD, own.layer, scoring) if rounds else []
-        here, opened, host = _following(1, *(len(x.rows_P) for x in (block.here, block.open, block.host)))
-        block.here.attend(q_THD, own.kv, own.layer, scale, scoring, out[here], lse[here])
+        block.here.attend(q_THD, own.kv, own.layer, scale, scoring, out, lse)
         if own.open_PLK2ND is not None:
-            block.open.attend(q_THD, own.open_PLK2ND, own.of_layer, scale, scoring, out[opened], lse[opened])
-        if host.stop > host.start:
-            self._debtor.host_memory.attend(block.host, q_THD, own.layer, scoring, out[host], lse[host])
-        out[block.asked], lse[block.asked] = 0.0, float("-inf")  # what a lost creditor leaves out
-        self._take(asked, q_THD, own.layer, scoring, out, lse)
+            block.open.attend(q_THD, own.open_PLK2ND, own.of_layer, scale, scoring, out, lse)
+        if block.host.place.start < block.host.place.stop:
+            self._debtor.host_memory.attend(block.host, q_THD, own.layer, scoring, out, lse)
+        if rounds:
+            out[block.asked], lse[block.asked] = 0.0, float("-inf")  # what a lost creditor leaves out
+            self._take(asked, q_THD, own.layer, scoring, out, lse)
         for questions in rounds[1:]:
             asked = self._ask(questions, q_THD, own.layer, scoring)
             self._take(asked, q_THD, own.layer, scoring, out, lse)
-        carry_out(block.merges, out, lse)
-        return out[block.roots_T]
+        self._buffer.carry_out(block.merges)
+        torch.index_select(out, 0, block.roots_T, out=to_RHD)
 
     def _ask(self, questions: list[Question], q_THD: torch.Tensor, layer: int, scoring: Scoring) -> list[Question]:
         """Those that have gone."""
@@ -101,11 +103,6 @@ class FixedAttention:
             )
             if answer is not None:
                 out[question.answer], lse[question.answer] = answer
-
-
-def _following(begin: int, *counts: int) -> list[slice]:
-    ends = list(accumulate(counts, initial=begin))
-    return [slice(start, end) for start, end in pairwise(ends)]
 
 
 def _rounds(questions: list[Question]) -> list[list[Question]]:

@@ -60,15 +60,10 @@ class Block(NamedTuple):
     open: Leaves
     host: Leaves
     questions: list[Question]
+    asked: slice  # all answers
     merges: Merges
-    rows_T: torch.Tensor
+    rows: slice  # of the batch
     roots_T: torch.Tensor
-
-    @property
-    def asked(self) -> slice:
-        """All answers."""
-        num_own = 1 + sum(len(leaves.rows_P) for leaves in (self.here, self.open, self.host))
-        return slice(num_own, self.questions[-1].answer.stop if self.questions else num_own)
 
 
 def plan_blocks(
@@ -149,27 +144,27 @@ class _Build:
     def block(self, pieces: list[Piece]) -> Block:
         families = [Family({}, len(piece.rows)) for piece in pieces]
         here = self._own(pieces, families, _HERE, 1)
-        opened = self._own(pieces, families, _OPEN, 1 + len(here.rows_P))
-        end = 1 + len(here.rows_P) + len(opened.rows_P)
-        host = self._own(pieces, families, HOST, end)
-        end += len(host.rows_P)
+        opened = self._own(pieces, families, _OPEN, here.place.stop)
+        host = self._own(pieces, families, HOST, opened.place.stop)
+        begin = end = host.place.stop
         questions = []
         for creditor in sorted({name for piece in pieces for name in piece.held} - {_HERE, _OPEN, HOST}):
             for asked in self._packed(pieces, creditor):
                 questions.append(self._question(creditor, asked, pieces, families, end))
                 end = questions[-1].answer.stop
         merges = merge_up(families, end, to_cover=False)
-        rows = [row for piece in pieces for row in piece.rows]
+        rows = slice(pieces[0].rows.start, pieces[-1].rows.stop)
         roots = [row for family in families for row in _rows_of_root(family)]
-        return Block(here, opened, host, questions, merges, torch.tensor(rows), torch.tensor(roots))
+        return Block(here, opened, host, questions, slice(begin, end), merges, rows, torch.tensor(roots))
 
-    def _own(self, pieces: list[Piece], families: list[Family], holder: str, end: int) -> Leaves:
-        todo = LeafList()
+    def _own(self, pieces: list[Piece], families: list[Family], holder: str, begin: int) -> Leaves:
+        todo = LeafList(begin)
         for piece, family in zip(pieces, families, strict=True):
-            for index, place in piece.held.get(holder, {}).items():
-                start = index * self._rblock_size
-                begin = todo.add(piece.rows, piece.first_position, place.block_id, start)
-                family.places[Node(0, index)] = end + begin
+            if places := piece.held.get(holder):
+                starts = [index * self._rblock_size for index in places]
+                block_ids = [place.block_id for place in places.values()]
+                begins = todo.add(piece.rows, piece.first_position, block_ids, starts)
+                family.places.update((Node(0, index), at) for index, at in zip(places, begins, strict=True))
         return todo.leaves()
 
     def _packed(self, pieces: list[Piece], creditor: str) -> Iterator[list[tuple[int, list[Node]]]]:

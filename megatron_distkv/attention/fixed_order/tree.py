@@ -112,8 +112,8 @@ def _merge_level(family: Family, level: int, end: int, merges: _Level, *, to_cov
     """Where a buffer then ends that ended at `end`."""
     places = family.places
     nodes = sorted(node for node in places if node.level == level)
-    for parent, group in groupby(nodes, key=lambda node: node.parent):
-        children = list(group)
+    for number, group in groupby(nodes, key=lambda node: node.number // FAN_IN):
+        parent, children = Node(level + 1, number), list(group)
         if to_cover and len(children) < FAN_IN:
             continue
         begins = [places.pop(child) for child in children]
