@@ -60,7 +60,8 @@ class LendingConfig(FrozenConfig):
 
     verify_one_in: int = Field(0, ge=0)
     """One in so many partial results of creditors is computed again here, from a copy of the borrowed rBlocks, and
-    compared; what comes back is compared with what was sent. A mismatch is an alarm. 0: only NaN and infinity are."""
+    compared, with `deterministic` bit by bit; what comes back is compared with what was sent. A mismatch is an alarm.
+    0: only NaN and infinity are."""
 
     def max_lent(self, num_rblocks: int) -> int:
         """rBlocks of a pool of so many that may be lent at one time."""

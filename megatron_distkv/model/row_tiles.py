@@ -98,12 +98,13 @@ def _tried(name: str, module: Any, call: _Call, trials: dict[tuple[Any, ...], tu
 
 
 def sizes_with_the_same_bits(call: _Call, x: torch.Tensor) -> tuple[int, ...]:
-    """Numbers of rows, up to those of `x`, that agree with tiles of TILE_ROWS wherever a row stands; ascending."""
+    """Numbers of rows, up to those of `x`, that agree with tiles of TILE_ROWS wherever a row stands, and wherever their
+    memory begins (an expert's rows are a piece of all); ascending."""
     whole = len(x) // TILE_ROWS * TILE_ROWS
     reference = torch.cat([call(tile) for tile in x[:whole].split(TILE_ROWS)])
 
     def agrees(size: int) -> bool:
-        places = [(by, begin) for by in (0, 1, 3, 8) for begin in {0, whole - size}]
+        places = [(by, begin) for by in (0, 1, 3, 8) for begin in {0, min(1, whole - size), whole - size}]
         return all(
             torch.equal(call(x[:whole].roll(by, 0)[begin : begin + size]), reference.roll(by, 0)[begin : begin + size])
             for by, begin in places
