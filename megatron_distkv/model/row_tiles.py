@@ -68,8 +68,8 @@ def _in_tiles(call: _Call, sizes: tuple[int, ...], x: torch.Tensor) -> torch.Ten
     tiles = rows_of_tiles(num_rows, sizes)
     if padding := sum(tiles) - num_rows:
         x = torch.cat((x, x.new_zeros((padding, *x.shape[1:]))))
-    outs = [call(tile) for tile in x.split(tiles)]
-    return (outs[0] if len(outs) == 1 else torch.cat(outs))[:num_rows]
+    whole = call(x) if len(tiles) == 1 else torch.cat([call(tile) for tile in x.split(tiles)])
+    return whole[:num_rows]
 
 
 @lru_cache(maxsize=4096)
