@@ -12,6 +12,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 import torch
+from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.moe.router import Router
 
@@ -20,32 +21,33 @@ from megatron_distkv.errors import ConfigError
 # The other numbers are compared with this one, which all layers have; 1 to 3 rows have an order of their own (fp32).
 TILE_ROWS = 16
 OTHER_ROWS = (8, 32, 64, 128, 256)
-# Weights times rows of the largest trial call: about a second of one core. Only a vocabulary is larger.
-MOST_PRODUCTS = 1 << 34
+# Weights times rows of the largest trial call: all trials of a layer cost ten such calls, a few seconds of one core.
+MOST_PRODUCTS = 1 << 33
 
 _Call = Callable[[torch.Tensor], torch.Tensor]
 
 
 @torch.inference_mode()
-def tile_rows(model: torch.nn.Module) -> None:
+def tile_rows(model: GPTModel) -> None:
     """Tile all linear layers, for serving. A collective of the model's ranks.
 
     Raises ConfigError where, on this machine, a row's place in its tile changes its bits.
     """
-    trials: dict[tuple[Any, ...], tuple[int, ...]] = {}  # layers that are alike are tried once
+    trials = _Trials()
     for name, module in model.named_modules():
         if isinstance(module, Router):
             gating = module.gating
-            module.gating = partial(_in_tiles, gating, _tried(name, module, gating, trials))
+            module.gating = partial(_in_tiles, gating, trials.sizes(name, module, module.weight, gating))
         elif isinstance(module, ColumnParallelLinear | RowParallelLinear):
-            sizes: tuple[int, ...] = (TILE_ROWS,)  # of a layer that gets its weight with each call, the embeddings'
-            if module.weight is not None:
-                sizes = _tried(name, module, partial(_product, module.forward), trials)
+            # Tied embeddings: the output layer has no weight of its own and gets theirs with each call.
+            given = {} if module.weight is not None else {"weight": model.shared_embedding_or_output_weight()}
+            product = partial(_product, module.forward, **given)
+            sizes = trials.sizes(name, module, given.get("weight", module.weight), product)
             module.forward = partial(_linear_in_tiles, module.forward, sizes)
 
 
-def _product(forward: Callable[..., Any], x: torch.Tensor) -> torch.Tensor:
-    return forward(x)[0]
+def _product(forward: Callable[..., Any], x: torch.Tensor, **given: torch.Tensor) -> torch.Tensor:
+    return forward(x, **given)[0]
 
 
 def _linear_in_tiles(
@@ -84,17 +86,24 @@ def rows_of_tiles(num_rows: int, sizes: tuple[int, ...]) -> list[int]:
     return tiles
 
 
-def _tried(name: str, module: Any, call: _Call, trials: dict[tuple[Any, ...], tuple[int, ...]]) -> tuple[int, ...]:
-    weight, has_bias = module.weight, getattr(module, "bias", None) is not None
-    kind = (type(module), weight.shape, weight.dtype, has_bias)
-    if kind not in trials:
-        most = max(TILE_ROWS, MOST_PRODUCTS // weight.numel())
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn((OTHER_ROWS[-1], 1, weight.shape[1]), generator=generator).to(weight.dtype)
-        trials[kind] = sizes_with_the_same_bits(call, x[:most])
-        if TILE_ROWS not in trials[kind]:
-            raise ConfigError(f"deterministic cannot be had here: {name} in {weight.dtype} depends on a row's place")
-    return trials[kind]
+class _Trials:
+    """Layers that are alike are tried once."""
+
+    def __init__(self) -> None:
+        self._sizes: dict[tuple[Any, ...], tuple[int, ...]] = {}
+
+    def sizes(self, name: str, module: Any, weight: torch.Tensor, call: _Call) -> tuple[int, ...]:
+        kind = (type(module), weight.shape, weight.dtype, getattr(module, "bias", None) is not None)
+        if kind not in self._sizes:
+            most = max(TILE_ROWS, MOST_PRODUCTS // weight.numel())
+            generator = torch.Generator().manual_seed(0)
+            x = torch.randn((OTHER_ROWS[-1], 1, weight.shape[1]), generator=generator).to(weight.dtype)
+            self._sizes[kind] = sizes_with_the_same_bits(call, x[:most])
+            if TILE_ROWS not in self._sizes[kind]:
+                raise ConfigError(
+                    f"deterministic cannot be had here: {name} in {weight.dtype} depends on a row's place"
+                )
+        return self._sizes[kind]
 
 
 def sizes_with_the_same_bits(call: _Call, x: torch.Tensor) -> tuple[int, ...]:
@@ -104,10 +113,10 @@ def sizes_with_the_same_bits(call: _Call, x: torch.Tensor) -> tuple[int, ...]:
     reference = torch.cat([call(tile) for tile in x[:whole].split(TILE_ROWS)])
 
     def agrees(size: int) -> bool:
-        places = [(by, begin) for by in (0, 1, 3, 8) for begin in {0, min(1, whole - size), whole - size}]
+        last = whole - size
         return all(
             torch.equal(call(x[:whole].roll(by, 0)[begin : begin + size]), reference.roll(by, 0)[begin : begin + size])
-            for by, begin in places
+            for by, begin in ((0, last), (1, 0), (3, min(1, last)), (8, 0))
         )
 
     return tuple(size for size in sorted((TILE_ROWS, *OTHER_ROWS)) if size <= whole and agrees(size))

@@ -90,6 +90,7 @@ def answers_of(pool: Pool) -> dict[str, Answer]:
         ("llama", {"dtype": "bf16"}),
         ("llama", {"dtype": "fp32", "kv": "int8"}),
         ("qwen3-moe", {"dtype": "fp32"}),  # three of eight experts
+        ("qwen2-tied", {"dtype": "fp32"}),
         ("mixtral", {"dtype": "bf16", "kv": "int8"}),  # two of four, behind a window
     ],
     ids=lambda x: x if isinstance(x, str) else " ".join(x.values()),
