@@ -164,9 +164,8 @@ class Creditor:
     def _index(self, header: QueryHeader, shares: list[QueryShare]) -> ShareIndex | FixedIndex:
         if header.num_partials == 0:
             return index_shares(shares, header.scoring)
-        if isinstance(self._kv, Int8RBlocks):
-            raise DistkvError("attention in fixed order does not know rBlocks in int8")
-        return index_in_fixed_order(shares, header.scoring, self._pool.shape[4], header.num_partials)
+        numbers_BLK2ND = self._kv.pool_BLK2ND if isinstance(self._kv, Int8RBlocks) else self._kv
+        return index_in_fixed_order(shares, header.scoring, numbers_BLK2ND.shape[4], header.num_partials)
 
     def _may_query(self, hello: Hello, shares: list[QueryShare]) -> bool:
         loans, debtor = self._loans, hello.instance_id

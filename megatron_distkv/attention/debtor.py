@@ -122,16 +122,15 @@ class Debtor:
                 self._note_lost(creditor, error)
         return partials
 
-    def partials_of(
-        self, creditor: str, q_RHD: torch.Tensor, shape: tuple[int, ...]
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """In fixed order: out of this shape and lse, good until the next question; None: the creditor is lost."""
+    def partials_of(self, question: Question) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """In fixed order: out `[partials, H, D]` and lse, good until the next question; None: the creditor is lost."""
+        creditor, shape = question.creditor, (question.num_partials, *question.q_RHD.shape[1:])
         try:
             specs = [TensorSpec(shape, torch.float32), TensorSpec(shape[:2], torch.float32)]
             out, lse = read_tensors(self._accepted(creditor).payload, specs)
-            if self._verification is not None:
-                self._verification.check_numbers(creditor, q_RHD, out, lse.masked_fill(lse == float("-inf"), 0.0))
-            return out, lse
+            if self._verification is None:
+                return out, lse
+            return self._verification.verified_in_fixed_order(self._channels[creditor], question, out, lse)
         except DistkvError as error:
             self._note_lost(creditor, error)
             return None

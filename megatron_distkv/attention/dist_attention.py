@@ -7,6 +7,7 @@ import torch
 
 from megatron_distkv.attention.context_parallel import ContextShard, context_attention
 from megatron_distkv.attention.dense import dense_attention
+from megatron_distkv.attention.fixed_order.fixed_attention import OwnKeys
 from megatron_distkv.attention.forward_context import ForwardContext, current_context
 from megatron_distkv.attention.open_rblocks import NewKeys
 from megatron_distkv.attention.rotary import RotaryConfig, RotaryTable, rotary_table, sequence_table
@@ -91,14 +92,21 @@ class DistAttention(torch.nn.Module):
             angles = metadata.rotary_table(self.rotary, self.head_dim)
             q_THD = apply_rope(q_THD, *angles)
         if context.fixed is not None:
-            store_kv(k_TKD, v_TKD, context.pool_BLK2ND, self.layer, metadata.slot_mapping_T, *angles)
-            return context.fixed.attend(q_THD, context.pool_BLK2ND, self.layer, self.scale, self.scoring)
+            own = self._store(NewKeys(k_TKD, v_TKD, angles), context)
+            return context.fixed.attend(q_THD, own, self.scale, self.scoring)
         if debtor is not None:
             debtor.ask(self.layer, q_THD, self.scoring)
         out_THD, lse_TH = self._here(q_THD, k_TKD, v_TKD, angles, context)
         if debtor is None:
             return out_THD
         return metadata.merges.merge(self.scoring, out_THD, lse_TH, debtor.answers())
+
+    def _store(self, new: NewKeys, context: ForwardContext) -> OwnKeys:
+        if context.open_rblocks is not None:
+            return OwnKeys(context.open_rblocks.full, self.layer, *context.open_rblocks.store(self.layer, new))
+        pool, slots_T = context.pool_BLK2ND, context.metadata.slot_mapping_T
+        store_kv(new.k_TKD, new.v_TKD, pool, self.layer, slots_T, *new.angles)
+        return OwnKeys(pool, self.layer)
 
     def _here(
         self,

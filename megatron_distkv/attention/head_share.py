@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_distkv.attention.fixed_order.leaves import FixedIndex
-from megatron_distkv.attention.shares import KV, ShareIndex, attend_shares
+from megatron_distkv.attention.fixed_order.leaves import KV, FixedIndex
+from megatron_distkv.attention.shares import ShareIndex, attend_shares
 from megatron_distkv.ops import Int8RBlocks
 
 

@@ -62,7 +62,7 @@ class HostMemory:
         lse: torch.Tensor,
     ) -> None:
         """In fixed order, into `out` and `lse`."""
-        leaves.attend(q_THD, self._pool, layer, self._scale, scoring, out, lse)
+        leaves.attend(q_THD, self._kv, layer, self._scale, scoring, out, lse)
 
     def _seen_by(self, scoring: Scoring) -> tuple[torch.Tensor, ShareIndex] | None:
         share = None if self._share is None else self._share.within(scoring.window)

@@ -61,7 +61,7 @@ class _Index:
     """Of one step, used by all its layers. Places are indices into the scratch, or (`in_slots`) open slots."""
 
     in_slots: bool
-    num_places: int
+    places: list[int]  # of the rBlocks that are written to
     places_T: torch.Tensor  # where each new token's KV goes: place * N + offset
     cu_queries: torch.Tensor
     own: _Lists
@@ -77,16 +77,20 @@ class OpenRBlocks:
     def __init__(self, pool_BLKX: torch.Tensor, slots_OLK2ND: torch.Tensor) -> None:
         """`pool_BLKX`: packed (ops.int8_kv). `slots_OLK2ND`: a place for each request's open rBlock."""
         self._pool = pool_BLKX
-        self._full = unpack_rblocks(pool_BLKX, slots_OLK2ND.shape[-1])
+        self.full = unpack_rblocks(pool_BLKX, slots_OLK2ND.shape[-1])
         self._slots = slots_OLK2ND
         self._scratch = slots_OLK2ND.new_zeros((0, 1, *slots_OLK2ND.shape[2:]))
         self._index: _Index | None = None
+        # Of each slice of the step: where `store` has each rBlock that is written to.
+        self.places: list[dict[int, int]] = []
 
     def begin_step(self, slices: Sequence[OpenSlice]) -> None:
         """Raises IntegrityError when a new token has no local rBlock, or no slot."""
         rblock_size = self._slots.shape[4]
         writing = [x for piece in slices for x in _writing(piece, rblock_size)]
         self._index = _index(writing, rblock_size, in_slots=len(writing) == len(slices))
+        places = iter(self._index.places)
+        self.places = [{rblock: next(places) for rblock in _rblocks(piece, rblock_size)} for piece in slices]
         if not self._index.in_slots and len(writing) > len(self._scratch):
             self._scratch = self._slots.new_zeros((len(writing), 1, *self._slots.shape[2:]))
 
@@ -102,18 +106,20 @@ class OpenRBlocks:
         """Store the new tokens; out `[T, H, D]` and lse `[T, H]`, fp32, over all local keys."""
         index = self._index
         assert index is not None
-        written, of_layer = self._store(index, layer, new)
+        written, of_layer = self.store(layer, new)
         rows = index.cu_queries, positions_T, scale
         limits = scoring.window, scoring.soft_cap
         own_out, own_lse = micro_attention(q_THD, written, of_layer, *index.own, *rows, True, *limits)
         if not len(index.past.block_ids_M):
             return own_out, own_lse
-        kv, k_scales, v_scales = self._full
+        kv, k_scales, v_scales = self.full
         out, lse = micro_attention_int8(q_THD, kv, k_scales, v_scales, layer, *index.past, *rows, False, *limits)
         return merge(torch.stack([own_out, out]), torch.stack([own_lse, lse]))
 
-    def _store(self, index: _Index, layer: int, new: NewKeys) -> tuple[torch.Tensor, int]:
+    def store(self, layer: int, new: NewKeys) -> tuple[torch.Tensor, int]:
         """What is written to, as computed, and which of its layers. Full rBlocks are in the pool, too."""
+        index = self._index
+        assert index is not None
         written, of_layer = (self._slots, layer) if index.in_slots else (self._scratch, 0)
         if not index.in_slots:
             written[index.begun[0], 0] = self._slots[index.begun[1], layer]
@@ -133,7 +139,7 @@ def _writing(piece: OpenSlice, rblock_size: int) -> list[_Writing]:
         if isinstance(span, LocalSpan)
         for rblock, block_id in enumerate(span.block_ids, start=span.first)
     }
-    rblocks = range(piece.start // rblock_size, num_rblocks_for(piece.end, rblock_size))
+    rblocks = _rblocks(piece, rblock_size)
     if piece.open_slot is None or not local.keys() >= set(rblocks):
         raise IntegrityError(f"the tokens at positions {piece.start}..{piece.end} have no local rBlock, or no slot")
     return [
@@ -149,6 +155,11 @@ def _writing(piece: OpenSlice, rblock_size: int) -> list[_Writing]:
     ]
 
 
+def _rblocks(piece: OpenSlice, rblock_size: int) -> range:
+    """Those that it writes to."""
+    return range(piece.start // rblock_size, num_rblocks_for(piece.end, rblock_size))
+
+
 def _index(writing: Sequence[_Writing], size: int, *, in_slots: bool) -> _Index:
     places = [x.open_slot if in_slots else place for place, x in enumerate(writing)]
     full = [(place, x.block_id) for place, x in zip(places, writing, strict=True) if x.end == (x.rblock + 1) * size]
@@ -157,7 +168,7 @@ def _index(writing: Sequence[_Writing], size: int, *, in_slots: bool) -> _Index:
     tokens = [place * size + t % size for place, x in zip(places, writing, strict=True) for t in range(x.start, x.end)]
     return _Index(
         in_slots,
-        len(writing),
+        places,
         _int64(tokens),
         _ends([x.end - x.start for x in writing]),
         _lists([[(x.rblock, place)] for place, x in zip(places, writing, strict=True)], size),

@@ -2,17 +2,16 @@
 
 import time
 from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 
-from megatron_distkv.attention.fixed_order.leaves import FixedIndex
+from megatron_distkv.attention.fixed_order.leaves import KV, FixedIndex
 from megatron_distkv.errors import DistkvError
 from megatron_distkv.messages import QueryShare, Scoring
 from megatron_distkv.ops import Int8RBlocks, micro_attention, micro_attention_int8, readable
 
 ORDINARY = Scoring()
-KV: TypeAlias = torch.Tensor | Int8RBlocks  # what attention reads of a pool (ops.readable)
 # A measurement is the best of so many, each over so many rBlocks (a smaller pool's are read again: a call has a price
 # of its own, and figures must be comparable).
 MEASUREMENTS, MEASURED_RBLOCKS = 5, 32
@@ -66,7 +65,6 @@ def attend_shares(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Out `[T, H, D]` and lse `[T, H]`, fp32, where the pool lies. `scale` is the ordinary one."""
     if isinstance(index, FixedIndex):  # T is then the number of partials
-        assert not isinstance(kv, Int8RBlocks)  # refused before there is such an index
         return index.attend(q_THD, kv, layer, scale)
     scoring = index.scoring
     args = (

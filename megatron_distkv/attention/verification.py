@@ -9,9 +9,10 @@ import msgspec
 import torch
 
 from megatron_distkv import metrics
+from megatron_distkv.attention.fixed_order.leaves import KV, index_in_fixed_order
 from megatron_distkv.attention.partial import Partial
 from megatron_distkv.attention.sent_rblocks import SentRBlocks
-from megatron_distkv.attention.shares import KV, ORDINARY, attend_shares, index_shares
+from megatron_distkv.attention.shares import ORDINARY, attend_shares, index_shares
 from megatron_distkv.errors import PeerLost, PeerWrong
 from megatron_distkv.log import get_logger
 from megatron_distkv.messages import Acknowledge, FetchHeader, MessageKind, QueryShare, Scoring, decode
@@ -47,6 +48,7 @@ class Question(NamedTuple):
     shares: list[QueryShare]
     wire_dtype: torch.dtype
     scoring: Scoring = ORDINARY
+    num_partials: int = 0  # in fixed order
 
 
 class Verification:
@@ -101,6 +103,19 @@ class Verification:
             raise self._alarm(question.creditor, Wrong.PARTIAL, f"it answers layer {question.layer} wrongly")
         return partial
 
+    def verified_in_fixed_order(
+        self, asker: Asker, question: Question, out: torch.Tensor, lse: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same for an answer in fixed order: not a bit may differ. No key need be seen there."""
+        self.check_numbers(question.creditor, question.q_RHD, out, _without_infinity(lse))
+        if not self._one_in or random.randrange(self._one_in):
+            return out, lse
+        out, lse = out.clone(), lse.clone()
+        expected = self._compute_in_fixed_order(asker, question)
+        if not (_is_same(out, expected[0]) and _is_same(lse, expected[1])):
+            raise self._alarm(question.creditor, Wrong.PARTIAL, f"it answers layer {question.layer} in other bits")
+        return out, lse
+
     def check_numbers(self, creditor: str, q_RHD: torch.Tensor, out_RHD: torch.Tensor, lse_RH: torch.Tensor) -> None:
         """Every query has keys there, so even an LSE of -inf is no answer, unless we sent such things ourselves."""
         if out_RHD.isfinite().all() and lse_RH.isfinite().all():
@@ -121,6 +136,23 @@ class Verification:
             lses.append(lse)
             first += share.num_queries
         return torch.cat(outs), torch.cat(lses)
+
+    def _compute_in_fixed_order(self, asker: Asker, question: Question) -> tuple[torch.Tensor, torch.Tensor]:
+        """From copies of one layer of all rBlocks that are asked about."""
+        places: dict[int, int] = {}
+        layers: list[torch.Tensor] = []
+        wanted = list(dict.fromkeys(block_id for share in question.shares for block_id in share.block_ids))
+        for block_ids, copy in self._copies(asker, question.creditor, wanted):
+            places.update({block_id: place for place, block_id in enumerate(block_ids, start=len(places))})
+            layers.append(copy[:, question.layer : question.layer + 1].clone())
+        kv = readable(torch.cat(layers), self._head_dim)
+        shares = [
+            msgspec.structs.replace(share, block_ids=[places[block_id] for block_id in share.block_ids])
+            for share in question.shares
+        ]
+        rblock_size = (kv.pool_BLK2ND if isinstance(kv, Int8RBlocks) else kv).shape[4]
+        index = index_in_fixed_order(shares, question.scoring, rblock_size, question.num_partials)
+        return attend_shares(question.q_RHD, kv, 0, index, self._scale)
 
     def _copies(
         self, asker: Asker, creditor: str, block_ids: Sequence[int]
@@ -159,6 +191,14 @@ def _has_numbers(kv: KV) -> bool:
     """None is NaN, infinite, or too large for an answer: those may travel in fp16."""
     largest = [scales * LARGEST for scales in kv[1:]] if isinstance(kv, Int8RBlocks) else [kv]
     return all(bool(x.to(torch.float16).isfinite().all()) for x in largest)
+
+
+def _without_infinity(lse: torch.Tensor) -> torch.Tensor:
+    return lse.masked_fill(lse == float("-inf"), 0.0)
+
+
+def _is_same(got: torch.Tensor, expected: torch.Tensor) -> bool:
+    return torch.equal(got, expected) or not _without_infinity(expected).isfinite().all()  # (our own doing)
 
 
 def _is_close(got: torch.Tensor, expected: torch.Tensor, share: float) -> bool:

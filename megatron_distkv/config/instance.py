@@ -60,7 +60,8 @@ class LendingConfig(FrozenConfig):
 
     verify_one_in: int = Field(0, ge=0)
     """One in so many partial results of creditors is computed again here, from a copy of the borrowed rBlocks, and
-    compared; what comes back is compared with what was sent. A mismatch is an alarm. 0: only NaN and infinity are."""
+    compared, with `deterministic` bit by bit; what comes back is compared with what was sent. A mismatch is an alarm.
+    0: only NaN and infinity are."""
 
     def max_lent(self, num_rblocks: int) -> int:
         """rBlocks of a pool of so many that may be lent at one time."""
@@ -102,14 +103,6 @@ class InstanceConfig(FrozenConfig):
     lending: LendingConfig = LendingConfig()
     ledger: LedgerConfig = LedgerConfig()
     network: NetworkConfig = NetworkConfig()
-
-    @model_validator(mode="after")
-    def _deterministic_goes_with(self) -> "InstanceConfig":
-        if self.deterministic and self.lending.verify_one_in:
-            raise ValueError("deterministic does not go with lending.verify_one_in yet: choose one of them")
-        if self.deterministic and self.kv_cache.dtype == "int8":
-            raise ValueError("deterministic does not go with kv_cache.dtype int8 yet: choose one of them")
-        return self
 
     @model_validator(mode="after")
     def _lent_host_memory_goes_with(self) -> "InstanceConfig":

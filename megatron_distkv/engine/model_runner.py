@@ -73,7 +73,8 @@ class ModelRunner:
             self._open_rblocks.begin_step(plan.slices)
         self._debtor.begin_step(plan.step, {name: r for name, r in metadata.remote.items() if name not in lost})
         if self._fixed is not None:
-            self._fixed.begin_step(plan.step, plan.slices)
+            places = None if self._open_rblocks is None else self._open_rblocks.places
+            self._fixed.begin_step(plan.step, plan.slices, places)
         debtor = self._debtor if metadata.remote else None
         context = ForwardContext(metadata, self._pool.tensor_BLK2ND, debtor, self._fixed, self._open_rblocks)
         with forward_context(context), self._share.own_work():

@@ -19,7 +19,6 @@ from megatron_distkv.engine.doors import tls_of
 from megatron_distkv.engine.mailbox_sizes import mailbox_sizes, most_answers, rblocks_per_message
 from megatron_distkv.engine.model_runner import ModelRunner
 from megatron_distkv.engine.rank_memory import RankMemory, make_rank_memory, memory_in_words, rblock_shape
-from megatron_distkv.errors import ConfigError
 from megatron_distkv.kvcache.rblock_shape import RBlockShape
 from megatron_distkv.ledger import HOST_QUERY_US, QUERY_US
 from megatron_distkv.log import get_logger
@@ -69,14 +68,8 @@ def _load(config: InstanceConfig, parallel: TensorParallel) -> tuple[ModelConfig
     module = build_gpt(model, parallel)
     load_weights(module, checkpoint, model)
     if config.deterministic:
-        _make_deterministic(module, model)
+        tile_rows(module)
     return model, GPT(module, model)
-
-
-def _make_deterministic(module: torch.nn.Module, model: ModelConfig) -> None:
-    if model.mixture is not None:
-        raise ConfigError("deterministic does not cover mixtures of experts yet: their products mix a batch's tokens")
-    tile_rows(module)
 
 
 def _peers(config: InstanceConfig, rank: int, identity: Identity, secret: bytes, memory: RankMemory) -> Peers:

@@ -19,6 +19,7 @@ from megatron_distkv.attention import (
     build_metadata,
 )
 from megatron_distkv.attention.fixed_order import plan
+from megatron_distkv.attention.fixed_order.kept_plans import KeptPlans
 from megatron_distkv.attention.fixed_order.tree import FAN_IN, Node, cover
 from megatron_distkv.errors import DistkvError
 from megatron_distkv.messages import QueryHeader, QueryShare, Scoring
@@ -141,3 +142,38 @@ def test_a_question_that_no_debtor_asks_is_refused(world: World) -> None:
         header = QueryHeader(1, 0, shares, Scoring(), 0, count)
         with pytest.raises(DistkvError):
             world.lenders["x"].creditor._index(header, shares)
+
+
+def test_a_kept_plan_is_the_one_that_would_be_made() -> None:
+    # Given requests that decode, one of them over rBlocks of others and another's first tokens
+    kept = KeptPlans(N, most_answers=7)
+
+    def spans(length: int) -> list[Span]:
+        num_local = (length - 1) // N - 4
+        return [
+            RemoteSpan(0, (5, 6, 7), InstanceId("x"), LoanId("x.1")),
+            RemoteSpan(3, (8, 9), HOST, HOST_LOAN),
+            LocalSpan(5, tuple(range(num_local))),
+        ]
+
+    num_kept = 0
+    for step in range(4 * N):
+        # When they go on, token by token
+        slices = [Slice(n + step, n + step + 1, spans(n + step + 1)) for n in (5 * N + 3, 9 * N)]
+        places = [{piece.start // N: number} for number, piece in enumerate(slices)] if step > N else None
+        for window in (None, 3 * N + 3):
+            before = kept._kept.get(window)
+            got = kept.blocks(slices, window, places)
+            num_kept += before is not None and got[0].merges is before[1][0].merges
+            # Then each step has the plan that is made for it alone
+            assert [parts_of(block) for block in got] == [
+                parts_of(block) for block in plan.plan_blocks(slices, N, window, most_answers=7, open_places=places)
+            ]
+    assert num_kept > 4 * N
+
+
+def parts_of(part: object) -> object:
+    """Tensors as lists."""
+    if isinstance(part, torch.Tensor):
+        return part.tolist()
+    return [parts_of(x) for x in part] if isinstance(part, list | tuple) else repr(part)

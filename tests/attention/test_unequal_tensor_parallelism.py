@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_distkv.attention import Creditor, Debtor, HeadShare, LoanTable, RemoteShare
+from megatron_distkv.attention.verification import Question
 from megatron_distkv.errors import PeerLost
 from megatron_distkv.kvcache.rblock_shape import RBlockShape
 from megatron_distkv.messages import Acknowledge, FetchHeader, MessageKind, QueryHeader, QueryShare, StoreHeader
@@ -199,18 +200,20 @@ def test_common_heads_are_what_both_hold() -> None:
             assert found == list(mine.heads)
 
 
-def test_in_fixed_order_no_bit_depends_on_the_ranks(start: Start) -> None:
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+def test_in_fixed_order_no_bit_depends_on_the_ranks(kv_dtype: KVDtype, start: Start) -> None:
     # Given KV at creditors of one, two and three ranks
     torch.manual_seed(0)
     kv_MLK2ND, q_THD = torch.randn(len(IDS), L, K, 2, N, D), torch.randn(5, H, D)
+    kv = pack_rblocks(kv_MLK2ND) if kv_dtype == "int8" else kv_MLK2ND
     share = QueryShare(["loan"], IDS, 5, [i * N for i in range(3)], 3 * N)
     found = []
     for debtors, creditors in ((1, 1), (2, 1), (1, 2), (2, 3)):
-        creditor = start(creditors)
+        creditor = start(creditors, kv_dtype)
         whole = torch.full((3 * 5, H, D), float("nan"))
         for rank in range(debtors):
-            mine, heads = peers(rank, debtors), heads_of(rank, debtors, H)
-            data = kv_MLK2ND[:, :, heads_of(rank, debtors, K)].contiguous()
+            mine, heads = peers(rank, debtors, kv_dtype), heads_of(rank, debtors, H)
+            data = kv[:, :, heads_of(rank, debtors, K)].contiguous()
             header = msgspec.msgpack.encode(StoreHeader("loan", IDS))
             mine.reach("c", creditor.address).call(MessageKind.STORE, header, [data], deadline_s=5)
 
@@ -218,7 +221,7 @@ def test_in_fixed_order_no_bit_depends_on_the_ranks(start: Start) -> None:
             debtor = Debtor(mine, deadline_s=5)
             debtor.begin_step(1, {"c": RemoteShare(torch.arange(5), [share])})
             assert debtor.post("c", QueryHeader(1, 1, [share], num_partials=15), q_THD[:, heads])
-            answer = debtor.partials_of("c", q_THD[:, heads], (15, H // debtors, D))
+            answer = debtor.partials_of(Question("c", 1, q_THD[:, heads], [share], torch.float32, num_partials=15))
             assert answer is not None
             whole[:, heads] = answer[0]
             mine.close()

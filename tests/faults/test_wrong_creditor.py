@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -38,9 +39,10 @@ class Pool:
         self._url = url
         self._stack = stack
 
-    def begin(self, verify_one_in: int) -> RemoteSpan:
+    def begin(self, verify_one_in: int, **rooms: Any) -> RemoteSpan:
         """Returns some rBlocks that a has borrowed."""
-        config = self._make_config("a", num_rblocks=16, url=self._url, lending={"verify_one_in": verify_one_in})
+        lending = {"verify_one_in": verify_one_in}
+        config = self._make_config("a", num_rblocks=16, url=self._url, lending=lending, **rooms)
         self.a = self._stack.enter_context(LLM(config))
         self.request = Request("long", PROMPT, GREEDY)
         self.a.instance.add(self.request)
@@ -185,6 +187,29 @@ def test_a_wrong_answer_from_right_memory_is_an_alarm(
     span = pool.begin(verify_one_in=1)
     before = num_alarms(span.creditor, "partial")
     forge_answers(pool, span.creditor, forge, monkeypatch)
+    assert pool.finish() == expected
+    assert num_alarms(span.creditor, "partial") == before + 1
+    assert pool.distrusts(span.creditor)
+
+
+def add_one_bit(x: torch.Tensor) -> None:
+    place = x.view(-1)[:1]
+    place.copy_(place.nextafter(torch.tensor(float("inf"))))
+
+
+@pytest.mark.parametrize("forge", [lambda out, _: add_one_bit(out), lambda _, lse: add_one_bit(lse)])
+def test_one_wrong_bit_is_an_alarm_where_bits_are_promised(
+    pool: Pool, expected: list[int], forge: Forge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given a deterministic instance, and true answers, which pass every check
+    span = pool.begin(verify_one_in=1, deterministic=True)
+    before = num_alarms(span.creditor, "partial")
+    for _ in range(3):
+        pool.a.instance.step()
+    assert num_alarms(span.creditor, "partial") == before
+    # When the lowest bit of one number of an answer is another
+    forge_answers(pool, span.creditor, forge, monkeypatch)
+    # Then there is an alarm (without `deterministic` this is rounding)
     assert pool.finish() == expected
     assert num_alarms(span.creditor, "partial") == before + 1
     assert pool.distrusts(span.creditor)

@@ -1,6 +1,9 @@
-"""Who computes what of a step in fixed order: leaves here and in host memory, questions to creditors, merges of all."""
+"""Who computes what of a step in fixed order: leaves here and in host memory, questions to creditors, merges of all.
 
-from collections.abc import Iterator, Sequence
+Queries of one rBlock go together: they see the same rBlocks before it, and nobody computes what lies behind them.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,7 +14,10 @@ from megatron_distkv.attention.metadata import SequenceSlice
 from megatron_distkv.messages import QueryShare
 from megatron_distkv.rblock import HOST, LocalSpan, Span
 
-_HERE = ""  # the holder of this rank's own rBlocks; no instance can have this name
+# Holders that no instance can be called: this rank's pool, and its rBlocks that are not in it yet (open_rblocks.py).
+_HERE, _OPEN = "", "(open)"
+# By rBlock, of each sequence: where the KV lies that this step writes, if it is not where full rBlocks do.
+OpenPlaces = Sequence[Mapping[int, int]]
 
 
 class Place(NamedTuple):
@@ -22,7 +28,7 @@ class Place(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Queries of one sequence: rows of the batch, the first one's position, and the rBlocks that they see."""
+    """Queries in one rBlock of a sequence: rows of the batch, the first one's position, and what they see."""
 
     rows: range
     first_position: int
@@ -42,52 +48,70 @@ class Question(NamedTuple):
     shares: list[QueryShare]
     answer: slice
 
+    @property
+    def num_partials(self) -> int:
+        return int(self.answer.stop - self.answer.start)
+
 
 class Block(NamedTuple):
-    """Queries whose partials are held at one time; the buffer is | empty | here | host | answers | merges |."""
+    """Queries whose partials are held at one time; the buffer is | empty | here | open | host | answers | merges |."""
 
     here: Leaves
+    open: Leaves
     host: Leaves
     questions: list[Question]
+    asked: slice  # all answers
     merges: Merges
-    rows_T: torch.Tensor
+    rows: slice  # of the batch
     roots_T: torch.Tensor
-
-    @property
-    def asked(self) -> slice:
-        """All answers."""
-        num_own = 1 + len(self.here.rows_P) + len(self.host.rows_P)
-        return slice(num_own, self.questions[-1].answer.stop if self.questions else num_own)
 
 
 def plan_blocks(
-    slices: Sequence[SequenceSlice], rblock_size: int, window: int | None, most_answers: int
+    slices: Sequence[SequenceSlice],
+    rblock_size: int,
+    window: int | None,
+    most_answers: int,
+    open_places: OpenPlaces | None = None,
 ) -> list[Block]:
     """For layers with such a window. No answer has more than `most_answers` partials."""
     parts: dict[str, int] = {}
-    return [_Build(rblock_size, most_answers, parts).block(pieces) for pieces in _blocks(slices, rblock_size, window)]
+    blocks = _blocks(slices, rblock_size, window, open_places)
+    return [_Build(rblock_size, most_answers, parts).block(pieces) for pieces in blocks]
 
 
-def _blocks(slices: Sequence[SequenceSlice], rblock_size: int, window: int | None) -> Iterator[list[Piece]]:
+def _blocks(
+    slices: Sequence[SequenceSlice], rblock_size: int, window: int | None, open_places: OpenPlaces | None
+) -> Iterator[list[Piece]]:
     block: list[Piece] = []
     num_pairs = row = 0
-    for some in slices:
+    for number, some in enumerate(slices):
         held = _holders(some.spans)
         position = some.start
         while position < some.end:
-            num_leaves = (some.end - 1) // rblock_size + 1
-            count = min(some.end - position, (MOST_PARTIALS - num_pairs) // num_leaves)
-            if count <= 0 and block:
+            own = position // rblock_size
+            room = (MOST_PARTIALS - num_pairs) // (own + 1)
+            if room <= 0 and block:
                 yield block
                 block, num_pairs = [], 0
                 continue
-            count = max(count, 1)
+            count = min(some.end - position, (own + 1) * rblock_size - position, max(room, 1))
             piece = _piece(held, range(row, row + count), position, rblock_size, window)
+            if open_places is not None:
+                _open(piece, own, open_places[number][own])
             block.append(piece)
             num_pairs += piece.num_leaves * count
             position, row = position + count, row + count
     if block:
         yield block
+
+
+def _open(piece: Piece, own: int, place: int) -> None:
+    """Its own rBlock is seen as it was computed."""
+    here = piece.held[_HERE]
+    del here[own]
+    if not here:
+        del piece.held[_HERE]
+    piece.held[_OPEN] = {own: Place(place, "")}
 
 
 def _holders(spans: Sequence[Span]) -> dict[str, dict[int, Place]]:
@@ -96,7 +120,7 @@ def _holders(spans: Sequence[Span]) -> dict[str, dict[int, Place]]:
         holder, loan_id = (_HERE, "") if isinstance(span, LocalSpan) else (span.creditor, span.loan_id)
         places = held.setdefault(holder, {})
         places.update((index, Place(block_id, loan_id)) for index, block_id in enumerate(span.block_ids, span.first))
-    return held
+    return {holder: dict(sorted(places.items())) for holder, places in held.items()}
 
 
 def _piece(
@@ -105,7 +129,7 @@ def _piece(
     first = 0 if window is None else max(0, position - window + 1) // rblock_size
     last = (position + len(rows) - 1) // rblock_size
     seen = {
-        holder: {index: place for index, place in sorted(places.items()) if first <= index <= last}
+        holder: {index: place for index, place in places.items() if first <= index <= last}
         for holder, places in held.items()
     }
     return Piece(rows, position, {holder: places for holder, places in seen.items() if places})
@@ -120,25 +144,27 @@ class _Build:
     def block(self, pieces: list[Piece]) -> Block:
         families = [Family({}, len(piece.rows)) for piece in pieces]
         here = self._own(pieces, families, _HERE, 1)
-        host = self._own(pieces, families, HOST, 1 + len(here.rows_P))
-        end = 1 + len(here.rows_P) + len(host.rows_P)
+        opened = self._own(pieces, families, _OPEN, here.place.stop)
+        host = self._own(pieces, families, HOST, opened.place.stop)
+        begin = end = host.place.stop
         questions = []
-        for creditor in sorted({name for piece in pieces for name in piece.held} - {_HERE, HOST}):
+        for creditor in sorted({name for piece in pieces for name in piece.held} - {_HERE, _OPEN, HOST}):
             for asked in self._packed(pieces, creditor):
                 questions.append(self._question(creditor, asked, pieces, families, end))
                 end = questions[-1].answer.stop
         merges = merge_up(families, end, to_cover=False)
-        rows = [row for piece in pieces for row in piece.rows]
+        rows = slice(pieces[0].rows.start, pieces[-1].rows.stop)
         roots = [row for family in families for row in _rows_of_root(family)]
-        return Block(here, host, questions, merges, torch.tensor(rows), torch.tensor(roots))
+        return Block(here, opened, host, questions, slice(begin, end), merges, rows, torch.tensor(roots))
 
-    def _own(self, pieces: list[Piece], families: list[Family], holder: str, end: int) -> Leaves:
-        todo = LeafList()
+    def _own(self, pieces: list[Piece], families: list[Family], holder: str, begin: int) -> Leaves:
+        todo = LeafList(begin)
         for piece, family in zip(pieces, families, strict=True):
-            for index, place in piece.held.get(holder, {}).items():
-                start = index * self._rblock_size
-                begin = todo.add(piece.rows, piece.first_position, place.block_id, start)
-                family.places[Node(0, index)] = end + begin
+            if places := piece.held.get(holder):
+                starts = [index * self._rblock_size for index in places]
+                block_ids = [place.block_id for place in places.values()]
+                begins = todo.add(piece.rows, piece.first_position, block_ids, starts)
+                family.places.update((Node(0, index), at) for index, at in zip(places, begins, strict=True))
         return todo.leaves()
 
     def _packed(self, pieces: list[Piece], creditor: str) -> Iterator[list[tuple[int, list[Node]]]]:

@@ -74,42 +74,53 @@ def merge_up(families: Sequence[Family], num_rows: int, *, to_cover: bool) -> Me
     levels: list[torch.Tensor] = []
     level = 0
     while any(_has_merges_from(family, level) for family in families):
-        columns: list[torch.Tensor] = []
+        merges = _Level()
         for family in families:
             if _has_merges_from(family, level):
-                num_rows += _merge_level(family, level, num_rows, columns, to_cover=to_cover)
-        if columns:
-            levels.append(torch.cat(columns, dim=1))
+                num_rows = _merge_level(family, level, num_rows, merges, to_cover=to_cover)
+        if merges.begins:
+            levels.append(merges.rows())
         level += 1
     return Merges(levels, num_rows)
+
+
+class _Level:
+    """Merges of one level in the making: where the rows of each parent's children begin, and how many rows they are."""
+
+    def __init__(self) -> None:
+        self.begins: list[list[int]] = []
+        self.counts: list[int] = []
+
+    def add(self, children: list[int], num_rows: int) -> None:
+        self.begins.append(children + [-1] * (FAN_IN - len(children)))
+        self.counts.append(num_rows)
+
+    def rows(self) -> torch.Tensor:
+        """`[FAN_IN, m]`; a child that is not there is the empty row."""
+        begins_FP, counts_P = torch.tensor(self.begins).T, torch.tensor(self.counts)
+        begins_Fm = begins_FP.repeat_interleave(counts_P, 1)
+        firsts_m = (counts_P.cumsum(0) - counts_P).repeat_interleave(counts_P)
+        rows_Fm = begins_Fm + (torch.arange(begins_Fm.shape[1]) - firsts_m)
+        return rows_Fm.masked_fill_(begins_Fm < 0, 0)
 
 
 def _has_merges_from(family: Family, level: int) -> bool:
     return len(family.places) > 1 and any(node.level >= level for node in family.places)
 
 
-def _merge_level(family: Family, level: int, end: int, columns: list[torch.Tensor], *, to_cover: bool) -> int:
-    """Rows that this adds to a buffer that ends at `end`."""
+def _merge_level(family: Family, level: int, end: int, merges: _Level, *, to_cover: bool) -> int:
+    """Where a buffer then ends that ended at `end`."""
     places = family.places
-    bases: list[list[int]] = []
     nodes = sorted(node for node in places if node.level == level)
-    for parent, group in groupby(nodes, key=lambda node: node.parent):
-        children = list(group)
+    for number, group in groupby(nodes, key=lambda node: node.number // FAN_IN):
+        parent, children = Node(level + 1, number), list(group)
         if to_cover and len(children) < FAN_IN:
             continue
         begins = [places.pop(child) for child in children]
         if len(begins) == 1:
             places[parent] = begins[0]
             continue
-        places[parent] = end + len(bases) * family.num_rows
-        bases.append(begins + [-1] * (FAN_IN - len(begins)))
-    if bases:
-        columns.append(_rows(bases, family.num_rows))
-    return len(bases) * family.num_rows
-
-
-def _rows(bases: list[list[int]], num_rows: int) -> torch.Tensor:
-    """`[FAN_IN, parents * rows]`; a child that is not there is the empty row."""
-    begins_PF = torch.tensor(bases)
-    rows_PRF = begins_PF[:, None] + torch.arange(num_rows)[None, :, None]
-    return rows_PRF.masked_fill((begins_PF < 0)[:, None], 0).flatten(0, 1).T.contiguous()
+        places[parent] = end
+        merges.add(begins, family.num_rows)
+        end += family.num_rows
+    return end
