@@ -4,7 +4,7 @@ A row per kernel and shape: registers of a thread, bytes it spills, shared memor
 many copies stay in flight while it computes (cp.async.wait_group; 0 means that loads are not pipelined), tensor-core
 instructions. Ends with 1 where a kernel spills, an attention loop is not pipelined, or an SM has room for fewer
 programs than the launch counts on.
-usage: TRITON_INTERPRET=0 python -m tools.compile_triton [--json FILE]
+usage: TRITON_INTERPRET=0 python -m tools.compile_triton [--only PATTERN] [--json FILE]
 """
 
 import argparse
@@ -157,6 +157,7 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="a regular expression that a kernel's name must hold")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     rows, faults = [], []
@@ -164,7 +165,7 @@ def main() -> int:
         f"triton {triton.__version__}, sm_90; bf16, group 4, head dim 128, rBlocks of 64 tokens, causal, if not named"
     )
     print(f"{'kernel':<26}{'registers':>10}{'spilled':>9}{'shared':>9}{'per SM':>8}{'in flight':>11}  tensor cores")
-    for wanted in WANTED:
+    for wanted in (wanted for wanted in WANTED if re.search(args.only, wanted.name)):
         row = build(wanted)
         rows.append(row._asdict())
         print(f"{row.kernel:<26}{row.registers:>10}{row.spilled_bytes:>9}{row.shared_bytes:>9}{row.per_sm:>8}", end="")
