@@ -2,7 +2,7 @@
 
 A row per kernel and shape: registers of a thread, bytes it spills, shared memory, programs that an SM has room for, how
 many copies stay in flight while it computes (cp.async.wait_group; 0 means that loads are not pipelined), tensor-core
-instructions. Ends with 1 where a kernel spills, an attention loop is not pipelined, or an SM has room for fewer
+instructions. Ends with 1 where a kernel spills, a loop that should be pipelined is not, or an SM has room for fewer
 programs than the launch counts on.
 usage: TRITON_INTERPRET=0 python -m tools.compile_triton [--only PATTERN] [--json FILE]
 """
@@ -20,7 +20,7 @@ import triton
 from megatron_distkv.kernels.triton.attention import attention_kernel
 from megatron_distkv.kernels.triton.backward import key_gradients_kernel, query_gradients_kernel
 from megatron_distkv.kernels.triton.merge import merge_kernel
-from megatron_distkv.kernels.triton.shapes import attention_shape
+from megatron_distkv.kernels.triton.shapes import attention_shape, backward_shapes
 from megatron_distkv.kernels.triton.store import rope_kernel, store_kv_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -33,7 +33,6 @@ POINTERS_TO_FP32 = {"OUT", "LSE", "OUTS", "LSES", "DELTA", "D_K", "D_V", "D_Q", 
 POINTERS_TO_INT64 = {"IDS", "STARTS", "CU_BLOCKS", "CU_QUERIES", "POSITIONS", "SLOTS"}
 HEAD = {"D": 128, "D_PADDED": 128}
 STORE = {"KV_HEADS": 8, "HEADS_PADDED": 8, "N": 64, **HEAD}
-TILE = {"H": 32, "G": 4, **HEAD, "BLOCK_M": 32, "BLOCK_N": 64, "CAUSAL": True, "EXACT": False}
 MERGE = {**HEAD, "P_PADDED": 64, "BLOCK_P": 16, "BLOCK_R": 2}
 
 
@@ -71,6 +70,17 @@ def attention(name: str, num_rows: int, size: int = 64, head_dim: int = 128, **k
     )
 
 
+def backward(name: str, head_dim: int = 128) -> list[Wanted]:
+    wanted, kernels = [], (key_gradients_kernel, query_gradients_kernel)
+    constants = {"H": 32, "G": 4, "D": head_dim, "D_PADDED": head_dim, "CAUSAL": True, "EXACT": False}
+    for kernel, shape, what in zip(kernels, backward_shapes(head_dim), ("keys", "queries"), strict=True):
+        tile = {"BLOCK_M": shape.rows, "BLOCK_N": shape.keys}
+        is_pipelined = shape.num_stages > 2
+        options = (shape.num_warps, shape.num_stages, shape.per_sm, is_pipelined)
+        wanted.append(Wanted(f"{name}, {what}", kernel, constants | tile, *options))
+    return wanted
+
+
 DECODE, PREFILL = 4, 1 << 12  # rows of a sequence
 WANTED = [
     attention("decode", DECODE),
@@ -97,8 +107,8 @@ WANTED = [
     Wanted("store_kv", store_kv_kernel, {**STORE, "R": 0}, 4, 3),
     Wanted("store_kv with RoPE", store_kv_kernel, {**STORE, "R": 128}, 4, 3),
     Wanted("apply_rope", rope_kernel, {"H": 32, "H_PADDED": 32, "R": 128, **HEAD}, 4, 3),
-    Wanted("backward, keys", key_gradients_kernel, TILE, 8, 2),
-    Wanted("backward, queries", query_gradients_kernel, TILE, 8, 2),
+    *backward("backward"),
+    *backward("backward, head dim 256", head_dim=256),
 ]
 
 

@@ -12,7 +12,7 @@ import triton
 from megatron_distkv.kernels.triton.attention import attention_kernel
 from megatron_distkv.kernels.triton.backward import key_gradients_kernel, query_gradients_kernel
 from megatron_distkv.kernels.triton.merge import merge_kernel
-from megatron_distkv.kernels.triton.shapes import attention_shape, num_splits, power_of_2
+from megatron_distkv.kernels.triton.shapes import LaunchShape, attention_shape, backward_shapes, num_splits, power_of_2
 from megatron_distkv.kernels.triton.store import rope_kernel, store_kv_kernel
 
 IS_INTERPRETED = triton.knobs.runtime.interpret
@@ -71,9 +71,9 @@ def micro_attention(
         k_scales, v_scales, scale, soft_cap or 0.0, window or 0, num_heads, num_sequences, splits,
         *q_THD.stride()[:2], *pool.stride()[:3], outs.stride(0), lses.stride(0),
         *k_scales.stride()[:2], *v_scales.stride()[:2],
-        G=group, N=size, D=head_dim, D_PADDED=_padded(head_dim), BLOCK_M=shape.rows, BLOCK_N=shape.keys,
+        G=group, N=size, D=head_dim, D_PADDED=_padded(head_dim),
         CAUSAL=causal, WINDOWED=window is not None, CAPPED=soft_cap is not None,
-        EXACT=is_exact, INT8=scales is not None, num_warps=shape.num_warps, num_stages=shape.num_stages,
+        EXACT=is_exact, INT8=scales is not None, **_options(shape),
     )  # fmt: skip
     return final if splits == 1 else _merge_into(final, outs, lses)
 
@@ -154,15 +154,24 @@ def tile_backward(
     delta = (d_out_SBHD.float() * out_SBHD.float()).sum(-1)
     d_q, d_k, d_v = (torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (q_SBHD, k_XBKD, v_XBKD))
     strides = [stride for x in inputs for stride in x.stride()[:3]]
-    rows, keys = (32, 32) if q_SBHD.dtype == torch.float32 or head_dim > 128 else (32, 64)
-    shapes = {"H": num_heads, "G": num_heads // kv_heads, "D": head_dim, "D_PADDED": _padded(head_dim)}
-    options = {"CAUSAL": is_causal, "EXACT": _is_exact(q_SBHD, k_XBKD), "num_warps": 8, "num_stages": 2}
-    shapes |= options | {"BLOCK_M": rows, "BLOCK_N": keys}
+    is_exact = _is_exact(q_SBHD, k_XBKD)
+    constants = {"H": num_heads, "G": num_heads // kv_heads, "D": head_dim, "D_PADDED": _padded(head_dim)}
+    constants |= {"CAUSAL": is_causal, "EXACT": is_exact}
+    of_keys, of_queries = backward_shapes(_padded(head_dim), is_exact and not IS_INTERPRETED)
     given = (*inputs, lse_SBH.contiguous(), delta)
     sizes = (scale, num_queries, num_keys, *strides)
-    key_gradients_kernel[(triton.cdiv(num_keys, keys), kv_heads, num_sequences)](*given, d_k, d_v, *sizes, **shapes)
-    query_gradients_kernel[(triton.cdiv(num_queries, rows), num_heads, num_sequences)](*given, d_q, *sizes, **shapes)
+    key_gradients_kernel[(triton.cdiv(num_keys, of_keys.keys), kv_heads, num_sequences)](
+        *given, d_k, d_v, *sizes, **constants, **_options(of_keys)
+    )
+    query_gradients_kernel[(triton.cdiv(num_queries, of_queries.rows), num_heads, num_sequences)](
+        *given, d_q, *sizes, **constants, **_options(of_queries)
+    )
     return d_q, d_k, d_v
+
+
+def _options(shape: LaunchShape) -> dict[str, int]:
+    sizes = {"BLOCK_M": shape.rows, "BLOCK_N": shape.keys}
+    return sizes | {"num_warps": shape.num_warps, "num_stages": shape.num_stages}
 
 
 def gather_rblocks(pool_BLK2ND: torch.Tensor, block_ids: torch.Tensor) -> torch.Tensor:

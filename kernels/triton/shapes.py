@@ -62,6 +62,21 @@ def _per_sm(rows: int, head_dim: int, is_int8: bool, is_windowed: bool) -> int:
     return 3
 
 
+def backward_shapes(head_dim: int, is_exact: bool = False) -> tuple[LaunchShape, LaunchShape]:
+    """Of the gradients of K and V, and of Q; `head_dim` padded.
+
+    The first keeps two sums of keys x head_dim beside four products of a step: with more than 32 rows at a time its
+    threads spill. The second keeps one, so that 128 rows share what is read of K and V.
+    """
+    if is_exact or head_dim > 128:
+        shape = LaunchShape(rows=32, keys=32, num_warps=8, num_stages=2, per_sm=1)
+        return shape, shape
+    return (
+        LaunchShape(rows=32, keys=64, num_warps=8, num_stages=3, per_sm=1),
+        LaunchShape(rows=128, keys=64, num_warps=8, num_stages=3, per_sm=1),
+    )
+
+
 def keys_per_step(rblock_size: int, largest: int) -> int:
     """A divisor of the rBlock where there is one that fits, so that a step reads from one rBlock only."""
     if rblock_size >= 16 and rblock_size % 16 == 0:
