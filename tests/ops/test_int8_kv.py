@@ -54,8 +54,9 @@ def test_the_numbers_that_the_scales_stand_for(
     assert (lse - expected_lse).abs().max() < limit
 
 
-def test_the_error_against_the_numbers_before() -> None:
-    batch = Batch(Case(torch.bfloat16, 2, 4, 128, 64, [Sequence(2048, 1), Sequence(512, 40)]))
+@pytest.mark.parametrize("sequences", [[Sequence(2048, 1), Sequence(512, 40)], [Sequence(1024, 1), Sequence(300, 1)]])
+def test_the_error_against_the_numbers_before(sequences: list[Sequence]) -> None:
+    batch = Batch(Case(torch.bfloat16, 2, 4, 128, 64, sequences))
     exact, exact_lse = batch.expected()
     out, lse = attend(batch, packed=False)
     assert relative_error(out, exact) < 1.5e-2
