@@ -71,7 +71,7 @@ def check(report: Report, libraries: list[str], is_dry: bool, end: float) -> Non
             continue
         tests = " and ".join(f"not {name}" for name in LIBRARIES) if backend == "ours" else backend
         if is_dry:
-            tests = "triton and merge_of_many" if backend == "ours" else f"{backend} and full_rblocks"
+            tests = "triton and (merge_of_many or packed)" if backend == "ours" else f"{backend} and full_rblocks"
         verdict = conformance(backend, tests, report.out, deadline)
         report.add_conformance(backend, verdict.told)
         if backend == "ours" and not verdict.is_right:
