@@ -1,32 +1,44 @@
-"""Everything that waits for a GPU, in one command: conformance of all GPU backends, then speed against the limits.
+"""Everything that waits for a GPU, in one command: speed against the limits, then conformance of all GPU backends.
 
-Needs torch, Triton and pytest, no network and no install: `python tools/gpu_check.py` in a checkout. Writes
-`gpu_check.json` and `gpu_check.md` into --out (tools/bench/results). Ends with 1 where a backend is wrong.
+Needs torch, Triton and pytest, no network and no install: `python tools/gpu_check.py` in a checkout. Every answer is
+checked before it is timed. After each work `gpu_check.json` and `gpu_check.md` are written anew into --out
+(tools/bench/results), so stopping it loses nothing; it stops by itself after --minutes. Works and tests have processes
+of their own: one that crashes, hangs or runs out of memory is reported, and the rest goes on.
+Ends with 1 where ours is wrong or fails, 0 else, also where time ran out (the report says what did not run).
 `--dry-run` goes the same way on a CPU under Triton's interpreter, with sizes and figures that mean nothing.
-usage: python tools/gpu_check.py [--out FOLDER] [--dry-run]
+usage: python tools/gpu_check.py [--out FOLDER] [--minutes 8] [--dry-run]
 """
 
 import argparse
-import json
 import os
 import platform
-import subprocess
+import signal
 import sys
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from tools.gpu.conformance import conformance  # noqa: E402
+from tools.gpu.report import HEAD, Report  # noqa: E402
+from tools.gpu.works import measure  # noqa: E402
+
 # Backends over libraries, where they are here: one that is wrong is reported and left out, ours must be right.
 LIBRARIES = ("flash_attn", "flashinfer")
-CONFORMANCE = ["tests/ops/test_conformance.py", "tests/ops/test_micro_attention.py", "tests/ops/test_tile_backward.py"]
+# Of the time: what works may take before conformance begins, and what ours may take of the rest before the libraries.
+SHARE_OF_WORKS, SHARE_OF_OURS = 0.55, 0.8
+MARGIN_S = 10.0
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "tools/bench/results", help="a folder")
+    parser.add_argument("--minutes", type=float, default=8.0, help="how long it may take (8)")
     parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_args()
+    began = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the processes of works end with it
     if args.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"
     import torch
@@ -38,11 +50,32 @@ def main() -> int:
     gpu = "none" if args.dry_run else torch.cuda.get_device_name()
     machine = f"{gpu}; Python {platform.python_version()}, torch {torch.__version__}, triton {triton.__version__}"
     print(machine, flush=True)
+    report = Report(args.out, machine)
     libraries = [name for name in LIBRARIES if name in backends_here()]
-    conforms = {name: run_conformance(name, args.dry_run) for name in ("ours", *libraries)}
-    if conforms["ours"]:
-        report(args.out, machine, [name for name in libraries if conforms[name]], args.dry_run)
-    return 0 if all(conforms.values()) else 1
+    end = began + max(0.0, args.minutes * 60 - MARGIN_S)
+    print("\n".join(HEAD), flush=True)
+    options = [*["--dry-run"] * args.dry_run, "--libraries", *libraries]
+    measure(report, work_names(args.dry_run), options, began + SHARE_OF_WORKS * (end - began))
+    check(report, libraries, args.dry_run, end)
+    print(f"took {time.monotonic() - began:.0f} s; wrote {args.out / 'gpu_check.md'}", flush=True)
+    return 1 if report.faults else 0
+
+
+def check(report: Report, libraries: list[str], is_dry: bool, end: float) -> None:
+    """Whether a library is right decides nothing about us: only its verdict is told."""
+    now = time.monotonic()
+    deadlines = {"ours": now + SHARE_OF_OURS * (end - now), **dict.fromkeys(libraries, end)}
+    for backend, deadline in deadlines.items():
+        if time.monotonic() >= deadline:
+            report.add_not_run(f"conformance of {backend}")
+            continue
+        tests = " and ".join(f"not {name}" for name in LIBRARIES) if backend == "ours" else backend
+        if is_dry:
+            tests = "triton and (merge_of_many or packed)" if backend == "ours" else f"{backend} and full_rblocks"
+        verdict = conformance(backend, tests, report.out, deadline)
+        report.add_conformance(backend, verdict.told)
+        if backend == "ours" and not verdict.is_right:
+            report.add_fault("conformance of ours")
 
 
 def backends_here() -> tuple[str, ...]:
@@ -54,50 +87,10 @@ def backends_here() -> tuple[str, ...]:
     return available_backends()
 
 
-def run_conformance(backend: str, is_dry: bool) -> bool:
-    """The suite, in a process of its own: an illegal access on a GPU ends the process."""
-    began = time.monotonic()
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "tools.kernels_only",
-        "--confcutdir",
-        "tests/ops",
-        *CONFORMANCE,
-    ]
-    tests = " and ".join(f"not {name}" for name in LIBRARIES) if backend == "ours" else backend
-    dry = "triton and merge" if backend == "ours" else f"{backend} and full_rblocks"
-    conforms = subprocess.run([*command, "-k", dry if is_dry else tests], cwd=ROOT).returncode == 0
-    print(
-        f"conformance of {backend}: {'passed' if conforms else 'FAILED'}, {time.monotonic() - began:.0f} s", flush=True
-    )
-    return conforms
+def work_names(is_dry: bool) -> list[str]:
+    from tools.bench.gpu_attention import DRY, ON_A_GPU, works_of
 
-
-def report(out: Path, machine: str, libraries: list[str], is_dry: bool) -> None:
-    from megatron_distkv.ops import use_backend
-    from tools.bench.gpu_attention import DRY, ON_A_GPU, GpuBench
-
-    use_backend("triton")
-    bench = GpuBench("cpu" if is_dry else "cuda", DRY if is_dry else ON_A_GPU, libraries)
-    lines = ["| work | measured | limit | share | spread | peers (times as fast as) |", "|---|---|---|---|---|---|"]
-    print("\n".join(lines))
-    rows = []
-    for row in bench.figures():
-        rows.append(row._asdict())
-        peers = ", ".join(f"{ratio:.2f}x {name}" for name, ratio in row.peers.items()) or "-"
-        measured, limit = (f"{value:.1f} {row.unit}" for value in (row.value, row.ceiling))
-        lines.append(f"| {row.work} | {measured} | {limit} | {row.share:.2f} | {row.spread:.0%} | {peers} |")
-        print(lines[-1], flush=True)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "gpu_check.json").write_text(json.dumps({"machine": machine, "figures": rows}, indent=1) + "\n")
-    head = (
-        f"# Kernels on a GPU\n\n{machine}. bf16, 8 KV heads, group 4, head dim 128, rBlocks of 64, seed 0; medians.\n"
-    )
-    (out / "gpu_check.md").write_text(head + "\n" + "\n".join(lines) + "\n")
+    return [name for name, _ in works_of(DRY if is_dry else ON_A_GPU)]
 
 
 if __name__ == "__main__":

@@ -12,13 +12,13 @@ import triton
 from megatron_distkv.kernels.triton.attention import attention_kernel
 from megatron_distkv.kernels.triton.backward import key_gradients_kernel, query_gradients_kernel
 from megatron_distkv.kernels.triton.merge import merge_kernel
+from megatron_distkv.kernels.triton.shapes import LaunchShape, attention_shape, backward_shapes, num_splits, power_of_2
 from megatron_distkv.kernels.triton.store import rope_kernel, store_kv_kernel
 
 IS_INTERPRETED = triton.knobs.runtime.interpret
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Rows of one tile in prefill; a decode tile holds one token's heads, but a tensor core takes no fewer than 16 rows.
-PREFILL_ROWS, SMALLEST_TILE = 128, 16
-MERGED_ROWS = 4
+# A merging program reads so many rows of partial results at once, of which at most 16 belong to one merged row.
+MERGED_AT_ONCE, MOST_PARTIALS_AT_ONCE = 32, 16
 
 
 def can_serve(*tensors: torch.Tensor) -> bool:
@@ -44,30 +44,38 @@ def micro_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     k_scales, v_scales = _scales_of_layer(pool_BLK2ND, layer, scales) if scales else (q_THD, q_THD)
     _check(q_THD, pool_BLK2ND, block_ids_M, block_starts_M, cu_blocks, cu_queries, positions_T)
+    if not scale > 0:
+        raise ValueError(f"a score's maximum is taken before its scale is multiplied in: it must be > 0, not {scale}")
     num_tokens, num_heads, head_dim = q_THD.shape
     kv_heads, size = pool_BLK2ND.shape[2], pool_BLK2ND.shape[4]
     group, num_sequences = num_heads // kv_heads, len(cu_blocks) - 1
-    rows = _rows_per_tile(num_tokens * group, num_sequences, group)
+    is_exact, num_rows = _is_exact(q_THD, pool_BLK2ND, scales is not None), num_tokens * group
+    shape = attention_shape(
+        num_rows, num_sequences, _padded(head_dim), size, is_exact and not IS_INTERPRETED,
+        is_windowed=window is not None, is_int8=scales is not None,
+    )  # fmt: skip
     # Every sequence may end in a tile of its own that is not full.
-    num_tiles = num_tokens * group // rows + num_sequences
-    num_splits = _num_splits(q_THD.device, num_tiles * kv_heads, len(block_ids_M), num_sequences)
+    num_tiles = num_rows // shape.rows + num_sequences
+    splits = num_splits(
+        max(num_sequences, triton.cdiv(num_rows, shape.rows)) * kv_heads,
+        len(block_ids_M) // max(1, num_sequences),
+        _num_multiprocessors(q_THD.device) * shape.per_sm,
+    )
     final = _checked_partial(q_THD, *out) if out else _new_partial(q_THD)
-    outs, lses = (x[None] for x in final) if num_splits == 1 else _new_partial(q_THD, num_splits)
+    outs, lses = (x[None] for x in final) if splits == 1 else _new_partial(q_THD, splits)
     if num_tokens == 0:
         return final
     pool = pool_BLK2ND[:, layer]
-    attention_kernel[(num_tiles, kv_heads, num_splits)](
+    attention_kernel[(num_tiles, kv_heads, splits)](
         q_THD, pool, block_ids_M, block_starts_M, cu_blocks, cu_queries, positions_T, outs, lses,
-        k_scales, v_scales, scale, soft_cap or 0.0, window or 0, num_sequences, num_splits,
+        k_scales, v_scales, scale, soft_cap or 0.0, window or 0, num_heads, num_sequences, splits,
         *q_THD.stride()[:2], *pool.stride()[:3], outs.stride(0), lses.stride(0),
         *k_scales.stride()[:2], *v_scales.stride()[:2],
-        H=num_heads, G=group, N=size, D=head_dim, D_PADDED=_padded(head_dim),
-        BLOCK_M=rows, BLOCK_N=_keys_per_step(size, q_THD.dtype),
+        G=group, N=size, D=head_dim, D_PADDED=_padded(head_dim),
         CAUSAL=causal, WINDOWED=window is not None, CAPPED=soft_cap is not None,
-        EXACT=_is_exact(q_THD, pool), INT8=scales is not None,
-        num_warps=8 if rows > 64 else 4, num_stages=2 if q_THD.dtype == torch.float32 else 3,
+        EXACT=is_exact, INT8=scales is not None, **_options(shape),
     )  # fmt: skip
-    return final if num_splits == 1 else _merge_into(final, outs, lses)
+    return final if splits == 1 else _merge_into(final, outs, lses)
 
 
 def merge(
@@ -82,10 +90,13 @@ def _merge_into(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse = final
     head_dim = out.shape[-1]
+    num_partials = power_of_2(len(lses_PTH))
+    at_once = min(num_partials, MOST_PARTIALS_AT_ONCE)
+    rows = MERGED_AT_ONCE // at_once
     if lse.numel():
-        merge_kernel[(triton.cdiv(lse.numel(), MERGED_ROWS),)](
-            outs_PTHD, lses_PTH, out, lse, len(lses_PTH), lse.numel(),
-            D=head_dim, D_PADDED=triton.next_power_of_2(head_dim), BLOCK_R=MERGED_ROWS,
+        merge_kernel[(triton.cdiv(lse.numel(), rows),)](
+            outs_PTHD, lses_PTH, out, lse, len(lses_PTH), lse.numel(), D=head_dim, D_PADDED=power_of_2(head_dim),
+            P_PADDED=num_partials, BLOCK_P=at_once, BLOCK_R=rows,
         )  # fmt: skip
     return out, lse
 
@@ -143,15 +154,24 @@ def tile_backward(
     delta = (d_out_SBHD.float() * out_SBHD.float()).sum(-1)
     d_q, d_k, d_v = (torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (q_SBHD, k_XBKD, v_XBKD))
     strides = [stride for x in inputs for stride in x.stride()[:3]]
-    rows, keys = (32, 32) if q_SBHD.dtype == torch.float32 or head_dim > 128 else (32, 64)
-    shapes = {"H": num_heads, "G": num_heads // kv_heads, "D": head_dim, "D_PADDED": _padded(head_dim)}
-    options = {"CAUSAL": is_causal, "EXACT": _is_exact(q_SBHD, k_XBKD), "num_warps": 8, "num_stages": 2}
-    shapes |= options | {"BLOCK_M": rows, "BLOCK_N": keys}
+    is_exact = _is_exact(q_SBHD, k_XBKD)
+    constants = {"H": num_heads, "G": num_heads // kv_heads, "D": head_dim, "D_PADDED": _padded(head_dim)}
+    constants |= {"CAUSAL": is_causal, "EXACT": is_exact}
+    of_keys, of_queries = backward_shapes(_padded(head_dim), is_exact and not IS_INTERPRETED)
     given = (*inputs, lse_SBH.contiguous(), delta)
     sizes = (scale, num_queries, num_keys, *strides)
-    key_gradients_kernel[(triton.cdiv(num_keys, keys), kv_heads, num_sequences)](*given, d_k, d_v, *sizes, **shapes)
-    query_gradients_kernel[(triton.cdiv(num_queries, rows), num_heads, num_sequences)](*given, d_q, *sizes, **shapes)
+    key_gradients_kernel[(triton.cdiv(num_keys, of_keys.keys), kv_heads, num_sequences)](
+        *given, d_k, d_v, *sizes, **constants, **_options(of_keys)
+    )
+    query_gradients_kernel[(triton.cdiv(num_queries, of_queries.rows), num_heads, num_sequences)](
+        *given, d_q, *sizes, **constants, **_options(of_queries)
+    )
     return d_q, d_k, d_v
+
+
+def _options(shape: LaunchShape) -> dict[str, int]:
+    sizes = {"BLOCK_M": shape.rows, "BLOCK_N": shape.keys}
+    return sizes | {"num_warps": shape.num_warps, "num_stages": shape.num_stages}
 
 
 def gather_rblocks(pool_BLK2ND: torch.Tensor, block_ids: torch.Tensor) -> torch.Tensor:
@@ -208,36 +228,16 @@ def _dense_rows(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def _rows_per_tile(num_rows: int, num_sequences: int, group: int) -> int:
-    """Decode: one token's heads in a tile; prefill: as many rows as the tensor cores like."""
-    if num_rows <= num_sequences * group:
-        return min(PREFILL_ROWS, max(SMALLEST_TILE, triton.next_power_of_2(group)))
-    return PREFILL_ROWS if num_rows > num_sequences * PREFILL_ROWS // 2 else 64
-
-
-def _keys_per_step(rblock_size: int, dtype: torch.dtype) -> int:
-    """A divisor of the rBlock where there is one that fits, so that a step reads from one rBlock only."""
-    largest = 32 if dtype == torch.float32 else 64
-    if rblock_size >= 16 and rblock_size % 16 == 0:
-        return next(keys for keys in (largest, 32, 16) if rblock_size % keys == 0)
-    return 32
-
-
-def _num_splits(device: torch.device, num_programs: int, num_rblocks: int, num_sequences: int) -> int:
-    """As many as fill the GPU twice, but no split of fewer than 4 rBlocks on average."""
-    wanted = triton.cdiv(2 * _num_multiprocessors(device), max(1, num_programs))
-    return max(1, min(wanted, num_rblocks // (4 * max(1, num_sequences)), 128))
-
-
 @cache
 def _num_multiprocessors(device: torch.device) -> int:
-    return 6 if IS_INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+    return 2 if IS_INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _padded(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
-def _is_exact(q_THD: torch.Tensor, pool: torch.Tensor) -> bool:
+def _is_exact(q_THD: torch.Tensor, pool: torch.Tensor, is_int8: bool = False) -> bool:
     """Rather fp32: heads of so few dims leave the tensor cores idle anyway, and rounded weights would show in them."""
-    return IS_INTERPRETED or q_THD.dtype != pool.dtype or pool.dtype == torch.float32 or q_THD.shape[2] < 32
+    is_mixed = not is_int8 and q_THD.dtype != pool.dtype
+    return IS_INTERPRETED or is_mixed or q_THD.dtype == torch.float32 or q_THD.shape[2] < 32

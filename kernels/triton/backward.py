@@ -42,18 +42,25 @@ def key_gradients_kernel(
     # Queries before the first key of a causal tile do not see it.
     first = tl.program_id(0) * BLOCK_N // BLOCK_M * BLOCK_M if CAUSAL else 0
     num_sequences = tl.num_programs(2)
+    # A block's own place is one 64-bit number; within it 32 bits do, which halves the registers that addresses take.
+    lanes = tl.arange(0, BLOCK_M)
+    q_places = lanes[:, None] * q_token_stride + dims[None, :]
+    d_places = lanes[:, None] * d_token_stride + dims[None, :]
     for member in range(G):
         query_head = head * G + member
+        q_base = Q + sequence * q_sequence_stride + query_head * q_head_stride
+        d_base = D_OUT + sequence * d_sequence_stride + query_head * d_head_stride
+        row_base = sequence * H + query_head
         for begin in tl.range(first, num_queries, BLOCK_M):
-            query = begin + tl.arange(0, BLOCK_M)
-            is_query = (query < num_queries)[:, None] & (dims < D)[None, :]
-            q_base = Q + sequence * q_sequence_stride + query_head * q_head_stride
-            d_base = D_OUT + sequence * d_sequence_stride + query_head * d_head_stride
-            row = (query * num_sequences + sequence) * H + query_head
-            q = tl.load(q_base + query[:, None] * q_token_stride + dims[None, :], mask=is_query, other=0.0)
-            d_out = tl.load(d_base + query[:, None] * d_token_stride + dims[None, :], mask=is_query, other=0.0)
-            lse = tl.load(LSE + row, mask=query < num_queries, other=float("inf"))
-            delta = tl.load(DELTA + row, mask=query < num_queries, other=0.0)
+            block = tl.cast(begin, tl.int64)
+            query = begin + lanes
+            is_there = query < num_queries
+            is_query = is_there[:, None] & (dims < D)[None, :]
+            rows = row_base + block * num_sequences * H + lanes * num_sequences * H
+            q = tl.load(q_base + block * q_token_stride + q_places, mask=is_query, other=0.0)
+            d_out = tl.load(d_base + block * d_token_stride + d_places, mask=is_query, other=0.0)
+            lse = tl.load(LSE + rows, mask=is_there, other=float("inf"))
+            delta = tl.load(DELTA + rows, mask=is_there, other=0.0)
             if EXACT:
                 q = q.to(tl.float32)
                 d_out = d_out.to(tl.float32)

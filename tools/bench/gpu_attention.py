@@ -1,20 +1,41 @@
-"""DistAttention's kernels on a GPU against its measured copy bandwidth and matrix rate, and against peers on dense KV.
+"""DistAttention's kernels on a GPU against its measured read and copy bandwidth and matrix rate, and against peers on
+dense KV. Every answer is checked against float64 first. rBlocks lie in random order in the pool.
 
-Every answer is checked against float64 first. rBlocks lie in random order in the pool; peers get K and V in one piece.
+`tools/gpu_check.py` runs this in a process of its own and reads a line of JSON when a work begins, and one when it has
+its figure or has failed; the process ends where a failure has broken the GPU for all that would follow.
 """
 
+import argparse
+import gc
+import json
 import statistics
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
-from megatron_distkv.ops import gather_rblocks, merge, micro_attention, store_kv, tile_backward, use_backend
-from tools.bench.gpu_timing import Stopwatch, Work, median_ratio
+from tools import kernels_only
 
-SIZE, SEED, GROUP, HEAD_DIM = 64, 0, 4, 128
-TOLERANCE, LSE_TOLERANCE, GRADIENT_TOLERANCE = 4e-3, 1e-4, 1e-2
+kernels_only.make_importable()
+
+from megatron_distkv.ops import gather_rblocks, merge, store_kv, tile_backward, use_backend  # noqa: E402
+from tools.bench.gpu_batch import (  # noqa: E402
+    GRADIENT_TOLERANCE,
+    GROUP,
+    HEAD_DIM,
+    SEED,
+    SIZE,
+    Batch,
+    Int8Batch,
+    WrongAnswerError,
+    same,
+)  # fmt: skip
+from tools.bench.gpu_peers import backward_peers, decode_peers, prefill_peers, usable  # noqa: E402
+from tools.bench.gpu_timing import Stopwatch, Work, median_ratio  # noqa: E402
+
+BROKEN_GPU = 3  # the exit status that says so
 
 
 class Figure(NamedTuple):
@@ -25,212 +46,234 @@ class Figure(NamedTuple):
     ceiling: float
     share: float
     spread: float
+    milliseconds: float
     peers: dict[str, float]
+    left_out: dict[str, str]  # peers that failed or were wrong, and why
 
 
 class Sizes(NamedTuple):
     kv_heads: int
     decodes: list[tuple[int, int]]  # context, batch
+    int8_decodes: list[tuple[int, int]]
+    graphs: list[tuple[int, int]]
     prefills: list[int]
+    moved_tokens: int
     copied_bytes: int
     matrix: int
     runs: int
 
 
-ON_A_GPU = Sizes(8, [(32768, 1), (32768, 16), (32768, 64), (131072, 1), (131072, 16)], [2048, 8192], 2 << 30, 8192, 15)
-DRY = Sizes(1, [(128, 1)], [64], 1 << 16, 64, 1)
+ON_A_GPU = Sizes(
+    kv_heads=8,
+    decodes=[(32768, 1), (32768, 16), (32768, 64), (131072, 1), (131072, 16)],
+    int8_decodes=[(32768, 1), (32768, 16)],
+    graphs=[(32768, 1)],
+    prefills=[2048, 8192],
+    moved_tokens=8192,
+    copied_bytes=2 << 30,
+    matrix=8192,
+    runs=15,
+)
+DRY = Sizes(1, [(128, 1)], [(128, 1)], [(128, 1)], [64], 16, 1 << 16, 64, 1)
 
 
-class Batch:
-    """`batch` sequences of `context` tokens, the last `num_queries` of each as queries."""
-
-    def __init__(self, kv_heads: int, context: int, batch: int, num_queries: int, device: str) -> None:
-        torch.manual_seed(SEED)
-        self.kv_heads, self.count, self.context, self.batch = kv_heads, context // SIZE, context, batch
-        options = {"dtype": torch.bfloat16, "device": device}
-        self.pool = torch.randn(batch * self.count + 1, 1, kv_heads, 2, SIZE, HEAD_DIM, **options)
-        self.q = torch.randn(batch * num_queries, kv_heads * GROUP, HEAD_DIM, **options)
-        self.ids = torch.randperm(len(self.pool), device=device)[: batch * self.count].contiguous()
-        self.starts = (torch.arange(self.count, device=device) * SIZE).repeat(batch)
-        self.cu_blocks = torch.arange(batch + 1, device=device) * self.count
-        self.cu_queries = torch.arange(batch + 1, device=device) * num_queries
-        self.positions = torch.arange(context - num_queries, context, device=device).repeat(batch)
-
-    def attend(self) -> tuple[torch.Tensor, torch.Tensor]:
-        indices = (self.ids, self.starts, self.cu_blocks, self.cu_queries, self.positions)
-        return micro_attention(self.q, self.pool, 0, *indices, HEAD_DIM**-0.5, True)
-
-    def dense_kv(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """`[batch, K, X, D]` each."""
-        kv = self.pool[self.ids, 0].unflatten(0, (self.batch, self.count))
-        k, v = (kv[:, :, :, part].transpose(1, 2).flatten(2, 3).contiguous() for part in (0, 1))
-        return k, v
-
-    def check(self, found: tuple[torch.Tensor, torch.Tensor]) -> None:
-        """Some rows of the first and last sequence in float64."""
-        per_sequence = len(self.q) // self.batch
-        for s in {0, self.batch - 1}:
-            kv = self.pool[self.ids[s * self.count : (s + 1) * self.count], 0]
-            k, v = (kv[:, :, part].transpose(0, 1).flatten(1, 2) for part in (0, 1))
-            rows = s * per_sequence + torch.arange(0, per_sequence, 97, device=k.device)
-            for head in range(self.kv_heads):
-                heads = slice(head * GROUP, (head + 1) * GROUP)
-                scores = self.q[rows, heads].double() @ k[head].double().T * HEAD_DIM**-0.5
-                is_future = torch.arange(self.context, device=k.device) > self.positions[rows, None, None]
-                scores.masked_fill_(is_future, float("-inf"))
-                wanted = scores.softmax(-1) @ v[head].double()
-                same(found[0][rows, heads], wanted, TOLERANCE)
-                error = float((found[1][rows, heads].double() - scores.logsumexp(-1)).abs().max())
-                if not error < LSE_TOLERANCE:
-                    raise SystemExit(f"wrong answer: LSE is off by {error:.1e}")
-
-
-def same(found: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> None:
-    error = float(((found.double() - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max())
-    if not error < tolerance:
-        raise SystemExit(f"wrong answer: relative error {error:.1e}")
+def works_of(sizes: Sizes) -> list[tuple[str, Callable[["GpuBench"], Figure]]]:
+    """What matters most comes first, as time may run out."""
+    shapes = [f"context {context}, batch {batch}" for context, batch in sizes.decodes]
+    works: list[tuple[str, Callable[[GpuBench], Figure]]] = [
+        (f"decode, {shape}", partial(GpuBench.decode, context=context, batch=batch))
+        for shape, (context, batch) in zip(shapes, sizes.decodes, strict=True)
+    ]
+    works += [(f"prefill, chunk {chunk}", partial(GpuBench.prefill, chunk=chunk)) for chunk in sizes.prefills]
+    for kind, method, cases in (
+        ("int8 decode", GpuBench.int8_decode, sizes.int8_decodes),
+        ("decode from a CUDA graph", GpuBench.graph, sizes.graphs),
+    ):
+        works += [(f"{kind}, context {c}, batch {b}", partial(method, context=c, batch=b)) for c, b in cases]
+    works += [(f"backward, chunk {chunk}", partial(GpuBench.backward, chunk=chunk)) for chunk in sizes.prefills]
+    works += [("merge of 8 partials", GpuBench.merging), ("gather for migration", GpuBench.gathering)]
+    return [*works, ("store_kv", GpuBench.storing)]
 
 
 class GpuBench:
-    def __init__(self, device: str, sizes: Sizes, libraries: Sequence[str] = ()) -> None:
+    def __init__(self, device: str, sizes: Sizes, libraries: Sequence[str] = (), has_peers: bool = True) -> None:
         """`libraries`: backends that are measured beside ours, over the same scattered rBlocks."""
-        self.libraries = libraries
+        self.libraries, self.has_peers = libraries, has_peers
         self.device, self.sizes, self.kv_heads, self.watch = device, sizes, sizes.kv_heads, Stopwatch(device)
         self.name = torch.cuda.get_device_name() if device == "cuda" else "CPU, interpreted: no figure means anything"
         source = torch.empty(sizes.copied_bytes, dtype=torch.int8, device=device)
         target, a = torch.empty_like(source), torch.randn(2, sizes.matrix, sizes.matrix, device=device).bfloat16()
-        self.ceilings: dict[str, tuple[Work, float]] = {
-            "copy": (lambda: target.copy_(source), 2 * sizes.copied_bytes / 1e9),
-            "product": (lambda: a[0] @ a[1], 2 * sizes.matrix**3 / 1e12),
+        copy: tuple[Work, float] = (lambda: target.copy_(source), 2 * sizes.copied_bytes / 1e9)
+        read: tuple[Work, float] = (lambda: source.view(torch.int32).amax(), sizes.copied_bytes / 1e9)
+        self.ceilings: dict[str, list[tuple[Work, float]]] = {
+            "copy": [copy],
+            "read": [copy, read],  # the faster one
+            "product": [(lambda: a[0] @ a[1], 2 * sizes.matrix**3 / 1e12)],
         }
-
-    def figures(self) -> Iterator[Figure]:
-        for context, batch in self.sizes.decodes:
-            yield self.decode(context, batch)
-        for chunk in self.sizes.prefills:
-            yield self.prefill(chunk)
-        for chunk in self.sizes.prefills:
-            yield self.backward(chunk)
-        yield from self.moves()
 
     def decode(self, context: int, batch: int) -> Figure:
         case = Batch(self.kv_heads, context, batch, 1, self.device)
         case.check(case.attend())
         k, v = case.dense_kv()
-        q = case.q.view(batch, self.kv_heads * GROUP, 1, HEAD_DIM)
-        peers: dict[str, Work] = {
-            "torch sdpa, dense KV": lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True),
-            **library_decode(case, k, v),
-            **{f"backend {name}, same rBlocks": self._with(name, case) for name in self.libraries},
-        }
-        return self._figure(f"decode, context {context}, batch {batch}", case.attend, peers, "copy", k.nbytes * 2e-9)
+        peers = decode_peers(case, k, v, self.libraries)
+        return self._figure(f"decode, context {context}, batch {batch}", case.attend, peers, "read", 2e-9 * k.nbytes)
 
-    def _with(self, backend: str, case: Batch) -> Work:
-        """Decode by this backend, which is right; all rBlocks are full, so the library has all of it."""
+    def int8_decode(self, context: int, batch: int) -> Figure:
+        wide = Batch(self.kv_heads, context, batch, 1, self.device)
+        case = Int8Batch(wide)
+        case.check()
+        amount = sum(x.nbytes for x in case.rblocks) * len(wide.ids) / len(wide.pool) / 1e9
+        name = f"int8 decode, context {context}, batch {batch}"
+        return self._figure(name, case.attend, {"the same in bf16": wide.attend}, "read", amount)
 
-        def attend() -> tuple[torch.Tensor, torch.Tensor]:
-            use_backend(backend)
-            try:
-                return case.attend()
-            finally:
-                use_backend("triton")
+    def graph(self, context: int, batch: int) -> Figure:
+        """Recorded once, replayed over other rBlocks: nothing in it may have waited for the host."""
+        case = Batch(self.kv_heads, context, batch, 1, self.device)
+        out = torch.empty(case.q.shape, dtype=torch.float32, device=self.device)
+        results = out, torch.empty(case.q.shape[:2], dtype=torch.float32, device=self.device)
+        replay = self._recorded(lambda: case.attend_into(*results))
+        case.ids.copy_(case.ids.flip(0))
+        for result in results:
+            result.fill_(float("nan"))
+        replay()
+        case.check(results)
+        amount = case.pool[0].nbytes * len(case.ids) / 1e9
+        name = f"decode from a CUDA graph, context {context}, batch {batch}"
+        return self._figure(name, replay, {"a call from Python": case.attend}, "read", amount)
 
-        case.check(attend())
-        return attend
+    def _recorded(self, work: Work) -> Work:
+        work()  # compiled
+        if self.device != "cuda":
+            return work
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            work()
+        return graph.replay
 
     def prefill(self, chunk: int) -> Figure:
         case = Batch(self.kv_heads, chunk, 1, chunk, self.device)
         case.check(case.attend())
-        k, v = case.dense_kv()
-        q = case.q.transpose(0, 1)[None].contiguous()
-        peers: dict[str, Work] = {
-            "torch sdpa, dense KV": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        }
         amount = 2.0 * HEAD_DIM * self.kv_heads * GROUP * chunk * (chunk + 1) / 1e12
-        return self._figure(f"prefill, chunk {chunk}", case.attend, peers, "product", amount)
+        return self._figure(f"prefill, chunk {chunk}", case.attend, prefill_peers(case), "product", amount)
 
     def backward(self, chunk: int) -> Figure:
         torch.manual_seed(SEED)
         shape = (chunk, 1, self.kv_heads * GROUP, HEAD_DIM)
         q, d_out = (torch.randn(shape, device=self.device).bfloat16() for _ in range(2))
         k, v = (torch.randn(chunk, 1, self.kv_heads, HEAD_DIM, device=self.device).bfloat16() for _ in range(2))
-        leaves = [x.float().permute(1, 2, 0, 3).requires_grad_() for x in (q, k, v)]
-        out = F.scaled_dot_product_attention(*leaves, is_causal=True, enable_gqa=True)
-        wanted = torch.autograd.grad(out, leaves, d_out.float().permute(1, 2, 0, 3))
-        lse = tile_lse(leaves[0].detach(), leaves[1].detach()).permute(2, 0, 1)
-        given = (d_out, q, k, v, out.detach().permute(2, 0, 1, 3), lse, HEAD_DIM**-0.5, True)
+        out, lse, *wanted = exact_gradients(q, k, v, d_out)
+        given = (d_out, q, k, v, out, lse, HEAD_DIM**-0.5, True)
         for found, gradient in zip(tile_backward(*given), wanted, strict=True):
-            same(found.flatten(), gradient.permute(2, 0, 1, 3).flatten().double(), GRADIENT_TOLERANCE)
-        small = [x.detach().bfloat16().requires_grad_() for x in leaves]
-        peer_out = F.scaled_dot_product_attention(*small, is_causal=True, enable_gqa=True)
-        d_peer = d_out.permute(1, 2, 0, 3)
-        peers: dict[str, Work] = {
-            "torch sdpa": lambda: torch.autograd.grad(peer_out, small, d_peer, retain_graph=True),
-        }
+            same(found.flatten(), gradient.flatten(), GRADIENT_TOLERANCE)
         amount = 2.5 * 2.0 * HEAD_DIM * self.kv_heads * GROUP * chunk * (chunk + 1) / 1e12
+        peers = backward_peers(q, k, v, d_out)
         return self._figure(f"backward, chunk {chunk}", lambda: tile_backward(*given), peers, "product", amount)
 
-    def moves(self) -> Iterator[Figure]:
-        tokens = 8192 if self.device == "cuda" else 16
-        rows = (8, tokens, self.kv_heads * GROUP)
+    def merging(self) -> Figure:
+        rows = (8, self.sizes.moved_tokens, self.kv_heads * GROUP)
         outs, lses = torch.randn(*rows, HEAD_DIM, device=self.device), torch.randn(*rows, device=self.device)
         same(merge(outs, lses)[0], (lses.double().softmax(0)[..., None] * outs.double()).sum(0), 1e-5)
-        yield self._figure("merge of 8 partials", lambda: merge(outs, lses), {}, "copy", outs.nbytes * 9 / 8 / 1e9)
+        return self._figure("merge of 8 partials", lambda: merge(outs, lses), {}, "copy", outs.nbytes * 9 / 8 / 1e9)
 
-        case = Batch(self.kv_heads, tokens * 8, 1, 1, self.device)
-        half = case.ids[: case.count // 2]
+    def gathering(self) -> Figure:
+        case, half = self._half_a_pool()
         if not torch.equal(gather_rblocks(case.pool, half), case.pool[half]):
-            raise SystemExit("wrong answer: gather_rblocks")
+            raise WrongAnswerError("gather_rblocks")
         moved = len(half) * case.pool[0].nbytes * 2 / 1e9
-        yield self._figure("gather for migration", lambda: gather_rblocks(case.pool, half), {}, "copy", moved)
+        return self._figure("gather for migration", lambda: gather_rblocks(case.pool, half), {}, "copy", moved)
 
+    def storing(self) -> Figure:
+        case, half = self._half_a_pool()
         k, v = torch.randn(2, len(half) * SIZE, self.kv_heads, HEAD_DIM, device=self.device).bfloat16().unbind()
         slots = (half[:, None] * SIZE + torch.arange(SIZE, device=self.device)).flatten()
         store_kv(k, v, case.pool, 0, slots)
         if not torch.equal(case.pool[slots // SIZE, 0, :, 0, slots % SIZE], k):
-            raise SystemExit("wrong answer: store_kv")
-        yield self._figure(
-            f"store_kv of {len(slots)} tokens", lambda: store_kv(k, v, case.pool, 0, slots), {}, "copy", moved
-        )
+            raise WrongAnswerError("store_kv")
+        moved = len(half) * case.pool[0].nbytes * 2 / 1e9
+        return self._figure("store_kv", lambda: store_kv(k, v, case.pool, 0, slots), {}, "copy", moved)
+
+    def _half_a_pool(self) -> tuple[Batch, torch.Tensor]:
+        case = Batch(self.kv_heads, self.sizes.moved_tokens * 8, 1, 1, self.device)
+        return case, case.ids[: case.count // 2]
 
     def _figure(self, name: str, ours: Work, peers: dict[str, Work], limit: str, amount: float) -> Figure:
         """`amount` in GB moved (each read and each write) or in TFLOP, per call."""
-        best, best_amount = self.ceilings[limit]
-        times = self.watch.in_turn({"ours": ours, "ceiling": best, **peers}, self.sizes.runs)
-        value, ceiling = (
-            amount / statistics.median(times["ours"]),
-            best_amount / statistics.median(times["ceiling"]),
-        )
-        spread = (max(times["ours"]) - min(times["ours"])) / statistics.median(times["ours"])
+        peers, left_out = usable(peers) if self.has_peers else ({}, {"all peers": "one of them ended the process"})
+        best = {f"ceiling {i}": work for i, (work, _) in enumerate(self.ceilings[limit])}
+        times = self.watch.in_turn({"ours": ours, **best, **peers}, self.sizes.runs)
+        medians = {work: statistics.median(seconds) for work, seconds in times.items()}
+        value = amount / medians["ours"]
+        ceiling = max(most / medians[f"ceiling {i}"] for i, (_, most) in enumerate(self.ceilings[limit]))
+        spread = (max(times["ours"]) - min(times["ours"])) / medians["ours"]
         ratios = {peer: round(median_ratio(times["ours"], times[peer]), 2) for peer in peers}
-        unit = "GB/s" if limit == "copy" else "TFLOP/s"
-        return Figure(name, self.name, value, unit, ceiling, value / ceiling, spread, ratios)
+        unit = "TFLOP/s" if limit == "product" else "GB/s"
+        share, milliseconds = value / ceiling, 1e3 * medians["ours"]
+        return Figure(name, self.name, value, unit, ceiling, share, spread, milliseconds, ratios, left_out)
 
 
-def tile_lse(q_BHSD: torch.Tensor, k_BKSD: torch.Tensor) -> torch.Tensor:
-    """A head at a time, for memory."""
-    is_future = torch.ones(q_BHSD.shape[2], q_BHSD.shape[2], dtype=torch.bool, device=q_BHSD.device).triu(1)
-    lses = []
-    for head in range(q_BHSD.shape[1]):
-        scores = q_BHSD[:, head] @ k_BKSD[:, head // GROUP].mT * HEAD_DIM**-0.5
-        lses.append(scores.masked_fill(is_future, float("-inf")).logsumexp(-1))
-    return torch.stack(lses, 1)
+def exact_gradients(
+    q_SBHD: torch.Tensor, k_SBKD: torch.Tensor, v_SBKD: torch.Tensor, d_out_SBHD: torch.Tensor
+) -> list[torch.Tensor]:
+    """out and LSE, and the gradients of q, k and v, of causal attention in fp32: a KV head at a time, for memory."""
+    parts = []
+    for head in range(k_SBKD.shape[2]):
+        heads = slice(head * GROUP, (head + 1) * GROUP)
+        q, k, v = (x.float().requires_grad_() for x in (q_SBHD[:, :, heads], k_SBKD[:, :, head], v_SBKD[:, :, head]))
+        scores = torch.einsum("sbgd,xbd->sbgx", q, k) * HEAD_DIM**-0.5
+        is_future = torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(is_future[:, None, None], float("-inf"))
+        out = torch.einsum("sbgx,xbd->sbgd", scores.softmax(-1), v)
+        gradients = torch.autograd.grad(out, (q, k, v), d_out_SBHD[:, :, heads].float())
+        d_q, d_k, d_v = gradients
+        parts.append((out.detach(), scores.detach().logsumexp(-1), d_q, d_k[:, :, None], d_v[:, :, None]))
+    return [torch.cat(tensors, 2) for tensors in zip(*parts, strict=True)]
 
 
-def library_decode(case: Batch, k: torch.Tensor, v: torch.Tensor) -> dict[str, Work]:
-    """Decode of the libraries that are installed, on dense KV."""
-    found: dict[str, Work] = {}
-    q, wide_k, wide_v = case.q[:, None], k.transpose(1, 2), v.transpose(1, 2)
+def tell(**what: object) -> None:
+    print(json.dumps(what), flush=True)
+
+
+def is_alive(device: str) -> bool:
     try:
-        from flash_attn import flash_attn_with_kvcache
-    except ImportError:
-        pass
-    else:
-        found["flash-attn, dense KV"] = lambda: flash_attn_with_kvcache(q, wide_k, wide_v, causal=True)
-    try:
-        import flashinfer
-    except ImportError:
-        return found
-    if case.batch == 1:
-        found["FlashInfer, dense KV"] = lambda: flashinfer.single_decode_with_kv_cache(case.q[0], wide_k[0], wide_v[0])
-    return found
+        if device == "cuda":
+            torch.cuda.synchronize()
+            torch.ones(1, device=device).item()
+    except RuntimeError:
+        return False
+    return True
+
+
+def reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--works", nargs="*", help="their names; all")
+    parser.add_argument("--libraries", nargs="*", default=[])
+    parser.add_argument("--without-peers", action="store_true")
+    args = parser.parse_args()
+    device, sizes = ("cpu", DRY) if args.dry_run else ("cuda", ON_A_GPU)
+    use_backend("triton")
+    bench = GpuBench(device, sizes, args.libraries, not args.without_peers)
+    for name, work in works_of(sizes):
+        if args.works is not None and name not in args.works:
+            continue
+        tell(begun=name)
+        try:
+            tell(figure=work(bench)._asdict())
+        except Exception as error:  # whatever it is, the next one may work
+            is_gpu_broken = not is_alive(device)
+            tell(failed=reason(error), is_gpu_broken=is_gpu_broken)
+            if is_gpu_broken:
+                return BROKEN_GPU
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
