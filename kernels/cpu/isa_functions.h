@@ -13,6 +13,11 @@ inline bool takes_pairs(const DistkvAttention& a) {
   return a.q_dtype == DISTKV_BF16 && a.kv_dtype == DISTKV_BF16 && a.head_dim % 2 == 0 && a.head_dim >= 32;
 }
 
+// The same for int8 keys in prefill.
+inline bool takes_wide_pairs(const DistkvAttention& a) {
+  return a.q_dtype == DISTKV_BF16 && a.kv_dtype == DISTKV_INT8 && a.head_dim % 2 == 0 && a.head_dim >= 32;
+}
+
 // Up to 256 dims: the sums of integer products must fit 32 bits.
 inline bool takes_dots(const DistkvAttention& a) {
   return a.kv_dtype == DISTKV_INT8 && a.head_dim % 64 == 0 && a.head_dim <= 256;
@@ -50,6 +55,10 @@ void many_rows(const DistkvAttention& a, const Item& item, char* scratch) {
 #if defined(__AVX512BF16__)
     if (takes_pairs(a)) {
       many_rows_of<Pairs, Bf16>(a, part, scratch);
+      continue;
+    }
+    if (takes_wide_pairs(a)) {
+      many_rows_of<WidePairs, Int8>(a, part, scratch);
       continue;
     }
 #endif
