@@ -8,6 +8,7 @@ from megatron_distkv.ops.backend import available_backends, backend_in_use, inst
 from megatron_distkv.ops.int8_kv import (
     Int8RBlocks,
     micro_attention_int8,
+    micro_attention_int8_out,
     pack_rblocks,
     quantize_rblocks,
     readable,
@@ -29,6 +30,7 @@ __all__ = [
     "merge_out",
     "micro_attention",
     "micro_attention_int8",
+    "micro_attention_int8_out",
     "micro_attention_out",
     "pack_rblocks",
     "quantize_rblocks",

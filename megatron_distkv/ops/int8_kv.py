@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_distkv.ops.backend import kernels
+from megatron_distkv.kernels.cpu import attend_again
+from megatron_distkv.ops.backend import cpu_comes_first, kernels
 
 LARGEST = 127.0
 
@@ -89,3 +90,42 @@ torch.library.custom_op("distkv::micro_attention_int8", micro_attention_int8, mu
 @torch.library.register_fake("distkv::micro_attention_int8")
 def _(q_THD: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
     return q_THD.new_empty(q_THD.shape, dtype=torch.float32), q_THD.new_empty(q_THD.shape[:2], dtype=torch.float32)
+
+
+def micro_attention_int8_out(
+    q_THD: torch.Tensor,
+    pool_BLK2ND: torch.Tensor,
+    k_scales_BLKD: torch.Tensor,
+    v_scales_BLKN: torch.Tensor,
+    layer: int,
+    block_ids_M: torch.Tensor,
+    block_starts_M: torch.Tensor,
+    cu_blocks: torch.Tensor,
+    cu_queries: torch.Tensor,
+    positions_T: torch.Tensor,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    soft_cap: float | None,
+    out_THD: torch.Tensor,
+    lse_TH: torch.Tensor,
+) -> None:
+    """The same into tensors at hand (fp32, contiguous), as `micro_attention_out`."""
+    args = (layer, block_ids_M, block_starts_M, cu_blocks, cu_queries, positions_T, scale, causal, window, soft_cap)
+    if torch.compiler.is_compiling():
+        tensors = (q_THD, pool_BLK2ND, k_scales_BLKD, v_scales_BLKN)
+        torch.ops.distkv.micro_attention_int8_out(*tensors, *args, out_THD, lse_TH)
+        return
+    out, scales = (out_THD, lse_TH), (k_scales_BLKD, v_scales_BLKN)
+    if not cpu_comes_first() or attend_again(q_THD, pool_BLK2ND, *args, out, scales) is None:
+        kernels(q_THD, *scales).micro_attention(q_THD, pool_BLK2ND, *args, out=out, scales=scales)
+
+
+torch.library.custom_op(
+    "distkv::micro_attention_int8_out", micro_attention_int8_out, mutates_args=("out_THD", "lse_TH")
+)
+
+
+@torch.library.register_fake("distkv::micro_attention_int8_out")
+def _(*_: object) -> None:
+    return None
