@@ -3,6 +3,7 @@
 
 #include "few_rows.h"
 #include "many_rows.h"
+#include "quantize.h"
 #include "rows.h"
 
 namespace {
@@ -99,7 +100,7 @@ size_t scratch_bytes(const DistkvAttention& a) {
 
 const distkv::Isa& distkv::DISTKV_TABLE(DISTKV_ISA)() {
   static constexpr Isa table = {
-      DISTKV_STRING(DISTKV_ISA), few_rows, many_rows, most_few_rows, scratch_bytes, merge_rows, rotate, cast, read_once,
+      DISTKV_STRING(DISTKV_ISA), few_rows, many_rows, most_few_rows, scratch_bytes, merge_rows, rotate, cast, quantize, read_once,
   };
   return table;
 }

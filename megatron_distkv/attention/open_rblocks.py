@@ -20,7 +20,7 @@ from megatron_distkv.ops import (
     merge_out,
     micro_attention_int8_out,
     micro_attention_out,
-    pack_rblocks,
+    pack_rblocks_into,
     store_kv,
     unpack_rblocks,
 )
@@ -102,7 +102,7 @@ class OpenRBlocks:
         store_kv(new.k_TKD, new.v_TKD, written, of_layer, index.places_T, *new.angles)
         places, block_ids = index.filled
         if len(places):
-            self._pool[block_ids, layer] = pack_rblocks(written[places, of_layer].unsqueeze(1))[:, 0]
+            pack_rblocks_into(written, of_layer, places, self._pool, layer, block_ids)
         if not index.in_slots:
             self._slots[index.left_open[1], layer] = written[index.left_open[0], 0]
         return written, of_layer

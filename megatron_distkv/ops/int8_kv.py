@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from megatron_distkv.kernels import cpu
 from megatron_distkv.kernels.cpu import attend_again
 from megatron_distkv.ops.backend import cpu_comes_first, kernels
 
@@ -43,6 +44,21 @@ def pack_rblocks(pool_BLK2ND: torch.Tensor) -> torch.Tensor:
     """Full rBlocks as int8 with their scales, `[B, L, K, X]`."""
     numbers, *scales = quantize_rblocks(pool_BLK2ND)
     return torch.cat([part.view(torch.uint8) for part in (numbers.flatten(3), *scales)], dim=-1)
+
+
+def pack_rblocks_into(
+    rblocks_BLK2ND: torch.Tensor,
+    from_layer: int,
+    from_ids: torch.Tensor,
+    pool_BLKX: torch.Tensor,
+    layer: int,
+    block_ids: torch.Tensor,
+) -> None:
+    """A layer of some full rBlocks into a layer of a packed pool: the same bytes as `pack_rblocks` makes of them."""
+    if cpu_comes_first() and cpu.can_serve(rblocks_BLK2ND):
+        cpu.pack_into(rblocks_BLK2ND, from_layer, from_ids, pool_BLKX, layer, block_ids)
+    else:
+        pool_BLKX[block_ids, layer] = pack_rblocks(rblocks_BLK2ND[from_ids, from_layer].unsqueeze(1))[:, 0]
 
 
 def unpack_rblocks(packed_BLKX: torch.Tensor, head_dim: int) -> Int8RBlocks:
