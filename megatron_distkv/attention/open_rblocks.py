@@ -35,12 +35,12 @@ class NewKeys(NamedTuple):
 
 
 class _Room(NamedTuple):
-    """For a layer's results: out `[T, H, D]` and lse `[T, H]` over its own rBlocks, over past ones, and merged."""
+    """For a layer's results: out `[T, H, D]` and lse `[T, H]` over its own rBlocks, which becomes that over both, and
+    over past ones."""
 
     both: tuple[torch.Tensor, torch.Tensor]  # own and past, stacked
     own: tuple[torch.Tensor, torch.Tensor]
     past: tuple[torch.Tensor, torch.Tensor]
-    merged: tuple[torch.Tensor, torch.Tensor]
 
 
 class OpenRBlocks:
@@ -83,15 +83,15 @@ class OpenRBlocks:
         if not len(index.past.block_ids_M):
             return room.own
         micro_attention_int8_out(q_THD, *self._full, layer, *index.past, *rows, False, *limits, *room.past)
-        merge_out(*room.both, *room.merged)
-        return room.merged
+        merge_out(*room.both, *room.own)
+        return room.own
 
     def _room_for(self, q_THD: torch.Tensor) -> _Room:
         """The same for all layers, and steps of this shape: to make it anew costs a decode as much as its call."""
         if self._room is None or self._room.own[0].shape != q_THD.shape:
-            outs_3THD = torch.empty(3, *q_THD.shape, dtype=torch.float32)
-            lses_3TH = torch.empty(3, *q_THD.shape[:2], dtype=torch.float32)
-            self._room = _Room((outs_3THD[:2], lses_3TH[:2]), *zip(outs_3THD, lses_3TH, strict=True))
+            outs_2THD = torch.empty(2, *q_THD.shape, dtype=torch.float32)
+            lses_2TH = torch.empty(2, *q_THD.shape[:2], dtype=torch.float32)
+            self._room = _Room((outs_2THD, lses_2TH), *zip(outs_2THD, lses_2TH, strict=True))
         return self._room
 
     def _store(self, index: OpenIndex, layer: int, new: NewKeys) -> tuple[torch.Tensor, int]:
