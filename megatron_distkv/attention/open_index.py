@@ -47,6 +47,7 @@ class OpenIndex:
 
     in_slots: bool
     num_places: int
+    places: list[dict[int, int]]  # of each slice: where each rBlock is that it writes to
     places_T: torch.Tensor  # where each new token's KV goes: place * N + offset
     cu_queries: torch.Tensor
     own: RBlockLists
@@ -58,12 +59,15 @@ class OpenIndex:
 
 def open_index(slices: Sequence[OpenSlice], size: int) -> OpenIndex:
     """For rBlocks of `size` tokens. Raises IntegrityError when a new token has no local rBlock, or no slot."""
-    writing = [x for piece in slices for x in _writing(piece, size)]
+    of_slices = [_writing(piece, size) for piece in slices]
+    writing = [x for of_slice in of_slices for x in of_slice]
     in_slots = len(writing) == len(slices)
     placed = [(x.open_slot if in_slots else number, x) for number, x in enumerate(writing)]
+    places = (place for place, _ in placed)
     return OpenIndex(
         in_slots,
         len(writing),
+        [{x.rblock: next(places) for x in of_slice} for of_slice in of_slices],
         _int64([place * size + t % size for place, x in placed for t in range(x.start, x.end)]),
         _ends([x.end - x.start for x in writing]),
         _lists([([x.rblock], [place]) for place, x in placed], size),

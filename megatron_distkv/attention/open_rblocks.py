@@ -49,7 +49,7 @@ class OpenRBlocks:
     def __init__(self, pool_BLKX: torch.Tensor, slots_OLK2ND: torch.Tensor) -> None:
         """`pool_BLKX`: packed (ops.int8_kv). `slots_OLK2ND`: a place for each request's open rBlock."""
         self._pool = pool_BLKX
-        self._full = unpack_rblocks(pool_BLKX, slots_OLK2ND.shape[-1])
+        self.full = unpack_rblocks(pool_BLKX, slots_OLK2ND.shape[-1])
         self._slots = slots_OLK2ND
         self._scratch = slots_OLK2ND.new_zeros((0, 1, *slots_OLK2ND.shape[2:]))
         self._index: OpenIndex | None = None
@@ -76,26 +76,34 @@ class OpenRBlocks:
         """
         index, room = self._index, self._room_for(q_THD)
         assert index is not None
-        written, of_layer = self._store(index, layer, new)
+        written, of_layer = self.store(layer, new)
         rows = index.cu_queries, positions_T, scale
         limits = scoring.window, scoring.soft_cap
         micro_attention_out(q_THD, written, of_layer, *index.own, *rows, True, *limits, *room.own)
         if not len(index.past.block_ids_M):
             return room.own
-        micro_attention_int8_out(q_THD, *self._full, layer, *index.past, *rows, False, *limits, *room.past)
+        micro_attention_int8_out(q_THD, *self.full, layer, *index.past, *rows, False, *limits, *room.past)
         merge_out(*room.both, *room.own)
         return room.own
 
     def _room_for(self, q_THD: torch.Tensor) -> _Room:
         """The same for all layers, and steps of this shape: to make it anew costs a decode as much as its call."""
         if self._room is None or self._room.own[0].shape != q_THD.shape:
-            outs_2THD = torch.empty(2, *q_THD.shape, dtype=torch.float32)
-            lses_2TH = torch.empty(2, *q_THD.shape[:2], dtype=torch.float32)
+            outs_2THD = q_THD.new_empty((2, *q_THD.shape), dtype=torch.float32)
+            lses_2TH = outs_2THD.new_empty(outs_2THD.shape[:-1])
             self._room = _Room((outs_2THD, lses_2TH), *zip(outs_2THD, lses_2TH, strict=True))
         return self._room
 
-    def _store(self, index: OpenIndex, layer: int, new: NewKeys) -> tuple[torch.Tensor, int]:
+    @property
+    def places(self) -> list[dict[int, int]]:
+        """Of each slice of the step: where `store` has each rBlock that is written to."""
+        assert self._index is not None
+        return self._index.places
+
+    def store(self, layer: int, new: NewKeys) -> tuple[torch.Tensor, int]:
         """What is written to, as computed, and which of its layers. Full rBlocks are in the pool, too."""
+        index = self._index
+        assert index is not None
         written, of_layer = (self._slots, layer) if index.in_slots else (self._scratch, 0)
         if not index.in_slots:
             written[index.begun[0], 0] = self._slots[index.begun[1], layer]

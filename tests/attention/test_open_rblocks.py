@@ -137,6 +137,7 @@ def test_what_lies_with_creditors_is_not_listed() -> None:
     assert index.past.block_ids_M.tolist() == [9, 5, 9, 5, 7, 4]
     assert index.past.block_starts_M.tolist() == [0, 12, 0, 12, 16, 0]
     assert index.own.block_starts_M.tolist() == [16, 20, 4]
+    assert index.places == [{4: 0, 5: 1}, {1: 2}]
     assert index.cu_queries.tolist() == [0, 2, 3, 4]
     pairs = [[x.tolist() for x in pair] for pair in (index.filled, index.begun, index.left_open)]
     assert pairs == [[[0], [7]], [[0, 2], [1, 3]], [[1, 2], [1, 3]]]
