@@ -63,14 +63,15 @@ def test_the_numbers_that_the_scales_stand_for(
     # When computed from int8
     out, lse = attend(batch, **limits)
 
-    # Then nothing is lost beyond what int8 says: in decoding queries keep 15 bits and weights 16, in prefill K and
-    # weights keep the 8 of bf16 where the queries have no more
+    # Then nothing is lost beyond what int8 says: in decoding queries keep 15 bits and weights 16; in prefill, and on a
+    # GPU's tensor cores, K and weights keep the 8 of bf16 where the queries have no more
     expected, expected_lse = batch.expected(**limits)
-    assert relative_error(out[:1], expected[:1]) < 1e-3
-    assert (lse - expected_lse)[:1].abs().max() < 1e-3
-    rounds = backend == "cpu-avx512bf16" and dtype is torch.bfloat16
-    assert relative_error(out, expected) < (1e-2 if rounds else 1e-3)
-    assert (lse - expected_lse).abs().max() < (1e-2 if rounds else 1e-3)
+    is_rounded = torch.full((len(out),), dtype is torch.bfloat16 and backend in ("cpu-avx512bf16", "triton"))
+    is_rounded[0] = is_rounded[0] and backend == "triton"
+    for rows, limit in ((~is_rounded, 1e-3), (is_rounded, 1e-2)):
+        if rows.any():
+            assert relative_error(out[rows], expected[rows]) < limit
+            assert (lse - expected_lse)[rows].abs().max() < limit
 
 
 def test_prefill_of_bf16_queries_multiplies_bf16_where_the_machine_does(backend: str) -> None:
