@@ -10,6 +10,7 @@ import torch
 from .attention import attend_again as attend_again
 from .attention import micro_attention as micro_attention
 from .library import DTYPES, Rope, Store, check, check_indices, library
+from .packing import pack_into as pack_into
 
 
 def is_built() -> bool:

@@ -56,6 +56,19 @@ struct DistkvStore {
   const int64_t* slots;
 };
 
+// Full rBlocks from_ids[i] of `from` [B, L, K, 2, N, D], as int8 with their scales, into rBlocks block_ids[i] of `pool`
+// (packed as ops/int8_kv.py says; both contiguous, one layer of each).
+struct DistkvPack {
+  uint32_t struct_size;
+  int32_t num_threads;
+  int32_t from_dtype, kv_heads, head_dim, rblock_size;
+  int32_t from_layer, from_layers, layer, num_layers;
+  int64_t from_blocks, num_blocks, count;
+  const void* from;
+  void* pool;
+  const int64_t *from_ids, *block_ids;
+};
+
 // Rotate-half RoPE of the first `rotated` dims of x [T, H, D] by cos and sin [T, rotated]; out is contiguous.
 struct DistkvRope {
   uint32_t struct_size;
@@ -69,6 +82,7 @@ struct DistkvRope {
 
 int32_t distkv_micro_attention(const DistkvAttention* args);
 int32_t distkv_store_kv(const DistkvStore* args);
+int32_t distkv_pack_rblocks(const DistkvPack* args);
 int32_t distkv_apply_rope(const DistkvRope* args);
 
 // One partial out of `parts`: outs [parts, rows, D], lses [parts, rows], all contiguous fp32.

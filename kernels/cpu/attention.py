@@ -24,7 +24,10 @@ Inputs = tuple[
 
 
 class _Kept(threading.local):
+    """Where full rBlocks are int8, each layer calls once over those and once over the others."""
+
     call: "AttentionCall | None" = None
+    int8_call: "AttentionCall | None" = None
 
 
 _kept = _Kept()
@@ -44,7 +47,6 @@ class AttentionCall:
         self.pool, self.block_ids, self.block_starts = ref(pool_BLK2ND), ref(block_ids_M), ref(block_starts_M)
         self.cu_blocks, self.cu_queries, self.positions = ref(cu_blocks), ref(cu_queries), ref(positions_T)
         self.scale, self.causal, self.window, self.soft_cap = options
-        self.has_scales = scales is not None
         self.k_scales, self.v_scales = map(ref, scales) if scales else (_nothing, _nothing)
         self.out: Callable[[], torch.Tensor | None] = _nothing
         self.lse: Callable[[], torch.Tensor | None] = _nothing
@@ -86,11 +88,11 @@ def attend_again(
     out: Results | None = None,
     scales: Scales = None,
 ) -> Results | None:
-    """This thread's last call once more, if only queries, layer and outputs differ; None: it is another call.
+    """This thread's last call of this kind again, if only queries, layer and outputs differ; None: it is another call.
 
     What it checks is what could have changed since that call was checked. In one piece: every call costs time here.
     """
-    call = _kept.call
+    call = _kept.call if scales is None else _kept.int8_call
     if (
         call is None
         or call.positions() is not positions_T
@@ -107,8 +109,7 @@ def attend_again(
         or not q_THD.is_cpu
         or call.q_shape != q_THD.shape
         or call.q_strides != q_THD.stride()
-        or (call.has_scales and not (scales and call.k_scales() is scales[0] and call.v_scales() is scales[1]))
-        or (scales and not call.has_scales)
+        or (scales is not None and not (call.k_scales() is scales[0] and call.v_scales() is scales[1]))
     ):
         return None
     if out is None:
@@ -193,7 +194,11 @@ def micro_attention(
     done = attend_again(q_THD, pool_BLK2ND, layer, *indices, *options, out, scales)
     if done is not None:
         return done
-    _kept.call = AttentionCall((q_THD, pool_BLK2ND, *indices, options, scales))
+    call = AttentionCall((q_THD, pool_BLK2ND, *indices, options, scales))
+    if scales is None:
+        _kept.call = call
+    else:
+        _kept.int8_call = call
     done = attend_again(q_THD, pool_BLK2ND, layer, *indices, *options, out, scales)
     assert done is not None
     return done

@@ -65,10 +65,16 @@ struct Bf16 {
 struct Int8 {
   using Type = int8_t;
   static vf load(const Type* p) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(__AVX2__)
+    return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
     typedef int8_t vb __attribute__((vector_size(W)));
     vb bytes;
     memcpy(&bytes, p, sizeof bytes);
-    return __builtin_convertvector(bytes, vf);
+    return __builtin_convertvector(bytes, vf);  // lane by lane: GCC knows no better, so it is spelled out above
+#endif
   }
 };
 

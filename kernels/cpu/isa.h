@@ -38,6 +38,8 @@ struct Isa {
   void (*rotate)(const void* from, int32_t from_dtype, const float* cos, const float* sin, int64_t head_dim,
                  int64_t rotated, void* to, int32_t to_dtype);
   void (*cast)(const void* from, int32_t from_dtype, void* to, int32_t to_dtype, int64_t count);
+  // One head [2, N, D] of a full rBlock, int8 with its scales behind (ops/int8_kv.py).
+  void (*quantize)(const void* kv, int32_t dtype, int64_t tokens, int64_t head_dim, int8_t* to);
   float (*read)(const char* from, const char* ahead, int64_t bytes);
 };
 

@@ -3,6 +3,7 @@
 
 #include "few_rows.h"
 #include "many_rows.h"
+#include "quantize.h"
 #include "rows.h"
 
 namespace {
@@ -13,10 +14,18 @@ inline bool takes_pairs(const DistkvAttention& a) {
   return a.q_dtype == DISTKV_BF16 && a.kv_dtype == DISTKV_BF16 && a.head_dim % 2 == 0 && a.head_dim >= 32;
 }
 
+// The same for int8 keys in prefill.
+inline bool takes_wide_pairs(const DistkvAttention& a) {
+  return a.q_dtype == DISTKV_BF16 && a.kv_dtype == DISTKV_INT8 && a.head_dim % 2 == 0 && a.head_dim >= 32;
+}
+
 // Up to 256 dims: the sums of integer products must fit 32 bits.
 inline bool takes_dots(const DistkvAttention& a) {
   return a.kv_dtype == DISTKV_INT8 && a.head_dim % 64 == 0 && a.head_dim <= 256;
 }
+
+// Two query rows and less are faster widened: a step of integer products is made for four.
+constexpr int64_t MOST_WIDENED_ROWS = 2;
 
 void few_rows(const DistkvAttention& a, const Item& item, const Item* next, char* scratch) {
 #if defined(__AVX512BF16__)
@@ -25,7 +34,7 @@ void few_rows(const DistkvAttention& a, const Item& item, const Item* next, char
   if (takes_pairs(a)) return FewRows<Pairs>(a, item, next, scratch).run();
 #endif
 #if defined(__AVX512VNNI__)
-  if (takes_dots(a)) return FewRows<Dots>(a, item, next, scratch).run();
+  if (takes_dots(a) && item.row_end - item.row_begin > MOST_WIDENED_ROWS) return FewRows<Dots>(a, item, next, scratch).run();
 #endif
   if (a.kv_dtype == DISTKV_INT8) return FewRows<Widened<Int8>>(a, item, next, scratch).run();
   if (a.kv_dtype == DISTKV_FP32) return FewRows<Widened<Fp32>>(a, item, next, scratch).run();
@@ -52,6 +61,10 @@ void many_rows(const DistkvAttention& a, const Item& item, char* scratch) {
 #if defined(__AVX512BF16__)
     if (takes_pairs(a)) {
       many_rows_of<Pairs, Bf16>(a, part, scratch);
+      continue;
+    }
+    if (takes_wide_pairs(a)) {
+      many_rows_of<WidePairs, Int8>(a, part, scratch);
       continue;
     }
 #endif
@@ -92,7 +105,7 @@ size_t scratch_bytes(const DistkvAttention& a) {
 
 const distkv::Isa& distkv::DISTKV_TABLE(DISTKV_ISA)() {
   static constexpr Isa table = {
-      DISTKV_STRING(DISTKV_ISA), few_rows, many_rows, most_few_rows, scratch_bytes, merge_rows, rotate, cast, read_once,
+      DISTKV_STRING(DISTKV_ISA), few_rows, many_rows, most_few_rows, scratch_bytes, merge_rows, rotate, cast, quantize, read_once,
   };
   return table;
 }

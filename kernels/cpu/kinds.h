@@ -119,6 +119,44 @@ struct Pairs {
     memcpy(to, (const uint16_t*)q + offset, n * 2);
   }
 };
+
+// int8 K and V as Pairs: such a number is exact in bf16. Only for many rows, which share what is widened.
+struct WidePairs : Pairs {
+  using Element = int8_t;
+  static constexpr bool IS_INT8 = true;
+
+  static Operand rounded(vf x, vf next) { return (Operand)_mm512_cvtne2ps_pbh((__m512)next, (__m512)x); }
+  static Operand load(const Element* p) { return rounded(Int8::load(p), Int8::load(p + W)); }
+  static Operand load_first(const Element* p, int64_t n) {
+    Element few[CHUNK] = {};
+    memcpy(few, p, n);
+    return load(few);
+  }
+  static void load_values(const Element* v, const Element* next, Operand* parts) {
+    interleave((__m512i)load(v), next ? (__m512i)load(next) : _mm512_setzero_si512(), parts);
+  }
+  static void load_first_values(const Element* v, const Element* next, int64_t n, Operand* parts) {
+    interleave((__m512i)load_first(v, n), next ? (__m512i)load_first(next, n) : _mm512_setzero_si512(), parts);
+  }
+
+  // K of n tokens times its scales, rounded: that costs as much precision as to round queries times scales, which would
+  // have to be packed anew for every rBlock.
+  static void round_keys(const Element* k, int64_t n, int64_t head_dim, const float* scales, uint16_t* to) {
+    for (int64_t d = 0; d < head_dim; d += CHUNK) {
+      const int64_t dims = smaller(CHUNK, head_dim - d);
+      float own[CHUNK] = {};
+      memcpy(own, scales + d, dims * sizeof(float));
+      const vf left = ::load(own), right = ::load(own + W);
+      for (int64_t t = 0; t < n; ++t) {
+        Element last[CHUNK] = {};
+        const Element* p = k + t * head_dim + d;
+        if (dims < CHUNK) p = (const Element*)memcpy(last, p, dims);
+        const Operand keys = rounded(Int8::load(p) * left, Int8::load(p + W) * right);
+        _mm512_mask_storeu_epi16(to + t * head_dim + d, first(dims), (__m512i)keys);
+      }
+    }
+  }
+};
 #endif
 
 // Where one KV head of one layer of rBlock `id` starts, in elements.

@@ -50,6 +50,15 @@ class Store(Structure):
     )
 
 
+class Pack(Structure):
+    _fields_ = _fields(
+        ("struct_size", c_uint32),
+        ("num_threads from_dtype kv_heads head_dim rblock_size from_layer from_layers layer num_layers", c_int32),
+        ("from_blocks num_blocks count", c_int64),
+        ("source pool from_ids block_ids", c_void_p),
+    )
+
+
 class Rope(Structure):
     _fields_ = _fields(
         ("struct_size", c_uint32),
@@ -68,6 +77,7 @@ def load_library(path: Path = PATH) -> ctypes.CDLL | None:
     signatures = {
         "distkv_micro_attention": (int32, [POINTER(Attention)]),
         "distkv_store_kv": (int32, [POINTER(Store)]),
+        "distkv_pack_rblocks": (int32, [POINTER(Pack)]),
         "distkv_apply_rope": (int32, [POINTER(Rope)]),
         "distkv_merge": (int32, [pointer, pointer, int64, int64, int64, pointer, pointer, int32]),
         "distkv_gather": (int32, [pointer, int64, int64, pointer, int64, pointer, int32]),

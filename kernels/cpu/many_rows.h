@@ -7,72 +7,17 @@
 #pragma once
 
 #include "isa.h"
-#include "kinds.h"
+#include "many_tiles.h"
+#include "many_units.h"
 
 namespace {
 
 using distkv::ROW_TILE;
 
-template <class X>
-inline vf unit_of_all_lanes(const uint32_t* p) {
-  return (vf)(vu{} + *p);
-}
-
-template <class X>
-inline vf multiply_add_units(vf a, vf b, vf sum) {
-  return X::multiply_add((typename X::Operand)a, (typename X::Operand)b, sum);
-}
-
-// s[m][lanes] = k[m] . q[lanes] for M keys, NV vectors of query rows.
-template <class X, int M, int NV>
-inline void many_scores(const uint32_t* k, int64_t key_stride, const uint32_t* q, int64_t units, float* s) {
-  vf sums[M * NV];
-#pragma GCC unroll 16
-  for (int i = 0; i < M * NV; ++i) sums[i] = vf{};
-  for (int64_t u = 0; u < units; ++u) {
-    vf query[NV];
-#pragma GCC unroll 4
-    for (int i = 0; i < NV; ++i) query[i] = load((const float*)q + u * NV * W + i * W);
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) {
-      const vf key = unit_of_all_lanes<X>(k + m * key_stride + u);
-#pragma GCC unroll 4
-      for (int i = 0; i < NV; ++i) sums[m * NV + i] = multiply_add_units<X>(key, query[i], sums[m * NV + i]);
-    }
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < M * NV; ++i) store(s + i * W, sums[i]);
-}
-
-// acc[m][dims] = acc[m][dims] * shrink[m] + sum over units of keys of p[unit][m] v[unit][dims], C vectors of dims.
-template <class X, int M, int C>
-inline void many_values(const uint32_t* p, int64_t lanes, const uint32_t* v, int64_t unit_stride, int64_t units,
-                        const float* shrink, float* acc, int64_t padded) {
-  vf sums[M * C];
-#pragma GCC unroll 4
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-    for (int i = 0; i < C; ++i) sums[m * C + i] = load(acc + m * padded + i * W) * splat(shrink[m]);
-  for (int64_t u = 0; u < units; ++u) {
-    vf value[C];
-#pragma GCC unroll 4
-    for (int i = 0; i < C; ++i) value[i] = load((const float*)v + u * unit_stride + i * W);
-#pragma GCC unroll 4
-    for (int m = 0; m < M; ++m) {
-      const vf weight = unit_of_all_lanes<X>(p + u * lanes + m);
-#pragma GCC unroll 4
-      for (int i = 0; i < C; ++i) sums[m * C + i] = multiply_add_units<X>(weight, value[i], sums[m * C + i]);
-    }
-  }
-#pragma GCC unroll 4
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-    for (int i = 0; i < C; ++i) store(acc + m * padded + i * W, sums[m * C + i]);
-}
-
 template <class X, class E, int NV>
 struct ManyRows {
   using Element = typename E::Type;
+  static constexpr bool IS_INT8 = sizeof(Element) == 1;
   static constexpr int LANES = NV * W;
   static constexpr int KEYS = (W == 16 ? 16 : 8) / NV;  // at a time: their sums fit the registers
 
@@ -82,8 +27,6 @@ struct ManyRows {
   const int64_t padded = round_up(a.head_dim, X::CHUNK);
   const int64_t slab = (int64_t)a.rblock_size * a.head_dim;
   const int64_t units = X::IS_PAIRS ? a.head_dim / 2 : a.head_dim;
-  // fp32 values that fill whole vectors are read as they lie.
-  const bool values_in_place = sizeof(Element) == 4 && a.head_dim % W == 0;
   uint32_t *queries, *weights, *wide_keys, *packed_values;
   float *scores, *acc, *tops, *sums, *shrinks;
   int64_t positions[LANES];
@@ -132,14 +75,14 @@ struct ManyRows {
 
   void over_block(int64_t h, int64_t b) {
     const Element* k = (const Element*)a.pool + slab_offset(a, a.block_ids[b], h);
-    if (sizeof(Element) == 1) {
+    if (IS_INT8) {
       k_scales = scales_of(a, a.k_scales, a.block_ids[b], h, a.k_scales_stride);
       rblock_v_scales = scales_of(a, a.v_scales, a.block_ids[b], h, a.v_scales_stride);
     }
     for (int64_t from = 0; from < a.rblock_size; from += CHUNK_TOKENS) {
       const int64_t n = smaller(CHUNK_TOKENS, a.rblock_size - from);
       const Seen any = look(a.block_starts[b], from, n);
-      v_scales = rblock_v_scales + from + any.begin;
+      if (IS_INT8) v_scales = rblock_v_scales + from + any.begin;
       if (any.begin < any.end) over_chunk(k + (from + any.begin) * a.head_dim, any.end - any.begin);
     }
   }
@@ -175,14 +118,7 @@ struct ManyRows {
   }
 
   void score_keys(const Element* k, int64_t n) {
-    const uint32_t* keys = (const uint32_t*)k;
-    if (!X::IS_PAIRS && sizeof(Element) < 4) {
-      widen<E>(k, n * a.head_dim, (float*)wide_keys);
-      keys = wide_keys;
-      if (sizeof(Element) == 1)
-        for (int64_t t = 0; t < n; ++t)
-          for (int64_t d = 0; d < a.head_dim; ++d) ((float*)wide_keys)[t * a.head_dim + d] *= k_scales[d];
-    }
+    const uint32_t* keys = key_units<X, E>(k, n, a.head_dim, k_scales, wide_keys);
     int64_t t = 0;
     for (; t + KEYS <= n; t += KEYS)
       many_scores<X, KEYS, NV>(keys + t * units, units, queries, units, scores + t * LANES);
@@ -221,8 +157,9 @@ struct ManyRows {
           p[j] = exp2_of(x - base);
           if (MASKED) p[j] = (x == splat(NO_SCORE)) ? vf{} : p[j];
         }
-        store_unit(weights + t / X::STEP * LANES + i * W, p);
         total = total + (X::STEP == 2 ? p[0] + p[1] : p[0]);
+        for (int j = 0; IS_INT8 && j < X::STEP && t + j < n; ++j) p[j] = p[j] * splat(v_scales[t + j]);
+        store_unit<X>(weights + t / X::STEP * LANES + i * W, p);
       }
       store(tops + i * W, top);
       store(sums + i * W, total);
@@ -230,23 +167,8 @@ struct ManyRows {
     }
   }
 
-  // One unit of weights per lane.
-  static void store_unit(uint32_t* to, const vf* p) {
-#if defined(__AVX512BF16__)
-    if constexpr (X::IS_PAIRS) {
-      const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)p[1], (__m512)p[0]);  // p[0] in the lower half
-      const __m512i second = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(both, 1));
-      const __m512i first = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(both));
-      _mm512_storeu_si512(to, _mm512_or_si512(first, _mm512_slli_epi32(second, 16)));
-      return;
-    }
-#endif
-    store((float*)to, p[0]);
-  }
-
   void add_values(const Element* v, int64_t n) {
-    const uint32_t* values = values_in_place ? (const uint32_t*)v : packed_values;
-    if (!values_in_place) pack_values(v, n);
+    const uint32_t* values = value_units<X, E>(v, n, a.head_dim, padded, packed_values);
     const int64_t num_units = (n + X::STEP - 1) / X::STEP;
     int64_t r = 0;
     for (; r + 4 <= rows; r += 4) add_rows<4>(r, values, num_units);
@@ -261,34 +183,6 @@ struct ManyRows {
       many_values<X, M, C>(weights + r, LANES, values + d, padded, num_units, shrinks + r, acc + r * padded + d, padded);
     for (; d < padded; d += W)
       many_values<X, M, 1>(weights + r, LANES, values + d, padded, num_units, shrinks + r, acc + r * padded + d, padded);
-  }
-
-  // V as units [unit][padded]; beyond head_dim they stay zero.
-  void pack_values(const Element* v, int64_t n) {
-    for (int64_t t = 0; t < n; t += X::STEP) {
-      uint32_t* unit = packed_values + t / X::STEP * padded;
-      const Element* value = v + t * a.head_dim;
-      if constexpr (X::IS_PAIRS)
-        pack_pair(value, t + 1 < n ? value + a.head_dim : nullptr, unit);
-      else
-        widen<E>(value, a.head_dim, (float*)unit);
-      if (sizeof(Element) == 1)
-        for (int64_t d = 0; d < a.head_dim; ++d) ((float*)unit)[d] *= v_scales[t];
-    }
-  }
-
-  void pack_pair(const Element* value, const Element* next, uint32_t* unit) {
-    const int64_t whole = a.head_dim / X::CHUNK * X::CHUNK;
-    typename X::Operand parts[X::PARTS];
-    int64_t d = 0;
-    for (; d < whole; d += X::CHUNK) {
-      X::load_values(value + d, next ? next + d : nullptr, parts);
-      memcpy(unit + d, parts, sizeof parts);
-    }
-    if (d < a.head_dim) {
-      X::load_first_values(value + d, next ? next + d : nullptr, a.head_dim - d, parts);
-      memcpy(unit + d, parts, sizeof parts);
-    }
   }
 };
 

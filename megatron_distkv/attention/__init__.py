@@ -11,7 +11,8 @@ from megatron_distkv.attention.head_share import HeadShare
 from megatron_distkv.attention.host_memory import HostMemory
 from megatron_distkv.attention.loan_table import LoanTable
 from megatron_distkv.attention.metadata import AttentionMetadata, RemoteShare, SequenceSlice, build_metadata
-from megatron_distkv.attention.open_rblocks import NewKeys, OpenRBlocks, OpenSlice
+from megatron_distkv.attention.open_index import OpenSlice
+from megatron_distkv.attention.open_rblocks import NewKeys, OpenRBlocks
 from megatron_distkv.attention.partial import Merges, Partial
 from megatron_distkv.attention.rotary import RotaryConfig
 from megatron_distkv.attention.shard_order import ShardOrder

@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
-
 from megatron_distkv.attention import (
     Creditor,
     Deadlines,

@@ -14,7 +14,9 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_distkv.ops.backend import kernels
+from megatron_distkv.kernels import cpu
+from megatron_distkv.kernels.cpu import attend_again
+from megatron_distkv.ops.backend import cpu_comes_first, kernels
 
 LARGEST = 127.0
 
@@ -42,6 +44,21 @@ def pack_rblocks(pool_BLK2ND: torch.Tensor) -> torch.Tensor:
     """Full rBlocks as int8 with their scales, `[B, L, K, X]`."""
     numbers, *scales = quantize_rblocks(pool_BLK2ND)
     return torch.cat([part.view(torch.uint8) for part in (numbers.flatten(3), *scales)], dim=-1)
+
+
+def pack_rblocks_into(
+    rblocks_BLK2ND: torch.Tensor,
+    from_layer: int,
+    from_ids: torch.Tensor,
+    pool_BLKX: torch.Tensor,
+    layer: int,
+    block_ids: torch.Tensor,
+) -> None:
+    """A layer of some full rBlocks into a layer of a packed pool: the same bytes as `pack_rblocks` makes of them."""
+    if cpu_comes_first() and cpu.can_serve(rblocks_BLK2ND):
+        cpu.pack_into(rblocks_BLK2ND, from_layer, from_ids, pool_BLKX, layer, block_ids)
+    else:
+        pool_BLKX[block_ids, layer] = pack_rblocks(rblocks_BLK2ND[from_ids, from_layer].unsqueeze(1))[:, 0]
 
 
 def unpack_rblocks(packed_BLKX: torch.Tensor, head_dim: int) -> Int8RBlocks:
@@ -89,3 +106,42 @@ torch.library.custom_op("distkv::micro_attention_int8", micro_attention_int8, mu
 @torch.library.register_fake("distkv::micro_attention_int8")
 def _(q_THD: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
     return q_THD.new_empty(q_THD.shape, dtype=torch.float32), q_THD.new_empty(q_THD.shape[:2], dtype=torch.float32)
+
+
+def micro_attention_int8_out(
+    q_THD: torch.Tensor,
+    pool_BLK2ND: torch.Tensor,
+    k_scales_BLKD: torch.Tensor,
+    v_scales_BLKN: torch.Tensor,
+    layer: int,
+    block_ids_M: torch.Tensor,
+    block_starts_M: torch.Tensor,
+    cu_blocks: torch.Tensor,
+    cu_queries: torch.Tensor,
+    positions_T: torch.Tensor,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    soft_cap: float | None,
+    out_THD: torch.Tensor,
+    lse_TH: torch.Tensor,
+) -> None:
+    """The same into tensors at hand (fp32, contiguous), as `micro_attention_out`."""
+    args = (layer, block_ids_M, block_starts_M, cu_blocks, cu_queries, positions_T, scale, causal, window, soft_cap)
+    if torch.compiler.is_compiling():
+        tensors = (q_THD, pool_BLK2ND, k_scales_BLKD, v_scales_BLKN)
+        torch.ops.distkv.micro_attention_int8_out(*tensors, *args, out_THD, lse_TH)
+        return
+    out, scales = (out_THD, lse_TH), (k_scales_BLKD, v_scales_BLKN)
+    if not cpu_comes_first() or attend_again(q_THD, pool_BLK2ND, *args, out, scales) is None:
+        kernels(q_THD, *scales).micro_attention(q_THD, pool_BLK2ND, *args, out=out, scales=scales)
+
+
+torch.library.custom_op(
+    "distkv::micro_attention_int8_out", micro_attention_int8_out, mutates_args=("out_THD", "lse_TH")
+)
+
+
+@torch.library.register_fake("distkv::micro_attention_int8_out")
+def _(*_: object) -> None:
+    return None

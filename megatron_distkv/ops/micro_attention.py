@@ -118,7 +118,8 @@ def _(outs_PTHD: torch.Tensor, lses_PTH: torch.Tensor) -> tuple[torch.Tensor, to
 
 
 def merge_out(outs_PTHD: torch.Tensor, lses_PTH: torch.Tensor, out_THD: torch.Tensor, lse_TH: torch.Tensor) -> None:
-    """The same into tensors at hand (fp32, contiguous): fresh memory may cost more than the merge."""
+    """The same into tensors at hand (fp32, contiguous), one of the partials if need be: fresh memory may cost more than
+    the merge."""
     if torch.compiler.is_compiling():
         torch.ops.distkv.merge_out(outs_PTHD, lses_PTH, out_THD, lse_TH)
         return

@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_distkv.attention import NewKeys, OpenRBlocks
+from megatron_distkv.attention.open_index import open_index
 from megatron_distkv.errors import IntegrityError
 from megatron_distkv.kvcache.rblock_shape import RBlockShape
 from megatron_distkv.messages import Scoring
 from megatron_distkv.ops import quantize_rblocks
-from megatron_distkv.rblock import LocalSpan, Span
+from megatron_distkv.rblock import LocalSpan, RemoteSpan, Span
 from tests.ops.dense import dense_attention, relative_error
 
 L, K, H, N, D = 2, 2, 4, 4, 16
@@ -123,3 +124,23 @@ def test_a_token_without_a_slot_or_without_an_rblock_is_refused() -> None:
     for piece in (Piece(3, 5, [LocalSpan(0, (1,))], 0), Piece(0, 2, [LocalSpan(0, (1,))], None)):
         with pytest.raises(IntegrityError, match="no local rBlock, or no slot"):
             rblocks.begin_step([piece])
+
+
+def test_what_lies_with_creditors_is_not_listed() -> None:
+    # Given a request whose rBlocks 1 and 2 lie elsewhere, and one that decodes beside it
+    spans = [LocalSpan(0, (9,)), RemoteSpan(1, (9, 8), "c", "loan"), LocalSpan(3, (5, 7, 2))]
+    other = Piece(6, 7, [LocalSpan(0, (4, 6))], 3)
+    # When tokens from the middle of rBlock 4 into rBlock 5 are computed
+    index = open_index([Piece(18, 21, spans, 1), other], N)
+    # Then each rBlock sees the local ones before it, at the positions that they hold
+    assert index.past.cu_blocks.tolist() == [0, 2, 5, 6]
+    assert index.past.block_ids_M.tolist() == [9, 5, 9, 5, 7, 4]
+    assert index.past.block_starts_M.tolist() == [0, 12, 0, 12, 16, 0]
+    assert index.own.block_starts_M.tolist() == [16, 20, 4]
+    assert index.places == [{4: 0, 5: 1}, {1: 2}]
+    assert index.cu_queries.tolist() == [0, 2, 3, 4]
+    pairs = [[x.tolist() for x in pair] for pair in (index.filled, index.begun, index.left_open)]
+    assert pairs == [[[0], [7]], [[0, 2], [1, 3]], [[1, 2], [1, 3]]]
+    # And tokens of an rBlock that lies elsewhere are refused
+    with pytest.raises(IntegrityError, match="no local rBlock"):
+        open_index([Piece(11, 13, spans, 1)], N)

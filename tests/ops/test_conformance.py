@@ -139,6 +139,10 @@ def test_merge_of_many_partials_with_empty_ones() -> None:
     merge_out(outs, lses, *room)
     assert torch.equal(room[0], out)
     assert torch.equal(room[1], lse)
+    # And in place of one of the partials
+    merge_out(outs, lses, outs[3], lses[3])
+    assert torch.equal(outs[3], out)
+    assert torch.equal(lses[3], lse)
     for wrong in (out[1:], out.double(), out.transpose(0, 1).contiguous().transpose(0, 1)):
         with pytest.raises(ValueError, match="out and lse must"):
             merge_out(outs, lses, wrong, lse)
