@@ -17,10 +17,12 @@ from megatron_distkv.engine.doors import tls_of
 from megatron_distkv.engine.mailbox_sizes import mailbox_sizes, most_answers, rblocks_per_message
 from megatron_distkv.engine.model_runner import ModelRunner
 from megatron_distkv.engine.rank_memory import RankMemory, make_rank_memory, memory_in_words, rblock_shape
+from megatron_distkv.errors import ConfigError
 from megatron_distkv.kvcache.rblock_shape import RBlockShape
 from megatron_distkv.ledger import HOST_QUERY_US, QUERY_US
 from megatron_distkv.log import get_logger
 from megatron_distkv.model import GPT, TensorParallel, build_gpt, find_checkpoint, load_weights, tile_rows
+from megatron_distkv.ops import backend_in_use
 from megatron_distkv.rblock import InstanceId
 from megatron_distkv.rmanager import Identity, Migration, Peers
 from megatron_distkv.transport import TensorSpec, read_secret
@@ -61,6 +63,11 @@ def build_rank(config: InstanceConfig, parallel: TensorParallel) -> Rank:
 
 
 def _load(config: InstanceConfig, parallel: TensorParallel) -> tuple[ModelConfig, GPT]:
+    if config.deterministic and backend_in_use() != "cpu":
+        raise ConfigError(
+            f"deterministic needs the C++ kernels, and backend {backend_in_use()!r} serves here: "
+            "other kernels' bits depend on the batch (`distkv doctor` says what is missing)"
+        )
     checkpoint = find_checkpoint(config.model)
     model = checkpoint.model if config.dtype is None else checkpoint.model.model_copy(update={"dtype": config.dtype})
     module = build_gpt(model, parallel)

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from megatron_distkv.engine.llm import LLM
+from megatron_distkv.errors import ConfigError
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
 from megatron_distkv.messages import TokenLogprobs
+from megatron_distkv.ops import use_backend
 from megatron_distkv.request import Request
 from megatron_distkv.sampling_params import SamplingParams
 from tests.conftest import MakeConfig
@@ -108,3 +110,14 @@ def test_without_it_they_are_not(kv: str, pool_of: Callable[..., Pool]) -> None:
     """So the test above can fail. (Whether the batch's size alone changes bits is for torch's products to say.)"""
     found = answers_of(pool_of(dtype="fp32", kv=kv))
     assert all(found[way] != found["alone"] for way in found if "host" in way or "borrowed" in way)
+
+
+def test_other_kernels_are_refused(make_config: MakeConfig) -> None:
+    # Given kernels whose bits depend on the batch, as where no C++ compiler was found
+    use_backend("reference")
+    try:
+        # When bits are to be the same, then it is refused, and said what would help
+        with pytest.raises(ConfigError, match=r"C\+\+ kernels.*'reference'.*distkv doctor"):
+            LLM(make_config("it", deterministic=True))
+    finally:
+        use_backend("auto")

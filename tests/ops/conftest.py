@@ -50,7 +50,7 @@ def _only_costs_time(name: str) -> bool:
     return "torch.float16" in name or name.startswith("test_a_long_sequence")
 
 
-@pytest.fixture(scope="session", autouse=True, params=variants())
+@pytest.fixture(scope="package", autouse=True, params=variants())
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     name, _, variant = request.param.partition("-")
     use_backend(name)
