@@ -1,7 +1,7 @@
 // MicroAttention for few query rows per KV head (decode): bound by reading K and V once.
 //
-// rBlock by rBlock, head by head, K then V: the order in which they lie in memory. Four query rows share each
-// load of K (quads.h: up to sixteen) and of V; what lies further on this walk is prefetched meanwhile (fetch.h).
+// rBlock by rBlock, head by head, K then V: the order in which they lie in memory. Four query rows share each load of K
+// and of V (octets.h: up to sixteen); what lies further on this walk is prefetched meanwhile (walk.h, fetch.h).
 #pragma once
 
 #include "few_tiles.h"
@@ -10,6 +10,7 @@
 #include "kinds.h"
 #include "octets.h"
 #include "quads.h"
+#include "walk.h"
 
 namespace {
 
@@ -22,7 +23,7 @@ struct FewRows {
 
   const DistkvAttention& a;
   const Item& item;
-  const Item* next;  // or null
+  const Walk<X> walk;
   const int64_t rows = item.row_end - item.row_begin;
   const bool is_quads = X::IS_DOTS || (X::IS_PAIRS && !X::IS_OCTETS && rows >= 3 && a.head_dim % 8 == 0);
   // With the empty rows that fill a tile:
@@ -38,15 +39,17 @@ struct FewRows {
   const float* token_scales = nullptr;  // of the chunk at hand
   int32_t* offsets;                     // what int8_quads.h keeps
   float* units;
+  float* worths;                        // of all query rows
   int8_t* query_bytes;
   uint8_t* weight_bytes;                // high, then low
 
-  FewRows(const DistkvAttention& attention, const Item& work, const Item* then, char* scratch)
-      : a(attention), item(work), next(then) {
+  FewRows(const DistkvAttention& attention, const Item& work, const Item* next, char* scratch)
+      : a(attention), item(work), walk{attention, work, next} {
     const int64_t heads = item.head_end - item.head_begin, all = heads * held;
     acc = (float*)scratch;
     tops = acc + all * padded;
-    sums = tops + all * (X::IS_OCTETS ? 2 : 1);
+    worths = tops + all;
+    sums = tops + all * (X::IS_OCTETS || X::IS_DOTS ? 2 : 1);
     scores = sums + all * W;
     shrinks = scores + FEW_ROWS * CHUNK_TOKENS;
     weights = (typename X::Weight*)(shrinks + FEW_ROWS);
@@ -61,6 +64,7 @@ struct FewRows {
     memset(sums, 0, all * W * sizeof(float));
     memset((void*)queries, 0, all * padded * sizeof(typename X::Query));
     for (float* top = tops; top < sums; ++top) *top = NO_SCORE;
+    if (X::IS_DOTS) memset(worths, 0, all * sizeof(float));
   }
 
   void run() {
@@ -84,10 +88,14 @@ struct FewRows {
       for (int64_t d = 0; d < a.head_dim; d += 4) memcpy(to + place_in_octets(r, d, a.head_dim), q + d, 8);
       return;
     } else if (X::IS_PAIRS && is_quads) {
-      for (int64_t d = 0; d < a.head_dim; d += 8) memcpy(to + place_in_quads(r, d, a.head_dim), q + d, 16);
+      for (int64_t d = 0; d < a.head_dim; d += 8) memcpy(to + place_in_quad(r, d), q + d, 16);
       return;
     }
     X::load_queries(a.q, a.q_dtype, offset, a.head_dim, to + r * padded);
+#if defined(__AVX512VNNI__)
+    if constexpr (X::IS_DOTS)
+      worths[(h - item.head_begin) * held + r] = scale_query((float*)to + r * padded, a.head_dim);
+#endif
   }
 
   void over_block(int64_t b) {
@@ -104,7 +112,7 @@ struct FewRows {
       if constexpr (X::IS_INT8) take_scales(b, h);
       for (int64_t from = first; from < most; from += CHUNK_TOKENS) {
         const int64_t n = smaller(CHUNK_TOKENS, most - from), place = h * a.head_stride + from * a.head_dim;
-        over_chunk(h, base + place, n, from, seen, ahead_of(b, base, place), ahead_of(b, base, place + slab));
+        over_chunk(h, base + place, n, from, seen, walk.ahead_of(b, base, place), walk.ahead_of(b, base, place + slab));
       }
     }
   }
@@ -119,37 +127,10 @@ struct FewRows {
     v_scales = scales_of(a, a.v_scales, a.block_ids[b], head, a.v_scales_stride);
     const float* q = (const float*)queries + h * held * padded;
 #if defined(__AVX512VNNI__)
-    if constexpr (X::IS_DOTS) return pack_queries(q, k_scales);
+    if constexpr (X::IS_DOTS) return pack_queries(q, worths + h * held, k_scales);
 #endif
     for (int64_t r = 0; r < held; ++r)
       for (int64_t d = 0; d < a.head_dim; ++d) scaled[r * padded + d] = q[r * padded + d] * k_scales[d];
-  }
-
-  // From element `place` of rBlock b's stretch.
-  Ahead ahead_of(int64_t b, const Element* base, int64_t place) const {
-    Ahead ahead;
-    for (int i = 0; i < times_to_ask<X>(rows); ++i)
-      ahead.by[i] = distance_to(b, base, place, AHEAD_BYTES[i] / (int64_t)sizeof(Element));
-    return ahead;
-  }
-
-  // Elements of an rBlock, with the gaps between heads, that an item reads.
-  int64_t stretch_of(const Item& walk) const { return (walk.head_end - walk.head_begin) * a.head_stride; }
-
-  // In bytes, to what the walk, this item's and then the next one's, reads `later` elements later.
-  ptrdiff_t distance_to(int64_t b, const Element* base, int64_t place, int64_t later) const {
-    int64_t target = place + later;
-    const Element* other = base;
-    for (const Item* walk = &item; target >= stretch_of(*walk);) {
-      target -= stretch_of(*walk);
-      if (++b == walk->block_end) {
-        walk = walk == &item ? next : nullptr;
-        if (!walk) return 0;
-        b = walk->block_begin;
-      }
-      other = (const Element*)a.pool + slab_offset(a, a.block_ids[b], walk->head_begin);
-    }
-    return (const char*)(other + target) - (const char*)(base + place);
   }
 
   void over_chunk(int64_t h, const Element* k, int64_t n, int64_t from, const Seen* seen, const Ahead& k_ahead,
@@ -202,8 +183,8 @@ struct FewRows {
   }
 
 #if defined(__AVX512VNNI__)
-  void pack_queries(const float* q, const float* k_scales) {
-    for (int64_t r = 0; r < held; ++r) bytes().pack(q + r * padded, k_scales, r, held, a.head_dim);
+  void pack_queries(const float* q, const float* worth, const float* k_scales) {
+    for (int64_t r = 0; r < held; r += 4) bytes().pack(q + r * padded, worth + r, k_scales, r, held, a.head_dim);
   }
 
   Int8Queries bytes() const { return {query_bytes, offsets, units}; }
@@ -226,9 +207,9 @@ struct FewRows {
 #if defined(__AVX512VNNI__)
     if constexpr (X::IS_DOTS) return int8_scores(bytes(), held, k, a.head_dim, n, ahead, scores);
 #endif
-    if constexpr (X::IS_OCTETS) return all_octet_scores(held / OCTET, q, k, a.head_dim, n, ahead, scores);
+    if constexpr (X::IS_OCTETS) return octet_scores(held / OCTET, q, k, a.head_dim, n, ahead, scores);
     if constexpr (X::IS_PAIRS)
-      if (is_quads) return all_quad_scores(held / 4, q, k, a.head_dim, n, ahead, scores);
+      if (is_quads) return quad_scores(q, k, a.head_dim, n, ahead, scores);
     for_tiles([&](auto tile, int64_t r) {
       constexpr int R = decltype(tile)::ROWS;
       float* s = scores + r * CHUNK_TOKENS;

@@ -22,40 +22,72 @@ inline __m512i sums_in_lanes(const __m512i* a) {
   return _mm512_add_epi32(_mm512_unpacklo_epi64(x, y), _mm512_unpackhi_epi64(x, y));
 }
 
+constexpr float MOST_QUERY = 16256;  // 127 * 128: high and low then fit a byte each
+
+// Scales a query row so that its largest number is MOST_QUERY; returns what one is worth.
+inline float scale_query(float* q, int64_t head_dim) {
+  vf most = {};
+  for (int64_t d = 0; d < head_dim; d += W) most = vmax(most, (vf)_mm512_abs_ps((__m512)load(q + d)));
+  const float top = max_lane(most), factor = top > 0 ? MOST_QUERY / top : 0;
+  for (int64_t d = 0; d < head_dim; d += W) store(q + d, load(q + d) * splat(factor));
+  return top / MOST_QUERY;
+}
+
+inline float largest(const float* scales, int64_t count) {
+  vf most = {};
+  for (int64_t i = 0; i < count; i += W) most = vmax(most, load(scales + i));
+  return max_lane(most);
+}
+
 // Query rows of one KV head, scaled by K's scales: [part][quad][step of 16 dims][row of the quad][16], as bytes.
 struct Int8Queries {
   int8_t* parts;   // high then low, `rows` * head_dim each
   int32_t* offset;  // per row and lane of its quad: 128 * the sum of the row
   float* unit;      // the same: what one is worth
 
-  void pack(const float* q, const float* k_scales, int64_t r, int64_t rows, int64_t head_dim) const {
-    vf most = {};
-    for (int64_t d = 0; d < head_dim; d += W) {
-      const vf x = load(q + d) * load(k_scales + d);
-      most = vmax(most, (vf)_mm512_abs_ps((__m512)x));
+  // The four rows from row r on, [4][head_dim] of scale_query with their worths, all of them times K's scales.
+  // What the largest number may become decides, not what it is: that costs a bit or two of 15, and saves a pass.
+  KEEP_REGISTERS void pack(const float* q, const float* worth, const float* k_scales, int64_t r, int64_t rows,
+                           int64_t head_dim) const {
+    const float top = largest(k_scales, head_dim);
+    const vf to_one = splat(top > 0 ? 1 / top : 0);
+    const __m512i ones = _mm512_set1_epi16(1), half = _mm512_set1_epi16(64);
+    const __m512i by_row = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    __m512i front_sums = _mm512_setzero_si512(), back_sums = front_sums;
+    int8_t *high = parts + r * head_dim, *low = high + rows * head_dim;
+    for (int64_t d = 0; d < head_dim; d += INT8_QUAD_DIMS, high += 64, low += 64) {
+      const vf scale = load(k_scales + d) * to_one;
+      __m512i x[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) x[i] = _mm512_cvtps_epi32((__m512)(load(q + i * head_dim + d) * scale));
+      // Lane i of 128 bits: dims 4 i to + 3 of two rows, and then of all four.
+      const __m512i front = _mm512_packs_epi32(x[0], x[1]), back = _mm512_packs_epi32(x[2], x[3]);
+      const __m512i upper_front = _mm512_srai_epi16(_mm512_add_epi16(front, half), 7);
+      const __m512i upper_back = _mm512_srai_epi16(_mm512_add_epi16(back, half), 7);
+      const __m512i lower_front = _mm512_sub_epi16(front, _mm512_slli_epi16(upper_front, 7));
+      const __m512i lower_back = _mm512_sub_epi16(back, _mm512_slli_epi16(upper_back, 7));
+      const __m512i upper = _mm512_packs_epi16(upper_front, upper_back);
+      _mm512_storeu_si512(high, _mm512_permutexvar_epi32(by_row, upper));
+      _mm512_storeu_si512(low, _mm512_permutexvar_epi32(by_row, _mm512_packs_epi16(lower_front, lower_back)));
+      front_sums = _mm512_dpwssd_epi32(front_sums, front, ones);
+      back_sums = _mm512_dpwssd_epi32(back_sums, back, ones);
     }
-    const float top = max_lane(most), factor = top > 0 ? 16256.f / top : 0;
-    __m512i sum = _mm512_setzero_si512();
-    for (int64_t d = 0; d < head_dim; d += W) {
-      const __m512i x = _mm512_cvtps_epi32((__m512)(load(q + d) * load(k_scales + d) * splat(factor)));
-      const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(x, _mm512_set1_epi32(64)), 7);
-      const __m512i low = _mm512_sub_epi32(x, _mm512_slli_epi32(high, 7));
-      int8_t* to = parts + r / 4 * 4 * head_dim + d / INT8_QUAD_DIMS * 64 + r % 4 * INT8_QUAD_DIMS;
-      _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8(high));
-      _mm_storeu_si128((__m128i*)(to + rows * head_dim), _mm512_cvtepi32_epi8(low));
-      sum = _mm512_add_epi32(sum, x);
-    }
-    for (int i = 0; i < 4; ++i) {
-      offset[r * 4 + i] = 128 * _mm512_reduce_add_epi32(sum);
-      unit[r * 4 + i] = top / 16256.f;
-    }
+    const __m512 a = _mm512_castsi512_ps(front_sums), b = _mm512_castsi512_ps(back_sums);
+    __m512i sums = _mm512_add_epi32(_mm512_castps_si512(_mm512_shuffle_ps(a, b, 0x88)),
+                                    _mm512_castps_si512(_mm512_shuffle_ps(a, b, 0xdd)));  // rows 0 to 3 in each lane
+    sums = _mm512_add_epi32(sums, _mm512_shuffle_i32x4(sums, sums, 0x4e));
+    sums = _mm512_add_epi32(sums, _mm512_shuffle_i32x4(sums, sums, 0xb1));
+    const __m512i to_lanes = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    _mm512_storeu_si512(offset + r * 4, _mm512_slli_epi32(_mm512_permutexvar_epi32(to_lanes, sums), 7));
+    const __m512 worths = _mm512_broadcast_f32x4(_mm_loadu_ps(worth));
+    store(unit + r * 4, (vf)_mm512_permutexvar_ps(to_lanes, worths) * splat(top));
   }
 };
 
 // s[row][t] = q[row] . k[t] for Q quads of `rows` rows, from quad `first` on; garbage after the last key.
 // D is the head size, or 0 where it is none of the usual ones.
 template <int Q, int D>
-inline void int8_scores_of(const Int8Queries& q, int64_t first, int64_t rows, const int8_t* k, int64_t head_dim,
+KEEP_REGISTERS void int8_scores_of(const Int8Queries& q, int64_t first, int64_t rows, const int8_t* k, int64_t head_dim,
                            int64_t num_keys, const Ahead& ahead, float* s) {
   constexpr int J = 8 / Q;
   const int64_t dims = D ? D : head_dim;
@@ -150,7 +182,7 @@ inline float pack_weights(float* p, const float* v_scales, int64_t num_keys, uin
 // acc[r][dims] = acc[r][dims] * shrink[r] + sum over tokens of p[r][t] v[t][dims], four rows, half of the 64 dims from
 // `v` on. Of 64 dims, vector i holds dims 16 * lane + 4 * i to + 3.
 template <int HALF>
-inline void int8_values_of(const uint8_t* high, const uint8_t* low, const float* unit, const int8_t* v,
+KEEP_REGISTERS void int8_values_of(const uint8_t* high, const uint8_t* low, const float* unit, const int8_t* v,
                            int64_t head_dim, int64_t num_keys, Fetch& fetch, const float* shrink, float* acc, int64_t padded) {
   __m512i highs[8], lows[8];
 #pragma GCC unroll 8

@@ -94,8 +94,8 @@ KEEP_REGISTERS void octet_scores_of(const uint16_t* q, const uint16_t* k, int64_
 }
 
 template <int Q>
-inline void octet_scores(const uint16_t* q, const uint16_t* k, int64_t head_dim, int64_t num_keys, const Ahead& ahead,
-                         float* s) {
+inline void octets_of(const uint16_t* q, const uint16_t* k, int64_t head_dim, int64_t num_keys, const Ahead& ahead,
+                      float* s) {
   if (head_dim == 128) return octet_scores_of<Q, 128>(q, k, head_dim, num_keys, ahead, s);
   if (head_dim == 64) return octet_scores_of<Q, 64>(q, k, head_dim, num_keys, ahead, s);
   octet_scores_of<Q, 0>(q, k, head_dim, num_keys, ahead, s);
@@ -149,10 +149,10 @@ inline void octet_weights(const float* s, const OctetSeen& seen, int64_t num_key
   octet_weights_of<false>(s, seen, num_keys, scale, tops, sums, shrinks, p, again);
 }
 
-inline void all_octet_scores(int64_t num_octets, const uint16_t* q, const uint16_t* k, int64_t head_dim,
-                             int64_t num_keys, const Ahead& ahead, float* s) {
-  if (num_octets == 1) return octet_scores<1>(q, k, head_dim, num_keys, ahead, s);
-  octet_scores<2>(q, k, head_dim, num_keys, ahead, s);
+inline void octet_scores(int64_t num_octets, const uint16_t* q, const uint16_t* k, int64_t head_dim,
+                         int64_t num_keys, const Ahead& ahead, float* s) {
+  if (num_octets == 1) return octets_of<1>(q, k, head_dim, num_keys, ahead, s);
+  octets_of<2>(q, k, head_dim, num_keys, ahead, s);
 }
 
 #endif
