@@ -15,6 +15,7 @@ CASES = [
     (USUAL, CONTEXT * 2),
     (USUAL._replace(group=8), CONTEXT),
     (USUAL._replace(group=1), CONTEXT),
+    (USUAL._replace(kv_heads=1, group=8), CONTEXT * 8),
     (USUAL._replace(kv_heads=1, group=16), CONTEXT * 8),
     (USUAL._replace(dtype=torch.float32), CONTEXT),
 ]

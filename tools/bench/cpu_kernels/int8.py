@@ -16,10 +16,11 @@ Pool = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 def int8(run: Run) -> Iterator[Figure]:
     """The ceiling is that of int8's bytes in decode, of bf16's products in prefill."""
-    case = Sequence(Shape(8, 4, 128, torch.bfloat16), 32768, 1, cache_bytes() * 4)
-    pool = case.int8_pool()
-    probe = read_probe(pool[0], LAYER, case.ids, run.threads)
-    yield _figure(run, "decode", case, pool, probe, Amount(case.bytes_read / 2 / 1e9, "GB/s"))
+    for group in (4, 1):
+        case = Sequence(Shape(8, group, 128, torch.bfloat16), 32768, 1, cache_bytes() * 4)
+        pool = case.int8_pool()
+        probe = read_probe(pool[0], LAYER, case.ids, run.threads)
+        yield _figure(run, "decode", case, pool, probe, Amount(case.bytes_read / 2 / 1e9, "GB/s"))
     for chunk in (2048, 8192):
         case = Sequence(Shape(2, 4, 128, torch.bfloat16), chunk, chunk)
         product, operations = matrix_product(torch.bfloat16)
@@ -34,5 +35,5 @@ def _figure(run: Run, kind: str, case: Sequence, pool: Pool, ceiling: Work, amou
     if not error <= TOLERANCE:
         raise SystemExit(f"wrong answer: int8 {kind}, error {error:.1e}")
     works: dict[str, Work] = {"ours": partial(case.attend_int8, pool), "ceiling": ceiling, "ours in bf16": case.attend}
-    work = f"{kind} int8 kv {case.shape.kv_heads} group 4 D 128 context {case.num_keys}, error {error:.1e}"
+    work = f"{kind} int8 kv {case.shape.kv_heads} group {case.shape.group} D 128 context {case.num_keys}, error {error:.1e}"
     return run.figure(work, works, amount)
