@@ -35,5 +35,6 @@ def _figure(run: Run, kind: str, case: Sequence, pool: Pool, ceiling: Work, amou
     if not error <= TOLERANCE:
         raise SystemExit(f"wrong answer: int8 {kind}, error {error:.1e}")
     works: dict[str, Work] = {"ours": partial(case.attend_int8, pool), "ceiling": ceiling, "ours in bf16": case.attend}
-    work = f"{kind} int8 kv {case.shape.kv_heads} group {case.shape.group} D 128 context {case.num_keys}, error {error:.1e}"
+    kv_heads, group = case.shape.kv_heads, case.shape.group
+    work = f"{kind} int8 kv {kv_heads} group {group} D 128 context {case.num_keys}, error {error:.1e}"
     return run.figure(work, works, amount)
