@@ -24,8 +24,8 @@ inline int64_t place_in_octets(int64_t r, int64_t d, int64_t head_dim) {
 
 // What the rows of an octet see of a chunk, each in two lanes.
 struct OctetSeen {
-  alignas(64) int32_t begin[W] = {}, end[W] = {};
-  bool all = true;  // that `rows` rows see everything, and it fills whole vectors
+  int32_t begin[2 * OCTET] = {}, end[2 * OCTET] = {};
+  bool all = true;  // rows see all keys, which fill whole vectors
 
   OctetSeen(const Seen* seen, int64_t rows, int64_t num_keys) {
     for (int64_t r = 0; r < smaller(rows, OCTET); ++r) {
@@ -55,7 +55,7 @@ inline vf sums_of_pairs(vf a, vf b) {
 // where it is none of the usual ones. Scores of the few keys after the last are garbage.
 template <int Q, int D>
 KEEP_REGISTERS void octet_scores_of(const uint16_t* q, const uint16_t* k, int64_t head_dim, int64_t num_keys,
-                            const Ahead& ahead, float* s) {
+                                    const Ahead& ahead, float* s) {
   constexpr int J = 8;  // keys at a time: with more, memory is read in more places at once
   const int64_t dims = D ? D : head_dim, steps = dims / OCTET_DIMS;
   for (int64_t t = 0; t < num_keys; t += J) {

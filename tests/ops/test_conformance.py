@@ -125,6 +125,21 @@ def test_large_scores_do_not_overflow() -> None:
     assert torch.isfinite(lse).all()
 
 
+@pytest.mark.parametrize("dtype", OUT_LIMIT, ids=str)
+@pytest.mark.parametrize("group", [1, 4, 8, 16])
+def test_scores_that_grow_along_the_sequence(dtype: torch.dtype, group: int) -> None:
+    # Given a dim of K that raises scores a little with each key, and by a leap in the middle
+    batch = Batch(Case(dtype, 1, group, 64, 16, [Sequence(700, 1)]))
+    ramp = torch.arange(len(batch.ids) * 16) * 0.04 - 20.0
+    ramp[400:] += 12.0
+    batch.pool[batch.ids, LAYER, :, 0, :, 0] = ramp.to(dtype).view(-1, 1, 16)
+    batch.k[0][:, 0, 0] = ramp[:700].to(dtype)
+    batch.q[..., 0] = 1 / batch.scale
+
+    # When attended to, then weights that were formed before the largest score was known count for what they are
+    batch.check(*batch.attend())
+
+
 def test_merge_of_many_partials_with_empty_ones() -> None:
     torch.manual_seed(0)
     outs, lses = torch.randn(37, 40, 6, 80), torch.randn(37, 40, 6) * 30
