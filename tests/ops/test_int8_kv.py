@@ -11,9 +11,13 @@ from megatron_distkv.ops import (
     quantize_rblocks,
     unpack_rblocks,
 )
-from megatron_distkv.rblock import int8_head_bytes
 from tests.ops.batch import LAYER, Batch, Case, Sequence
 from tests.ops.dense import relative_error
+
+
+def head_bytes(rblock_size: int, head_dim: int) -> int:
+    """Of one KV head of an rBlock, in a pool (rblock.int8_head_bytes, which where only torch is cannot be imported)."""
+    return pack_rblocks(torch.zeros(1, 1, 1, 2, rblock_size, head_dim)).shape[-1]
 
 
 def attend(batch: Batch, *, packed: bool = True, **limits: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -171,7 +175,7 @@ def test_packing_into_a_pool_is_the_same_to_the_bit(dtype: torch.dtype, rblock_s
     rblocks = torch.randn(4, 3, 2, 2, rblock_size, head_dim) * torch.rand(rblock_size, 1).mul(20).exp2()
     rblocks[1, :, :, :, 2] = rblocks[1, ..., 3] = 0
     rblocks = rblocks.to(dtype)
-    pool = torch.full((5, 2, 2, int8_head_bytes(rblock_size, head_dim)), 77, dtype=torch.uint8)
+    pool = torch.full((5, 2, 2, head_bytes(rblock_size, head_dim)), 77, dtype=torch.uint8)
     expected = pool.clone()
     # When two of them go to two places of another layer
     places, block_ids = torch.tensor([3, 1]), torch.tensor([0, 4])
@@ -184,7 +188,7 @@ def test_packing_into_a_pool_is_the_same_to_the_bit(dtype: torch.dtype, rblock_s
 def test_what_is_no_finite_number_shows_in_the_scales() -> None:
     rblocks = torch.randn(1, 1, 2, 2, 8, 32)
     rblocks[0, 0, 1, 0, 3, 4], rblocks[0, 0, 0, 1, 5, 6] = float("nan"), float("inf")
-    pool = torch.zeros(1, 1, 2, int8_head_bytes(8, 32), dtype=torch.uint8)
+    pool = torch.zeros(1, 1, 2, head_bytes(8, 32), dtype=torch.uint8)
     pack_rblocks_into(rblocks, 0, torch.tensor([0]), pool, 0, torch.tensor([0]))
     _, k_scales, v_scales = unpack_rblocks(pool, 32)
     assert (~k_scales.isfinite()).nonzero().tolist() == [[0, 0, 1, 4]]
@@ -194,7 +198,7 @@ def test_what_is_no_finite_number_shows_in_the_scales() -> None:
 def test_packing_outside_or_into_a_pool_of_another_shape_is_refused(backend: str) -> None:
     if not backend.startswith("cpu"):
         pytest.skip("torch raises errors of its own")
-    rblocks, pool = torch.zeros(2, 1, 2, 2, 8, 16), torch.zeros(3, 1, 2, int8_head_bytes(8, 16), dtype=torch.uint8)
+    rblocks, pool = torch.zeros(2, 1, 2, 2, 8, 16), torch.zeros(3, 1, 2, head_bytes(8, 16), dtype=torch.uint8)
     good = {
         "from_layer": 0,
         "from_ids": torch.tensor([1]),

@@ -164,7 +164,9 @@ def test_a_payload_of_another_size_is_refused() -> None:
 def test_a_disconnect_is_told(way: Way) -> None:
     gone = threading.Event()
     listener = Listener(way.listen, "p", answer, tls=way.tls, on_disconnect=lambda _: gone.set())
-    way.connect(hello()).close()
+    channel = way.connect(hello())
+    assert channel.call(ECHO, b"here", deadline_s=5).header == b"here"  # so that the other side has met it, too
+    channel.close()
     assert gone.wait(5)
     listener.close()
 
