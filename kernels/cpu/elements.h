@@ -53,10 +53,6 @@ struct Bf16 {
     return (vf)(__builtin_convertvector(h, vu) << 16);
   }
   static void store(Type* p, vf x) {
-#if defined(__AVX512BF16__)
-    _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)x));  // subnormal numbers become 0
-    return;
-#endif
     const vu bits = (vu)x;
     const vu rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
     const vu nan = bits >> 16 | 0x40;
