@@ -42,7 +42,8 @@ bool is_sound(const DistkvAttention& a) {
 class Plan {
  public:
   explicit Plan(const DistkvAttention& a) : a_(a), group_(a.num_heads / a.kv_heads) {
-    kv_bytes_ = 2 * a.kv_heads * a.rblock_size * a.head_dim * (a.kv_dtype == DISTKV_FP32 ? 4 : a.kv_dtype == DISTKV_INT8 ? 1 : 2);
+    const int64_t element_bytes = a.kv_dtype == DISTKV_FP32 ? 4 : a.kv_dtype == DISTKV_INT8 ? 1 : 2;
+    kv_bytes_ = 2 * a.kv_heads * a.rblock_size * a.head_dim * element_bytes;
     many_blocks_ = KEYS_PER_ITEM / a.rblock_size > 0 ? KEYS_PER_ITEM / a.rblock_size : 1;
     call_bytes_ = a.num_listed * kv_bytes_;
   }
@@ -101,7 +102,7 @@ class Plan {
     if (count > 1) parts_.push_back({s, count, nullptr, nullptr});
     for (int64_t b = begin; b < end; b += step)
       for (int32_t h = 0; h < a_.kv_heads; h += heads) {
-        items.push_back(item(s, b, std::min(b + step, end), 0, rows, h, std::min(h + heads, a_.kv_heads)));
+        items.push_back(item(s, b, std::min(b + step, end), 0, rows, h, h + heads));
         if (count > 1) parted_.push_back({&items == &few_, items.size() - 1, parts_.size() - 1, (b - begin) / step});
       }
   }

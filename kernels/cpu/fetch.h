@@ -12,7 +12,7 @@ constexpr int64_t AHEAD_BYTES[] = {32 * 1024, 16 * 1024, 8 * 1024};
 // Of kind X with so many query rows.
 template <class X>
 constexpr int times_to_ask(int64_t rows) {
-  return rows <= 4 && (X::IS_PAIRS || sizeof(typename X::Element) == 4) ? 3 : 1;
+  return rows <= 4 && ((X::IS_PAIRS && !X::IS_OCTETS) || sizeof(typename X::Element) == 4) ? 3 : 1;
 }
 
 // The distances in bytes from where a walk is to what it reads so much later; 0 after its end.

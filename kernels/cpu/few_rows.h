@@ -151,8 +151,8 @@ struct FewRows {
   void weigh(int64_t state, int64_t n, int64_t from, const Seen* seen, Fetch& fetch) {
     Seen here[FEW_ROWS] = {};
     for (int64_t r = 0; r < rows; ++r) here[r] = seen[r].within(from, n);
-    // Asks once more for the chunk's values, while nothing else is loaded: those prefetches that were dropped are then on
-    // their way before they are waited for.
+    // Asks once more for the chunk's values, while nothing else is loaded: whatever was dropped is then on its
+    // way before it is waited for.
     Fetch again{fetch.next, fetch.end, Ahead{}};
     if constexpr (X::IS_OCTETS) {
       again.spread_over(held / OCTET * (n / 8));

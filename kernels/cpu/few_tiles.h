@@ -6,8 +6,6 @@
 
 namespace {
 
-using distkv::CHUNK_TOKENS;
-
 // s[r][t] = q[r] . k[t] for R query rows; `ahead` leads to what to prefetch.
 template <class X, int R, bool PREFETCH>
 inline void few_scores(const typename X::Query* q, int64_t padded, const typename X::Element* k, int64_t head_dim,
@@ -62,8 +60,9 @@ inline void few_scores(const typename X::Query* q, int64_t padded, const typenam
 // acc[r][d] = acc[r][d] * shrink[r] + sum over tokens of p[r][t] v[t][d], for C chunks of dims from `d` on.
 // With `rest`, C is 1 and only the first `rest` dims of the chunk exist.
 template <class X, int R, int C>
-KEEP_REGISTERS void few_values(const typename X::Weight* p, const typename X::Element* v, int64_t head_dim, int64_t num_keys,
-                       int64_t d, int64_t rest, Fetch& fetch, const float* shrink, float* acc, int64_t padded) {
+KEEP_REGISTERS void few_values(const typename X::Weight* p, const typename X::Element* v, int64_t head_dim,
+                               int64_t num_keys, int64_t d, int64_t rest, Fetch& fetch, const float* shrink, float* acc,
+                               int64_t padded) {
   constexpr int N = C * X::PARTS;
   vf sums[R * N];
 #pragma GCC unroll 8

@@ -11,8 +11,6 @@
 #if defined(__AVX512VNNI__)
 namespace {
 
-using distkv::CHUNK_TOKENS;
-
 constexpr int64_t INT8_QUAD_DIMS = 16;
 
 // 128-bit lane r of the result: the sums of lane r of each of four vectors.
@@ -88,7 +86,7 @@ struct Int8Queries {
 // D is the head size, or 0 where it is none of the usual ones.
 template <int Q, int D>
 KEEP_REGISTERS void int8_scores_of(const Int8Queries& q, int64_t first, int64_t rows, const int8_t* k, int64_t head_dim,
-                           int64_t num_keys, const Ahead& ahead, float* s) {
+                                   int64_t num_keys, const Ahead& ahead, float* s) {
   constexpr int J = 8 / Q;
   const int64_t dims = D ? D : head_dim;
   const int8_t *high = q.parts + first * 4 * dims, *low = high + rows * dims;
@@ -183,7 +181,8 @@ inline float pack_weights(float* p, const float* v_scales, int64_t num_keys, uin
 // `v` on. Of 64 dims, vector i holds dims 16 * lane + 4 * i to + 3.
 template <int HALF>
 KEEP_REGISTERS void int8_values_of(const uint8_t* high, const uint8_t* low, const float* unit, const int8_t* v,
-                           int64_t head_dim, int64_t num_keys, Fetch& fetch, const float* shrink, float* acc, int64_t padded) {
+                                   int64_t head_dim, int64_t num_keys, Fetch& fetch, const float* shrink, float* acc,
+                                   int64_t padded) {
   __m512i highs[8], lows[8];
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) highs[i] = lows[i] = _mm512_setzero_si512();

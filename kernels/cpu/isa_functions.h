@@ -34,7 +34,8 @@ void few_rows(const DistkvAttention& a, const Item& item, const Item* next, char
   if (takes_pairs(a)) return FewRows<Pairs>(a, item, next, scratch).run();
 #endif
 #if defined(__AVX512VNNI__)
-  if (takes_dots(a) && item.row_end - item.row_begin > MOST_WIDENED_ROWS) return FewRows<Dots>(a, item, next, scratch).run();
+  if (takes_dots(a) && item.row_end - item.row_begin > MOST_WIDENED_ROWS)
+    return FewRows<Dots>(a, item, next, scratch).run();
 #endif
   if (a.kv_dtype == DISTKV_INT8) return FewRows<Widened<Int8>>(a, item, next, scratch).run();
   if (a.kv_dtype == DISTKV_FP32) return FewRows<Widened<Fp32>>(a, item, next, scratch).run();

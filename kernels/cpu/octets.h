@@ -11,8 +11,6 @@
 
 namespace {
 
-using distkv::CHUNK_TOKENS;
-
 constexpr int64_t OCTET = 8;
 constexpr int64_t OCTET_DIMS = 4;
 constexpr int64_t OCTET_SCORES = OCTET * CHUNK_TOKENS;  // of a chunk, [pair of keys][row][2]

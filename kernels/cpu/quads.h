@@ -9,8 +9,6 @@
 
 namespace {
 
-using distkv::CHUNK_TOKENS;
-
 constexpr int64_t QUAD_DIMS = 8;
 
 // Where dim d of row r stands in packed queries, [step of 8 dims][row][8].

@@ -46,7 +46,6 @@ class OpenIndex:
     """Places are indices into the scratch, or (`in_slots`) open slots."""
 
     in_slots: bool
-    num_places: int
     places: list[dict[int, int]]  # of each slice: where each rBlock is that it writes to
     places_T: torch.Tensor  # where each new token's KV goes: place * N + offset
     cu_queries: torch.Tensor
@@ -66,7 +65,6 @@ def open_index(slices: Sequence[OpenSlice], size: int) -> OpenIndex:
     places = (place for place, _ in placed)
     return OpenIndex(
         in_slots,
-        len(writing),
         [{x.rblock: next(places) for x in of_slice} for of_slice in of_slices],
         _int64([place * size + t % size for place, x in placed for t in range(x.start, x.end)]),
         _ends([x.end - x.start for x in writing]),

@@ -58,8 +58,9 @@ class OpenRBlocks:
     def begin_step(self, slices: Sequence[OpenSlice]) -> None:
         """Raises IntegrityError when a new token has no local rBlock, or no slot."""
         self._index = index = open_index(slices, self._slots.shape[4])
-        if not index.in_slots and index.num_places > len(self._scratch):
-            self._scratch = self._slots.new_zeros((index.num_places, 1, *self._slots.shape[2:]))
+        num_places = sum(map(len, index.places))
+        if not index.in_slots and num_places > len(self._scratch):
+            self._scratch = self._slots.new_zeros((num_places, 1, *self._slots.shape[2:]))
 
     def attend(
         self,
