@@ -5,6 +5,7 @@ a request holds positions `[i * rblock_size, (i + 1) * rblock_size)`. A span is 
 request that lie at one holder; a physical id is the rBlock's index in its holder's pool.
 """
 
+import hashlib
 import secrets
 from typing import NewType, TypeAlias
 
@@ -12,6 +13,7 @@ import msgspec
 
 InstanceId = NewType("InstanceId", str)
 LoanId = NewType("LoanId", str)
+LoanKey = NewType("LoanKey", str)
 
 # The creditor and the loan of rBlocks in an instance's own host memory: no instance can have this name.
 HOST = InstanceId("(host)")
@@ -24,8 +26,13 @@ def new_loan_id(debtor: str, epoch: int, number: int) -> LoanId:
 
 
 def loan_name(loan_id: str) -> str:
-    """What may be shown of a loan's id: all but its unguessable end."""
+    """What may be shown of a loan's id, or of its key: all but its end."""
     return loan_id.rpartition(".")[0] or loan_id
+
+
+def loan_key(loan_id: LoanId) -> LoanKey:
+    """Under which the ledger has a loan: whoever reads it there cannot find the id."""
+    return LoanKey(f"{loan_name(loan_id)}.{hashlib.sha256(loan_id.encode()).hexdigest()[:32]}")
 
 
 class LocalSpan(msgspec.Struct, frozen=True, tag="local"):

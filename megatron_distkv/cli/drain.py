@@ -9,8 +9,9 @@ from tqdm import tqdm
 from megatron_distkv import framing
 from megatron_distkv.cli.pool_arguments import add_pool_arguments
 from megatron_distkv.errors import UserError
-from megatron_distkv.ledger import DebtLedger, InstanceRecord, open_ledger
+from megatron_distkv.ledger import DebtLedger, open_ledger
 from megatron_distkv.messages import DrainInstance
+from megatron_distkv.pool import Member, picture_of
 from megatron_distkv.rblock import InstanceId
 
 LOOK_INTERVAL_S = 0.2
@@ -43,8 +44,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _find(ledger: DebtLedger, name: str) -> InstanceRecord:
-    live = ledger.snapshot().live
+def _find(ledger: DebtLedger, name: str) -> Member:
+    live = picture_of(ledger.snapshot()).live
     record = next((record for record in live if record.instance == InstanceId(name)), None)
     if record is None:
         names = ", ".join(record.instance for record in live) or "none"
@@ -57,8 +58,8 @@ def _find(ledger: DebtLedger, name: str) -> InstanceRecord:
     return record
 
 
-def _tell(record: InstanceRecord, message: DrainInstance) -> None:
-    address = record.info.get("requests", "")
+def _tell(record: Member, message: DrainInstance) -> None:
+    address = record.info.requests
     try:
         with socket.socket(socket.AF_UNIX) as door:
             door.connect(address)

@@ -9,24 +9,15 @@ from collections.abc import Callable
 from megatron_distkv import framing
 from megatron_distkv.cli.pool_arguments import add_pool_arguments
 from megatron_distkv.errors import LedgerUnavailable, UnreadableMessage, UserError
-from megatron_distkv.ledger import (
-    DebtLedger,
-    InstanceRecord,
-    check_instance,
-    check_snapshot,
-    open_ledger,
-    render_debts,
-    render_history,
-)
+from megatron_distkv.ledger import DebtLedger, open_ledger, render_history
 from megatron_distkv.messages import InstanceStatus, StatusQuery, decode
+from megatron_distkv.pool import Member, check_instance, check_picture, picture_of, render_debts
 
 # Instances and ledger speak twice a second: books that differ for longer than this stay different.
 SETTLED_WITHIN_S = 3.0
 LOOK_AGAIN_S = 0.3
 ANSWER_TIMEOUT_S = 5.0
 _EVERYTHING = 1 << 20
-# Where an instance takes requests; a lender without a model takes none, and has no accounts to be asked for.
-_ADDRESS = "requests"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +47,7 @@ def _run(ledger: DebtLedger, args: argparse.Namespace) -> int:
         if args.history:
             print(render_history(ledger.events(args.events or _EVERYTHING)))
         else:
-            print(render_debts(ledger.snapshot()))
+            print(render_debts(picture_of(ledger.snapshot())))
             if args.events:
                 print(render_history(ledger.events(args.events)))
         if args.watch <= 0:
@@ -81,9 +72,9 @@ def _check(disagreements: Callable[[], list[str]]) -> int:
 
 
 def _disagreements(ledger: DebtLedger) -> list[str]:
-    snapshot = ledger.snapshot()
-    found = check_snapshot(snapshot)
-    for record in (record for record in snapshot.live if _ADDRESS in record.info):
+    picture = picture_of(ledger.snapshot())
+    found = check_picture(picture)
+    for record in (x for x in picture.live if x.takes_requests):  # a lender has no accounts to be asked for
         try:
             found += check_instance(record, _ask(record))
         except (OSError, UnreadableMessage) as error:
@@ -91,11 +82,11 @@ def _disagreements(ledger: DebtLedger) -> list[str]:
     return found
 
 
-def _ask(record: InstanceRecord) -> InstanceStatus:
+def _ask(record: Member) -> InstanceStatus:
     """The instance's own accounts, over its request socket on this host."""
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(ANSWER_TIMEOUT_S)
-        connection.connect(record.info[_ADDRESS])
+        connection.connect(record.info.requests)
         connection.sendall(framing.pack(StatusQuery(1)))
         (size,) = struct.unpack(">I", _receive(connection, 4))
         return decode(_receive(connection, min(size, framing.MAX_MESSAGE_BYTES)), InstanceStatus)

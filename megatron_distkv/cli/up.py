@@ -11,8 +11,9 @@ from megatron_distkv.config.base import load_config, parse_config
 from megatron_distkv.config.cluster import ClusterConfig
 from megatron_distkv.errors import UserError
 from megatron_distkv.launch.local_cluster import LocalCluster
-from megatron_distkv.ledger import render_debts, shown
+from megatron_distkv.ledger import shown
 from megatron_distkv.log import setup_logging
+from megatron_distkv.pool import picture_of, render_debts
 
 # How often the parts are looked after.
 WATCH_INTERVAL_S = 0.5
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"ledger: distkv ledger --ledger {shown(cluster.ledger_url)} --pool {config.ledger.pool}")
         if cluster.secret_file is not None:
             print(f"who joins must know its secret: DISTKV_SECRET=$(cat {cluster.secret_file})")
-        print(render_debts(cluster.ledger.snapshot()), flush=True)
+        print(render_debts(picture_of(cluster.ledger.snapshot())), flush=True)
         reported: set[str] = set()
         while not stop.wait(WATCH_INTERVAL_S):
             for name in set(cluster.dead_parts()) - reported:

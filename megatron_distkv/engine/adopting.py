@@ -8,9 +8,10 @@ from megatron_distkv.kvcache.block_table import BlockTable
 from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
 from megatron_distkv.log import get_logger
 from megatron_distkv.messages import AdoptHeader, InheritedSpan
-from megatron_distkv.rblock import InstanceId, LoanId
+from megatron_distkv.pool import Identity, Loans, Peer, RequestOwner
+from megatron_distkv.rblock import LoanId
 from megatron_distkv.request import Request
-from megatron_distkv.rmanager import Adoption, Adoptions, Borrowing, Identity, Lending, RManager, adopted_table
+from megatron_distkv.rmanager import Adoption, Adoptions, Lending, RManager, adopted_table
 
 logger = get_logger(__name__)
 
@@ -24,7 +25,7 @@ class Adopting:
         identity: Identity,
         allocator: RBlockAllocator,
         lending: Lending,
-        borrowing: Borrowing,
+        loans: Loans,
         rmanager: RManager,
         scheduler: Scheduler,
     ) -> None:
@@ -32,7 +33,7 @@ class Adopting:
         self._identity = identity
         self._allocator = allocator
         self._lending = lending
-        self._borrowing = borrowing
+        self._loans = loans
         self._rmanager = rmanager
         self._scheduler = scheduler
 
@@ -82,9 +83,10 @@ class Adopting:
         return has_it
 
     def _inherit(self, request: Request, table: BlockTable, loan_id: LoanId, span: InheritedSpan) -> bool:
-        used = table.block_ids_under(loan_id)
-        loan = self._borrowing.inherit(request.request_id, InstanceId(span.creditor), span.address, loan_id, used)
+        used, peer = table.block_ids_under(loan_id), Peer(span.creditor, span.epoch, span.address)
+        loan = self._loans.inherit(RequestOwner(request.request_id), peer, loan_id, used).result()
         if loan is not None:
+            self._loans.take_over(loan)
             table.rename_loan(loan_id, loan.loan_id)
         return loan is not None
 

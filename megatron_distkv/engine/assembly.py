@@ -1,10 +1,12 @@
 """The composition root of an instance's leader: what it is made of, and in which order."""
 
-import json
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import torch.distributed as dist
 
+from megatron_distkv.background import Fatal, Periodic
+from megatron_distkv.clock import Clock, SystemClock
 from megatron_distkv.config.instance import LONELY_LEDGER
 from megatron_distkv.engine.addresses import rank_address, request_socket
 from megatron_distkv.engine.admission import Admission
@@ -13,84 +15,164 @@ from megatron_distkv.engine.departure import Departure
 from megatron_distkv.engine.doors import Doors, advertised_address, warn_of_open_doors
 from megatron_distkv.engine.followers import FollowerRanks
 from megatron_distkv.engine.handover import Handover
+from megatron_distkv.engine.host_lender import open_host_lender
 from megatron_distkv.engine.instance_secret import share_instance_secret
-from megatron_distkv.engine.lender_desk import LenderDesk
-from megatron_distkv.engine.membership import Membership
+from megatron_distkv.engine.lender_handler import LenderHandler
 from megatron_distkv.engine.rank import Rank
 from megatron_distkv.engine.rank_memory import num_own_open_slots
 from megatron_distkv.engine.reporting import Reporting
 from megatron_distkv.engine.scheduler import Scheduler
-from megatron_distkv.engine.stranded import Stranded
+from megatron_distkv.engine.unplaceable import Unplaceable
+from megatron_distkv.errors import LedgerUnavailable
 from megatron_distkv.kvcache.open_slots import OpenSlots
 from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
-from megatron_distkv.ledger import HOST_RBLOCKS, WAYS, DebtLedger, write_ways
+from megatron_distkv.ledger import DebtLedger
+from megatron_distkv.pool import (
+    Candidates,
+    EndedLoans,
+    Links,
+    LoanBook,
+    Loans,
+    MemberInfo,
+    Membership,
+    Quarantine,
+)
 from megatron_distkv.rmanager import (
     Adoptions,
-    Borrowing,
-    Heartbeat,
-    LateReleases,
+    ControlChannels,
     Lending,
+    LinkProbe,
     NoFollowers,
-    PoolOutlook,
     RManager,
     SuccessorDesk,
-    Ways,
 )
 
+# Jobs that may wait for the ledger or for another member at one time: beside them the engine goes on.
+NUM_JOB_THREADS = 8
+# Members whose links are not known are looked for this often.
+PROBE_INTERVAL_S = 2.0
 
-@dataclass(frozen=True)
+
 class Parts:
-    """`allocator` has the pool's accounts, `host` those of own host memory."""
+    """All parts of an instance, by name. Others may call from its making on; `start` lets its threads run."""
 
-    allocator: RBlockAllocator
-    host: RBlockAllocator
-    membership: Membership
-    followers: FollowerRanks | None
-    borrowing: Borrowing
-    lending: Lending
-    adoptions: Adoptions
-    rmanager: RManager
-    scheduler: Scheduler
-    admission: Admission
-    reporting: Reporting
-    adopting: Adopting
-    departure: Departure
-    stranded: Stranded
-    doors: Doors
-    heartbeat: Heartbeat
-    ways: Ways
+    def __init__(self, rank: Rank, ledger: DebtLedger, clock: Clock | None = None) -> None:
+        """Raises UserError."""
+        config, me = rank.config, rank.identity
+        cache, limits = config.kv_cache, config.lending
+        self.rank, self.ledger = rank, ledger
+        self.clock: Clock = clock or SystemClock()
+        self.fatal = Fatal()
+        self.allocator = RBlockAllocator(cache.num_rblocks, limits.max_lent(cache.num_rblocks))
+        self.host = RBlockAllocator(cache.num_host_rblocks, max_lent=0)
+        self.followers = _connect_followers(rank)
+        revoker = self.followers or NoFollowers()
+        # What this process knows of the pool
+        self.membership = self._membership()
+        self.book = LoanBook(ledger, me)
+        self.jobs = ThreadPoolExecutor(NUM_JOB_THREADS, thread_name_prefix="pool-job")
+        self.control = ControlChannels(rank.peers, limits.min_deadline_s)
+        probe = LinkProbe(rank.peers, rank.shape, limits.deadline_s)
+        self.links = Links(self.clock, probe, self.membership.publish_links)
+        self.cooldown = Quarantine(self.clock)
+        self.candidates = Candidates(
+            ledger, self.membership, self.links, self.cooldown, rank.peers.lost, enabled=limits.enabled
+        )
+        self.ended_loans = EndedLoans(self.book, self.clock)
+        self.loans = Loans(
+            self.book, self.candidates, self.control, self.ended_loans, self.cooldown, self.jobs, self.clock,
+            enabled=limits.enabled,
+        )  # fmt: skip
+        # Who holds this instance's rBlocks
+        self.lending = Lending(
+            self.allocator, self.book, rank.loan_table, revoker, lambda: self.loans.num_borrowed > 0, self.jobs,
+            self.clock,
+        )  # fmt: skip
+        open_slots = OpenSlots(num_own_open_slots(config))
+        self.adoptions = Adoptions(self.allocator, rank.loan_table, revoker, cache.rblock_size, open_slots)
+        self.rmanager = RManager(
+            self.allocator, self.host, self.loans, self.candidates, self.links, self.cooldown, limits,
+            cache.rblock_size, open_slots, self.clock, self._want_totals, self.lending.ask_back,
+        )  # fmt: skip
+        # What it computes
+        self.scheduler = Scheduler(config.scheduler, self.rmanager, self.clock)
+        self.admission = Admission(rank.model, self.scheduler, self.rmanager)
+        self.reporting = Reporting(me.instance, self.allocator, self.host, self.loans, self.rmanager, self.scheduler)
+        self.unplaceable = Unplaceable(self.admission, self.scheduler, self.clock)
+        # Requests that come from instances that leave, and go when this one leaves
+        self.adopting = Adopting(
+            self.adoptions, me, self.allocator, self.lending, self.loans, self.rmanager, self.scheduler
+        )
+        desk = SuccessorDesk(self.control, rank.peers, me)
+        handover = Handover(
+            ledger, me, desk, self.loans, self.rmanager, self.scheduler, limits.max_moved_rblocks_per_step
+        )
+        self.departure = Departure(
+            self.admission, self.reporting, self.lending, self.rmanager, self.allocator, self.scheduler, self.loans,
+            self.adoptions, handover,
+        )  # fmt: skip
+        self.doors = self._open_doors()
+        # Threads
+        self.heartbeat = Periodic("heartbeat", self.membership.beat, self.membership.interval_s, self.fatal)
+        self.link_probes = Periodic("links", self._probe_links, lambda: PROBE_INTERVAL_S, self.fatal)
 
+    def start(self) -> None:
+        """Join the pool, and stay in it. Raises UserError."""
+        self.membership.report = lambda: self.reporting.report
+        self.membership.follow_ups = (self.ended_loans.tell, self.lending.reconcile)
+        self.membership.when_forgotten = self.lending.begin_restore
+        self.membership.join()
+        self.membership.beat()
+        self.heartbeat.start()
+        self.departure.host_lender = open_host_lender(self.rank.config, self.rank.shape)
+        if self.rank.config.lending.enabled and not self._is_lonely:
+            self.link_probes.start()
 
-def assemble(rank: Rank, ledger: DebtLedger) -> Parts:
-    """Everything but the first registration; others may call from now on. Raises UserError."""
-    config, me, peers = rank.config, rank.identity, rank.peers
-    cache, limits = config.kv_cache, config.lending
-    allocator = RBlockAllocator(cache.num_rblocks, limits.max_lent(cache.num_rblocks))
-    host = RBlockAllocator(cache.num_host_rblocks, max_lent=0)
-    membership = _membership(rank, ledger, allocator)
-    followers = _connect_followers(rank)
-    revoker = followers or NoFollowers()
-    ways = _ways(rank, ledger, membership)
-    outlook = PoolOutlook(ledger, me, peers, enabled=limits.enabled, ways=ways)
-    late_releases = LateReleases(ledger, me)
-    borrowing = Borrowing(ledger, me, peers, outlook, late_releases, limits.deadline_s)
-    lending = Lending(allocator, ledger, me, rank.loan_table, revoker, in_debt=lambda: borrowing.num_borrowed > 0)
-    open_slots = OpenSlots(num_own_open_slots(config))
-    adoptions = Adoptions(allocator, rank.loan_table, revoker, cache.rblock_size, open_slots)
-    rmanager = RManager(allocator, host, borrowing, outlook, limits, cache.rblock_size, open_slots)
-    scheduler = Scheduler(config.scheduler, rmanager)
-    admission = Admission(rank.model, scheduler, rmanager)
-    reporting = Reporting(me.instance, allocator, host, borrowing, rmanager, scheduler)
-    adopting = Adopting(adoptions, me, allocator, lending, borrowing, rmanager, scheduler)
-    desk = SuccessorDesk(peers, me, limits.deadline_s)
-    handover = Handover(ledger, me, desk, borrowing, rmanager, scheduler, limits.max_moved_rblocks_per_step)
-    departure = Departure(admission, reporting, lending, rmanager, allocator, scheduler, borrowing, adoptions, handover)
-    doors = _open_doors(rank, LenderDesk(lending, rank.creditor, adoptions))
-    heartbeat = Heartbeat(ledger, me, config.ledger, lending, late_releases, membership.join, lambda: reporting.report)
-    return Parts(
-        allocator, host, membership, followers, borrowing, lending, adoptions, rmanager, scheduler, admission,
-        reporting, adopting, departure, Stranded(admission, scheduler), doors, heartbeat, ways,
-    )  # fmt: skip
+    @property
+    def _is_lonely(self) -> bool:
+        return self.rank.config.ledger.url == LONELY_LEDGER
+
+    def _want_totals(self) -> None:
+        if not self.membership.is_recent:
+            self.heartbeat.hurry()
+
+    def _probe_links(self) -> None:
+        with suppress(LedgerUnavailable):
+            self.candidates.probe_links()
+
+    def _membership(self) -> Membership:
+        rank, config = self.rank, self.rank.config
+        info = MemberInfo(
+            shape=rank.shape,
+            requests=str(request_socket(config.run_dir, config.instance_id)),
+            query_us=rank.costs.query_us,
+            host_query_us=rank.costs.host_query_us,
+            host_rblocks=config.kv_cache.num_host_rblocks,
+            model=str(config.model.resolve()),
+            checkpoint=rank.fingerprint,
+            vocab_size=rank.model.vocab_size,
+            max_context_tokens=rank.model.max_context_tokens,
+            eos_token_ids=tuple(rank.model.eos_token_ids),
+        )
+        address = advertised_address(config.network, config.run_dir, config.instance_id, rank.parallel.size)
+        total = self.allocator.num_rblocks
+        return Membership(
+            self.ledger, rank.identity, config.ledger, address, total, total - self.allocator.max_lent, info, self.clock
+        )
+
+    def _open_doors(self) -> Doors:
+        rank, config = self.rank, self.rank.config
+        if not self._is_lonely:
+            warn_of_open_doors(config.network, rank.secret, config.ledger.pool)
+        return Doors(
+            config.network,
+            rank_address(config.run_dir, config.instance_id, 0),
+            0,
+            config.ledger.pool,
+            LenderHandler(self.lending, rank.creditor, self.adoptions).answer,
+            secret=rank.secret,
+            on_disconnect=rank.creditor.forget,
+        )
 
 
 def _connect_followers(rank: Rank) -> FollowerRanks | None:
@@ -100,46 +182,3 @@ def _connect_followers(rank: Rank) -> FollowerRanks | None:
     dist.barrier()  # the followers listen before this
     config = rank.config
     return FollowerRanks(config.run_dir, rank.identity.instance, config.ledger.pool, rank.parallel.size, secret)
-
-
-def _membership(rank: Rank, ledger: DebtLedger, allocator: RBlockAllocator) -> Membership:
-    config = rank.config
-    info = {
-        "requests": str(request_socket(config.run_dir, config.instance_id)),
-        "rblock_size": str(config.kv_cache.rblock_size),
-        **rank.costs,
-        HOST_RBLOCKS: str(config.kv_cache.num_host_rblocks),
-        "tensor_parallel": str(config.tensor_parallel),
-        "model": str(config.model.resolve()),
-        "vocab_size": str(rank.model.vocab_size),
-        "max_context_tokens": str(rank.model.max_context_tokens or ""),
-        "eos_token_ids": json.dumps(rank.model.eos_token_ids),
-    }
-    address = advertised_address(config.network, config.run_dir, config.instance_id, rank.parallel.size)
-    return Membership(ledger, rank.identity, config.ledger, address, allocator, rank.shape, info)
-
-
-def _ways(rank: Rank, ledger: DebtLedger, membership: Membership) -> Ways:
-    return Ways(
-        ledger,
-        rank.identity,
-        rank.shape,
-        rank.peers.dial,
-        lambda ways: membership.describe(**{WAYS: write_ways(ways)}),
-        rank.config.lending.deadline_s,
-    )
-
-
-def _open_doors(rank: Rank, desk: LenderDesk) -> Doors:
-    config = rank.config
-    if config.ledger.url != LONELY_LEDGER:
-        warn_of_open_doors(config.network, rank.secret, config.ledger.pool)
-    return Doors(
-        config.network,
-        rank_address(config.run_dir, config.instance_id, 0),
-        0,
-        config.ledger.pool,
-        desk.answer,
-        secret=rank.secret,
-        on_disconnect=rank.creditor.forget,
-    )

@@ -2,6 +2,7 @@
 
 import msgspec
 
+from megatron_distkv.pool import Peer
 from megatron_distkv.rblock import Span
 from megatron_distkv.rmanager.move import Move, Pull
 
@@ -25,7 +26,7 @@ class StepPlan(msgspec.Struct, frozen=True):
     moves: list[Move]
     pulls: list[Pull]
     pushes: list[Move]  # copies for a successor
-    creditors: dict[str, str]  # address by creditor, for each that some span names
+    creditors: list[Peer]  # those that some span names
 
     @property
     def logit_rows(self) -> list[int]:

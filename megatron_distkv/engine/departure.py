@@ -11,7 +11,8 @@ from megatron_distkv.engine.scheduler import Scheduler
 from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
 from megatron_distkv.ledger import InstanceState
 from megatron_distkv.messages import HandedOver
-from megatron_distkv.rmanager import Adoptions, Borrowing, Lending, Move, RManager
+from megatron_distkv.pool import Loans
+from megatron_distkv.rmanager import Adoptions, Lending, Move, RManager
 
 
 class Departure:
@@ -25,7 +26,7 @@ class Departure:
         rmanager: RManager,
         allocator: RBlockAllocator,
         scheduler: Scheduler,
-        borrowing: Borrowing,
+        loans: Loans,
         adoptions: Adoptions,
         handover: Handover,
     ) -> None:
@@ -35,7 +36,7 @@ class Departure:
         self._rmanager = rmanager
         self._allocator = allocator
         self._scheduler = scheduler
-        self._borrowing = borrowing
+        self._loans = loans
         self._adoptions = adoptions
         self._handover = handover
         self._ends_by_s: float | None = None
@@ -52,7 +53,7 @@ class Departure:
         if self._ends_by_s is None:
             return False
         num_lent = self._allocator.num_lent + (self.host_lender.allocator.num_lent if self.host_lender else 0)
-        is_empty = self._scheduler.is_idle and num_lent == 0 and not self._borrowing.has_bequests
+        is_empty = self._scheduler.is_idle and num_lent == 0 and not self._loans.has_transfers
         return is_empty or time.monotonic() > self._ends_by_s
 
     def begin(self, within_s: float) -> None:
@@ -66,10 +67,10 @@ class Departure:
     def begin_step(self) -> None:
         """Ask for what is still lent, and choose what goes next."""
         if self.is_under_way:
-            self._rmanager.reclaim_all()
+            self._rmanager.ask_back_all()
             if self.host_lender is not None:
                 self.host_lender.ask_back()
-            self._borrowing.settle_bequests()
+            self._loans.settle_transfers()
             self._handover.begin_step()
 
     def plan(self) -> list[Move]:

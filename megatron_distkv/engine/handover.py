@@ -13,12 +13,13 @@ from collections.abc import Mapping
 from megatron_distkv.engine.passage import Passage, RBlockHere
 from megatron_distkv.engine.scheduler import Scheduler
 from megatron_distkv.errors import LedgerUnavailable
-from megatron_distkv.ledger import DebtLedger, InstanceRecord, InstanceState
+from megatron_distkv.ledger import DebtLedger, InstanceState
 from megatron_distkv.log import get_logger
 from megatron_distkv.messages import HandedOver
+from megatron_distkv.pool import Identity, Loans, Member, RequestOwner, picture_of
 from megatron_distkv.rblock import num_rblocks_for
 from megatron_distkv.request import Request, RequestStatus
-from megatron_distkv.rmanager import Borrowing, Identity, Move, RManager, SuccessorDesk, new_adoption_id
+from megatron_distkv.rmanager import Move, RManager, SuccessorDesk, new_adoption_id
 from megatron_distkv.transport import is_elsewhere
 
 logger = get_logger(__name__)
@@ -34,7 +35,7 @@ class Handover:
         ledger: DebtLedger,
         identity: Identity,
         desk: SuccessorDesk,
-        borrowing: Borrowing,
+        loans: Loans,
         rmanager: RManager,
         scheduler: Scheduler,
         max_rblocks_per_step: int,
@@ -42,7 +43,7 @@ class Handover:
         self._ledger = ledger
         self._identity = identity
         self._desk = desk
-        self._borrowing = borrowing
+        self._loans = loans
         self._rmanager = rmanager
         self._scheduler = scheduler
         self._max_rblocks_per_step = max_rblocks_per_step
@@ -108,34 +109,34 @@ class Handover:
     def _all(self) -> list[Request]:
         return [*self._scheduler.waiting, *self._scheduler.running]
 
-    def _successors(self) -> list[InstanceRecord]:
+    def _successors(self) -> list[Member]:
         """Who could go on with a request, the freest first: on this host, as its gateway is."""
         able = [x for x in self._live() if x.takes_requests and x.state is InstanceState.UP]
         able = [x for x in able if not is_elsewhere(x.address)]
-        others = [x for x in able if x.instance != self._identity.instance and not self._desk.shuns(x.instance)]
+        others = [x for x in able if x.instance != self._identity.instance and not self._desk.has_lost(x.instance)]
         return sorted(others, key=lambda record: record.free, reverse=True)
 
-    def _live(self) -> tuple[InstanceRecord, ...]:
+    def _live(self) -> tuple[Member, ...]:
         try:
-            return self._ledger.snapshot().live
+            return picture_of(self._ledger.snapshot()).live
         except LedgerUnavailable:
             return ()
 
-    def _start(self, request: Request, successor: InstanceRecord) -> Passage | None:
+    def _start(self, request: Request, successor: Member) -> Passage | None:
         if num_rblocks_for(request.max_total_tokens, self._rmanager.rblock_size) > self._most(successor):
             return None  # it would never end there
         adoption_id = new_adoption_id(self._identity)
         passage = Passage(request, successor, adoption_id)
         return passage if self._has_room_for(passage, len(self._left(passage, whole=True)) + 1) else None
 
-    def _most(self, successor: InstanceRecord) -> int:
+    def _most(self, successor: Member) -> int:
         """rBlocks that a request may ever have there, without this instance and who was lost a moment ago."""
         others = (x for x in self._live() if x.instance not in (successor.instance, self._identity.instance))
-        others = (x for x in others if not self._desk.shuns(x.instance))
+        others = (x for x in others if not self._desk.has_lost(x.instance))
         lendable = sum(record.lendable_at_most for record in others if record.state is InstanceState.UP)
         return successor.total + successor.host_rblocks + lendable
 
-    def _make_smaller(self, request: Request, successor: InstanceRecord) -> None:
+    def _make_smaller(self, request: Request, successor: Member) -> None:
         """Nobody has room for all of it: let others than the freest hold some, as loans that go along with it."""
         left = self._left(Passage(request, successor, adoption_id=""), whole=True)
         excess = len(left) + 1 - successor.free
@@ -164,16 +165,16 @@ class Handover:
     def _close(self, passage: Passage) -> None:
         """All its rBlocks are at the successor or with creditors."""
         request = passage.request
-        loans = self._borrowing.loans_of(request.request_id)
+        loans = self._loans.of(RequestOwner(request.request_id))
         self._scheduler.settle(request)
         table, kept = self._rmanager.table(request), self._rmanager.movable_ranges(request)
-        adoption = passage.describe(table, {loan.loan_id: loan.address for loan in loans}, kept)
+        adoption = passage.describe(table, {loan.loan_id: loan.peer for loan in loans}, kept)
         if not self._desk.hand_over(passage.successor, adoption):
             self._give_up()
             return
         self._passage = None
         self._retry_at_s = float("-inf")
-        self._borrowing.bequeath(request.request_id, {span.loan_id for span in adoption.elsewhere})
+        self._loans.transfer(RequestOwner(request.request_id), {span.loan_id for span in adoption.elsewhere})
         self._scheduler.let_go(request)
         logger.info("%s goes on in %s", request.request_id, passage.successor.instance)
         self.farewells.append(HandedOver(request.request_id, passage.successor.instance, passage.adoption_id))

@@ -2,22 +2,26 @@
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 from megatron_distkv.attention import Creditor, LoanTable
+from megatron_distkv.background import Fatal, Periodic
+from megatron_distkv.clock import SystemClock
 from megatron_distkv.config.lender import LenderConfig
 from megatron_distkv.engine.addresses import rank_address
 from megatron_distkv.engine.closing import close_in_order
 from megatron_distkv.engine.doors import Doors, advertised_address, warn_of_open_doors
-from megatron_distkv.engine.lender_desk import LenderDesk
-from megatron_distkv.engine.membership import Membership, published_shape
+from megatron_distkv.engine.lender_handler import LenderHandler
 from megatron_distkv.errors import LedgerUnavailable, UserError
 from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
+from megatron_distkv.kvcache.rblock_pool import rank_pool, torch_dtype
 from megatron_distkv.kvcache.rblock_shape import RBlockShape
-from megatron_distkv.ledger import LENDER, QUERY_US, ROLE, DebtLedger, InstanceReport, InstanceState
+from megatron_distkv.ledger import DebtLedger, InstanceReport, InstanceState
 from megatron_distkv.log import get_logger
+from megatron_distkv.pool import Identity, LoanBook, MemberInfo, Membership, picture_of
 from megatron_distkv.rblock import InstanceId
-from megatron_distkv.rmanager import Heartbeat, Identity, LateReleases, Lending, NoFollowers
+from megatron_distkv.rmanager import Lending, NoFollowers
 from megatron_distkv.transport import read_secret
 
 logger = get_logger(__name__)
@@ -31,10 +35,8 @@ def shape_of_pool(ledger: DebtLedger, stop: threading.Event) -> RBlockShape | No
     """Waits for a pool's first member that says how its rBlocks look; None when `stop` came before."""
     while not stop.is_set():
         with suppress(LedgerUnavailable):
-            for record in ledger.snapshot().live:
-                shape = published_shape(record)
-                if shape is not None:
-                    return shape
+            for member in picture_of(ledger.snapshot()).live:
+                return member.info.shape
         stop.wait(WATCH_INTERVAL_S)
     return None
 
@@ -57,36 +59,35 @@ class Lender:
 
     def __init__(self, config: LenderConfig, shape: RBlockShape, ledger: DebtLedger) -> None:
         self._ledger = ledger
-        self._asked_back_s = 0.0
+        self.fatal = Fatal()
+        clock, identity = SystemClock(), Identity(InstanceId(config.lender_id))
         self.num_rblocks = num_rblocks_to_lend(config, shape)
         self.allocator = RBlockAllocator(self.num_rblocks, self.num_rblocks)
         self.loan_table = LoanTable()
-        self._identity = identity = Identity(InstanceId(config.lender_id))
-        address = advertised_address(config.network, config.run_dir, config.lender_id, 1)
-        self.lending = Lending(self.allocator, ledger, identity, self.loan_table, NoFollowers(), in_debt=lambda: False)
         shape = shape.of_one_rank()
         creditor = self._make_creditor(shape)
-        info = {ROLE: LENDER, QUERY_US: f"{creditor.warm_up():.1f}"}
-        membership = Membership(ledger, identity, config.ledger, address, self.allocator, shape, info)
+        info = MemberInfo(shape=shape, role="lender", query_us=creditor.warm_up())
+        address = advertised_address(config.network, config.run_dir, config.lender_id, 1)
+        membership = Membership(ledger, identity, config.ledger, address, self.num_rblocks, 0, info, clock)
         self._membership = membership
-        self._doors = self._open_doors(config, creditor)
-        self._heartbeat = Heartbeat(
-            ledger,
-            identity,
-            config.ledger,
-            self.lending,
-            LateReleases(ledger, identity),  # of loans that it took: there are none
-            membership.join,
-            lambda: InstanceReport(0, state=InstanceState.DRAINING if self.lending.draining else InstanceState.UP),
+        self._jobs = ThreadPoolExecutor(1, thread_name_prefix="pool-job")
+        self.lending = Lending(
+            self.allocator, LoanBook(ledger, identity), self.loan_table, NoFollowers(), lambda: False, self._jobs, clock
         )
+        self._doors = self._open_doors(config, creditor)
+        membership.report = lambda: InstanceReport(
+            0, state=InstanceState.DRAINING if self.lending.draining else InstanceState.UP
+        )
+        membership.follow_ups = (self.lending.reconcile,)
+        membership.when_forgotten = self.lending.begin_restore
+        self._heartbeat = Periodic("heartbeat", membership.beat, membership.interval_s, self.fatal)
         membership.join()
         self._heartbeat.start()
 
     def run(self, stop: threading.Event) -> None:
-        """Until `stop`; raises SupersededError when another has come under the same name."""
+        """Until `stop`; raises what ends it: that another has come under its name, or that a thread has failed."""
         while not stop.wait(WATCH_INTERVAL_S):
-            if self._heartbeat.superseded is not None:
-                raise self._heartbeat.superseded
+            self.fatal.raise_if_any()
         self.drain(DRAIN_WITHIN_S)
 
     def drain(self, within_s: float) -> None:
@@ -98,12 +99,9 @@ class Lender:
             self.ask_back()
 
     def ask_back(self) -> None:
-        """Lend nothing new, and ask for all that is still lent; not more often than a debtor could hear of it."""
+        """Lend nothing new, and recall all that is still lent."""
         self.lending.draining = True
-        if self.allocator.num_lent > 0 and time.monotonic() > self._asked_back_s + WATCH_INTERVAL_S:
-            self._asked_back_s = time.monotonic()
-            with suppress(LedgerUnavailable):
-                self._ledger.reclaim(self._identity.instance, self._identity.epoch, self.allocator.num_lent)
+        self.lending.ask_back(self.allocator.num_lent)
 
     def check_integrity(self) -> None:
         self.allocator.check_integrity([])
@@ -115,15 +113,16 @@ class Lender:
                 self._heartbeat.stop,
                 self._membership.leave,
                 self._doors.close,
+                lambda: self._jobs.shutdown(wait=False, cancel_futures=True),
                 self._ledger.close,
             ]
         )
 
     def _make_creditor(self, shape: RBlockShape) -> Creditor:
-        pool = shape.rank_pool(self.num_rblocks)
+        pool = rank_pool(shape, self.num_rblocks)
         logger.info("pool of %s", pool.describe())
         scale = shape.head_dim**-0.5
-        num_heads, dtype, head_dim = shape.query_heads_per_rank, shape.torch_dtype, shape.head_dim
+        num_heads, dtype, head_dim = shape.query_heads_per_rank, torch_dtype(shape), shape.head_dim
         return Creditor(pool.tensor_BLK2ND, self.loan_table, num_heads, dtype, scale, head_dim=head_dim)
 
     def _open_doors(self, config: LenderConfig, creditor: Creditor) -> Doors:
@@ -134,7 +133,7 @@ class Lender:
             rank_address(config.run_dir, config.lender_id, 0),
             0,
             config.ledger.pool,
-            LenderDesk(self.lending, creditor).answer,
+            LenderHandler(self.lending, creditor).answer,
             secret=secret,
             on_disconnect=creditor.forget,
         )

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from megatron_distkv.clock import Clock
 from megatron_distkv.config.instance import InstanceConfig
 from megatron_distkv.engine.instance import Instance
 from megatron_distkv.engine.rank import build_rank
@@ -30,11 +31,14 @@ class Completion:
 class LLM:
     """`with LLM(config) as llm: llm.generate([[1, 2, 3]], SamplingParams())`."""
 
-    def __init__(self, config: InstanceConfig) -> None:
+    def __init__(self, config: InstanceConfig, clock: Clock | None = None) -> None:
+        """Raises UserError."""
         parallel = init_tensor_parallel(config.tensor_parallel)
         if parallel.size > 1:
             raise UserError("the offline LLM runs on one rank; serve tensor-parallel models with `distkv serve`")
-        self.instance = Instance(build_rank(config, parallel), open_ledger(config.ledger.url, config.ledger.pool))
+        self.instance = Instance(
+            build_rank(config, parallel), open_ledger(config.ledger.url, config.ledger.pool), clock
+        )
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams | Sequence[SamplingParams]

@@ -28,7 +28,7 @@ def mailbox_sizes(config: InstanceConfig, memory: RankMemory) -> MailboxSizes:
     """Enough for questions and answers of attention, and for rBlocks that move, in either direction."""
     shape = memory.shape
     rows = most_answers(config) * shape.query_heads_per_rank
-    asked_bytes = HEADER_BYTES + rows * shape.head_dim * shape.torch_dtype.itemsize
+    asked_bytes = HEADER_BYTES + rows * shape.head_dim * shape.item_bytes
     answered_bytes = REPLY_HEADER_BYTES + rows * (shape.head_dim + 1) * 4
     moved_bytes = HEADER_BYTES + rblocks_per_message(config, memory) * memory.pool.rblock_bytes
     return MailboxSizes(max(asked_bytes, moved_bytes), max(answered_bytes, moved_bytes))

@@ -85,10 +85,10 @@ class ModelRunner:
 
     def _open_channels(self, plan: StepPlan, lost: dict[str, str]) -> dict[str, str]:
         unreachable = {}
-        for creditor, address in plan.creditors.items():
-            if creditor not in lost:
+        for peer in plan.creditors:
+            if peer.instance not in lost:
                 try:
-                    self._peers.reach(creditor, address)
+                    self._peers.reach(peer)
                 except PeerLost as error:
-                    unreachable[creditor] = error.reason
+                    unreachable[peer.instance] = error.reason
         return unreachable

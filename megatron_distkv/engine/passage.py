@@ -9,8 +9,8 @@ from msgspec.structs import replace
 
 from megatron_distkv.engine.receipt import receipt
 from megatron_distkv.kvcache.block_table import BlockTable
-from megatron_distkv.ledger import InstanceRecord
 from megatron_distkv.messages import AdoptHeader, InheritedSpan
+from megatron_distkv.pool import Member, Peer
 from megatron_distkv.rblock import HOST, LocalSpan, Span
 from megatron_distkv.request import Request, RequestStatus, gaps_before
 from megatron_distkv.rmanager import Move
@@ -31,7 +31,7 @@ class Passage:
     """
 
     request: Request
-    successor: InstanceRecord
+    successor: Member
     adoption_id: str
     block_ids: list[int] = field(default_factory=list)
     there: dict[int, int] = field(default_factory=dict)
@@ -75,8 +75,11 @@ class Passage:
             return []
         local_ids = [chosen[rblock].block_id for rblock in rblocks]
         remote_ids = [self.planned[rblock] for rblock in rblocks]
-        to, request_id = self.successor, self.request.request_id
-        return [Move(request_id, to.instance, to.address, self.adoption_id, local_ids, remote_ids, from_host)]
+        return [Move(self.request.request_id, self.peer, self.adoption_id, local_ids, remote_ids, from_host)]
+
+    @property
+    def peer(self) -> Peer:
+        return self.successor.peer
 
     def arrive(self) -> None:
         """The step has done what was planned for it."""
@@ -85,8 +88,8 @@ class Passage:
 
     # ------------------------------------------------------------------ telling the successor
 
-    def describe(self, table: BlockTable, addresses: Mapping[str, str], kept: Sequence[range]) -> AdoptHeader:
-        """All of the request that is not tokens. `addresses`: by loan, where its creditor is.
+    def describe(self, table: BlockTable, peers: Mapping[str, Peer], kept: Sequence[range]) -> AdoptHeader:
+        """All of the request that is not tokens. `peers`: the creditor of each loan.
 
         `kept`: positions whose KV goes along; the successor computes the others again.
         """
@@ -103,13 +106,15 @@ class Passage:
             time.monotonic() - request.arrival_s,
             replace(kv, num_recomputed_tokens=kv.num_recomputed_tokens + num_left),
             {rblock: block_id for rblock, block_id in self.there.items() if rblock in held},
-            self._elsewhere(table, addresses),
+            self._elsewhere(table, peers),
         )
 
-    def _elsewhere(self, table: BlockTable, addresses: Mapping[str, str]) -> list[InheritedSpan]:
+    def _elsewhere(self, table: BlockTable, peers: Mapping[str, Peer]) -> list[InheritedSpan]:
         """Spans with creditors, less what has been copied before it went there."""
         return [
-            InheritedSpan(first, block_ids, span.creditor, addresses[span.loan_id], span.loan_id)
+            InheritedSpan(
+                first, block_ids, span.creditor, peers[span.loan_id].epoch, peers[span.loan_id].address, span.loan_id
+            )
             for span in table.remote_spans()
             if span.creditor != HOST
             for first, block_ids in _runs(span, without=self.there)

@@ -1,6 +1,7 @@
 """What every tensor-parallel rank of an instance has: its part of the model, its pool, its channels."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from megatron_distkv.attention import (
     Creditor,
@@ -11,6 +12,7 @@ from megatron_distkv.attention import (
     StepShare,
     Verification,
 )
+from megatron_distkv.clock import SystemClock
 from megatron_distkv.config.instance import InstanceConfig
 from megatron_distkv.config.model import ModelConfig
 from megatron_distkv.engine.doors import tls_of
@@ -18,16 +20,24 @@ from megatron_distkv.engine.mailbox_sizes import mailbox_sizes, most_answers, rb
 from megatron_distkv.engine.model_runner import ModelRunner
 from megatron_distkv.engine.rank_memory import RankMemory, make_rank_memory, memory_in_words, rblock_shape
 from megatron_distkv.errors import ConfigError
+from megatron_distkv.kvcache.rblock_pool import torch_dtype
 from megatron_distkv.kvcache.rblock_shape import RBlockShape
-from megatron_distkv.ledger import HOST_QUERY_US, QUERY_US
 from megatron_distkv.log import get_logger
-from megatron_distkv.model import GPT, TensorParallel, build_gpt, find_checkpoint, load_weights, tile_rows
+from megatron_distkv.model import GPT, TensorParallel, build_gpt, find_checkpoint, fingerprint, load_weights, tile_rows
 from megatron_distkv.ops import backend_in_use
+from megatron_distkv.pool import Identity, Quarantine
 from megatron_distkv.rblock import InstanceId
-from megatron_distkv.rmanager import Identity, Migration, Peers
+from megatron_distkv.rmanager import Migration, Peers
 from megatron_distkv.transport import TensorSpec, read_secret
 
 logger = get_logger(__name__)
+
+
+class QueryCosts(NamedTuple):
+    """What a query over one rBlock takes in each tier, measured: microseconds."""
+
+    query_us: float
+    host_query_us: float | None
 
 
 @dataclass
@@ -36,8 +46,9 @@ class Rank:
     model: ModelConfig
     parallel: TensorParallel
     shape: RBlockShape
-    costs: dict[str, str]
-    """Of a query in each tier, measured: for the registration's info."""
+    costs: QueryCosts
+    fingerprint: str
+    """Of the weights: ranks of other tensor parallelism, and other formats, have the same."""
     identity: Identity
     peers: Peers
     loan_table: LoanTable
@@ -48,7 +59,7 @@ class Rank:
 
 def build_rank(config: InstanceConfig, parallel: TensorParallel) -> Rank:
     """Load the checkpoint and make this rank's pool; raises UserError (one sentence) when it cannot serve."""
-    model, gpt = _load(config, parallel)
+    model, gpt, weights = _load(config, parallel)
     shape = rblock_shape(model, config.kv_cache, parallel.size)
     memory = make_rank_memory(config, shape)
     if parallel.is_leader:
@@ -59,10 +70,10 @@ def build_rank(config: InstanceConfig, parallel: TensorParallel) -> Rank:
     runner = _runner(config, gpt, memory, peers, share)
     creditor = _creditor(memory, loan_table, share, parallel)
     costs = _warm_up(memory, creditor)
-    return Rank(config, model, parallel, shape, costs, identity, peers, loan_table, creditor, runner, secret)
+    return Rank(config, model, parallel, shape, costs, weights, identity, peers, loan_table, creditor, runner, secret)
 
 
-def _load(config: InstanceConfig, parallel: TensorParallel) -> tuple[ModelConfig, GPT]:
+def _load(config: InstanceConfig, parallel: TensorParallel) -> tuple[ModelConfig, GPT, str]:
     if config.deterministic and backend_in_use() != "cpu":
         raise ConfigError(
             f"deterministic needs the C++ kernels, and backend {backend_in_use()!r} serves here: "
@@ -72,14 +83,16 @@ def _load(config: InstanceConfig, parallel: TensorParallel) -> tuple[ModelConfig
     model = checkpoint.model if config.dtype is None else checkpoint.model.model_copy(update={"dtype": config.dtype})
     module = build_gpt(model, parallel)
     load_weights(module, checkpoint, model)
+    weights = fingerprint(module)
     if config.deterministic:
         tile_rows(module)
-    return model, GPT(module, model)
+    return model, GPT(module, model), weights
 
 
 def _peers(config: InstanceConfig, rank: int, identity: Identity, secret: bytes, memory: RankMemory) -> Peers:
     sizes, deadline_s = mailbox_sizes(config, memory), config.lending.deadline_s
-    return Peers(config.ledger.pool, identity, rank, sizes, deadline_s, secret, tls_of(config.network), memory.shape)
+    tls, lost = tls_of(config.network), Quarantine(SystemClock())
+    return Peers(config.ledger.pool, identity, lost, rank, sizes, deadline_s, secret, tls, memory.shape)
 
 
 def _runner(config: InstanceConfig, gpt: GPT, memory: RankMemory, peers: Peers, share: StepShare) -> ModelRunner:
@@ -101,7 +114,7 @@ def _creditor(memory: RankMemory, loan_table: LoanTable, share: StepShare, paral
         memory.pool.tensor_BLK2ND,
         loan_table,
         shape.query_heads_per_rank,
-        shape.torch_dtype,
+        torch_dtype(shape),
         memory.scale,
         share,
         rank=parallel.rank,
@@ -110,12 +123,11 @@ def _creditor(memory: RankMemory, loan_table: LoanTable, share: StepShare, paral
     )
 
 
-def _warm_up(memory: RankMemory, creditor: Creditor) -> dict[str, str]:
-    """What a query costs in each tier, in microseconds."""
-    costs = {QUERY_US: f"{creditor.warm_up():.1f}"}
+def _warm_up(memory: RankMemory, creditor: Creditor) -> QueryCosts:
+    costs = QueryCosts(creditor.warm_up(), None)
     if memory.host is not None:
-        us = memory.host.warm_up(memory.shape.query_heads_per_rank, memory.shape.torch_dtype)
-        costs[HOST_QUERY_US] = f"{us:.1f}"
+        dtype = torch_dtype(memory.shape)
+        costs = costs._replace(host_query_us=memory.host.warm_up(memory.shape.query_heads_per_rank, dtype))
     logger.info("pool of %s", memory.pool.describe())
     if memory.host_pool is not None:
         logger.info("host memory of %s", memory.host_pool.describe())

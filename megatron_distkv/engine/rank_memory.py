@@ -9,7 +9,7 @@ from megatron_distkv.config.instance import InstanceConfig, KVCacheConfig
 from megatron_distkv.config.model import ModelConfig
 from megatron_distkv.errors import UserError
 from megatron_distkv.kvcache.open_slots import OpenSlots
-from megatron_distkv.kvcache.rblock_pool import RBlockPool
+from megatron_distkv.kvcache.rblock_pool import RBlockPool, open_pool, rank_pool
 from megatron_distkv.kvcache.rblock_shape import RBlockShape
 
 
@@ -27,15 +27,15 @@ class RankMemory:
 
 def make_rank_memory(config: InstanceConfig, shape: RBlockShape) -> RankMemory:
     num_host, scale = config.kv_cache.num_host_rblocks, shape.head_dim**-0.5
-    pool = shape.rank_pool(config.kv_cache.num_rblocks)
-    host_pool = shape.rank_pool(num_host) if num_host else None
+    pool = rank_pool(shape, config.kv_cache.num_rblocks)
+    host_pool = rank_pool(shape, num_host) if num_host else None
     host = HostMemory(host_pool.tensor_BLK2ND, scale, shape.head_dim) if host_pool else None
     return RankMemory(shape, scale, pool, host_pool, host, _open_rblocks(config, shape, pool))
 
 
 def _open_rblocks(config: InstanceConfig, shape: RBlockShape, pool: RBlockPool) -> OpenRBlocks | None:
     num_slots = OpenSlots(num_own_open_slots(config)).num_slots
-    return OpenRBlocks(pool.tensor_BLK2ND, shape.open_pool(num_slots).tensor_BLK2ND) if num_slots else None
+    return OpenRBlocks(pool.tensor_BLK2ND, open_pool(shape, num_slots).tensor_BLK2ND) if num_slots else None
 
 
 def num_own_open_slots(config: InstanceConfig) -> int | None:

@@ -4,9 +4,10 @@ from megatron_distkv.engine.scheduler import Scheduler
 from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
 from megatron_distkv.ledger import InstanceReport, InstanceState, RequestPlacementEntry
 from megatron_distkv.messages import InstanceStatus
+from megatron_distkv.pool import Loans
 from megatron_distkv.rblock import InstanceId
 from megatron_distkv.request import Request
-from megatron_distkv.rmanager import Borrowing, RManager
+from megatron_distkv.rmanager import RManager
 
 
 class Reporting:
@@ -17,14 +18,14 @@ class Reporting:
         instance: InstanceId,
         allocator: RBlockAllocator,
         host: RBlockAllocator,
-        borrowing: Borrowing,
+        loans: Loans,
         rmanager: RManager,
         scheduler: Scheduler,
     ) -> None:
         self._instance = instance
         self._allocator = allocator
         self._host = host
-        self._borrowing = borrowing
+        self._loans = loans
         self._rmanager = rmanager
         self._scheduler = scheduler
         self.state = InstanceState.UP
@@ -53,7 +54,7 @@ class Reporting:
             free_rblocks=self._allocator.num_free,
             used_rblocks=self._allocator.num_used,
             lent_rblocks=self._allocator.num_lent,
-            borrowed_rblocks=self._borrowing.num_borrowed,
+            borrowed_rblocks=self._loans.num_borrowed,
             used_host_rblocks=self._host.num_used,
             num_steps=self.num_steps,
             num_preemptions=self._scheduler.num_preemptions,

@@ -4,11 +4,10 @@ There is no prefill or decode phase: every step only lets each request's compute
 within a token budget. A decode is one token behind, a new prompt is its whole length behind.
 """
 
-import random
-import time
 from collections import deque
 from typing import NamedTuple
 
+from megatron_distkv.clock import Clock
 from megatron_distkv.config.instance import SchedulerConfig
 from megatron_distkv.engine.kv_meter import KVMeter
 from megatron_distkv.engine.receipt import receipt
@@ -50,12 +49,15 @@ class _Wait(NamedTuple):
 
 
 class Scheduler:
-    def __init__(self, config: SchedulerConfig, rmanager: RManager) -> None:
+    def __init__(self, config: SchedulerConfig, rmanager: RManager, clock: Clock) -> None:
         self._config = config
+        self._clock = clock
         self._rmanager = rmanager
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # the most important first; of equals the oldest
         self.num_preemptions = 0
+        self.starved: set[str] = set()
+        """Requests for which the last step found no memory."""
         self._waits: dict[str, _Wait] = {}
         self._meter = KVMeter()
 
@@ -82,6 +84,7 @@ class Scheduler:
     def schedule(self) -> list[Scheduled]:
         """Requests and token counts of the next step. The rManager has made room for exactly these tokens."""
         self._rmanager.begin_step()
+        self.starved.clear()
         chosen: dict[str, Scheduled] = {}
         budget = self._config.max_batched_tokens
         for request, share in self._by_urgency(budget):
@@ -90,7 +93,7 @@ class Scheduler:
                 budget = self._config.max_batched_tokens - sum(item.num_tokens for item in chosen.values())
         self._admit(budget, chosen)
         self._rmanager.borrow_ahead()
-        for request in self._rmanager.bring_home():
+        for request in self._rmanager.fetch_back():
             logger.info("no room for what a creditor wants back: %d tokens again", request.num_lost_tokens)
             chosen.pop(request.request_id, None)
         self._note_memory()
@@ -117,15 +120,17 @@ class Scheduler:
 
     def _without_room(self, request: Request, chosen: dict[str, Scheduled]) -> None:
         """Wait a little; then take the room of the least important, which may be the request itself."""
-        self._rmanager.reclaim_for(request)
+        self.starved.add(request.request_id)
+        self._rmanager.ask_back_for(request)
         wait, last = self._wait_of(request), self.running[-1]
         patience_s = wait.gives_up_after_s if last is request else PREEMPT_AFTER_S
-        if time.monotonic() - wait.since_s > patience_s:
+        patience_s += 2 * self._rmanager.loan_latency_s  # what was wished for may still come
+        if self._clock.monotonic_s() - wait.since_s > patience_s:
             chosen.pop(last.request_id, None)
             self.preempt(last)
 
     def _wait_of(self, request: Request) -> _Wait:
-        fresh = _Wait(time.monotonic(), GIVE_UP_AFTER_S * (1 + random.random()))
+        fresh = _Wait(self._clock.monotonic_s(), GIVE_UP_AFTER_S * (1 + self._clock.random.random()))
         return self._waits.setdefault(request.request_id, fresh)
 
     def _admit(self, budget: int, chosen: dict[str, Scheduled]) -> None:
@@ -141,8 +146,9 @@ class Scheduler:
             elif self._displaces(request, chosen) or self._num_free_places <= 0:
                 return  # what has become free is the more important one's, in the next step
             else:
-                self._rmanager.reclaim_for(request)
-                if time.monotonic() - request.arrival_s > NO_OVERTAKING_AFTER_S:
+                self.starved.add(request.request_id)
+                self._rmanager.ask_back_for(request)
+                if self._clock.monotonic_s() - request.arrival_s > NO_OVERTAKING_AFTER_S:
                     return
 
     def _displaces(self, request: Request, chosen: dict[str, Scheduled]) -> bool:
@@ -150,7 +156,7 @@ class Scheduler:
         last = self.running[-1] if self.running else request
         if last.sampling.priority <= request.sampling.priority:
             return False
-        if time.monotonic() - self._wait_of(request).since_s <= PREEMPT_AFTER_S:
+        if self._clock.monotonic_s() - self._wait_of(request).since_s <= PREEMPT_AFTER_S:
             return False
         chosen.pop(last.request_id, None)
         self.preempt(last)

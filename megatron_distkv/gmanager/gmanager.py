@@ -7,6 +7,7 @@ from megatron_distkv.gmanager.debt_graph import debt_graph, find_cycle
 from megatron_distkv.gmanager.planner import plan
 from megatron_distkv.ledger import DebtLedger
 from megatron_distkv.log import get_logger
+from megatron_distkv.pool import picture_of
 
 logger = get_logger(__name__)
 # A leader that misses this many plans loses its lease.
@@ -34,11 +35,11 @@ class GManager:
             return 0
         for instance in self._ledger.expire():
             logger.warning("%s is dead: its lease has ended, its debts are void", instance)
-        snapshot = self._ledger.snapshot()
-        cycle = find_cycle(debt_graph(snapshot.loans))
+        picture = picture_of(self._ledger.snapshot())
+        cycle = find_cycle(debt_graph(picture.loans))
         if cycle is not None:
             logger.error("instances owe each other in a circle: %s", " -> ".join(cycle))
-        moves = plan(snapshot)
+        moves = plan(picture)
         if moves and self._ledger.publish_moves(self._candidate, moves):
             logger.info("planned %s", moves)
             return len(moves)

@@ -5,7 +5,8 @@ batch gains most from room). Each debtor's longest request is paired with the fr
 Ours, and simpler than the paper's: the gain is counted in rBlocks made free, not by a fitted model of step times.
 """
 
-from megatron_distkv.ledger import InstanceRecord, InstanceState, Move, PoolSnapshot, RequestPlacementEntry
+from megatron_distkv.ledger import InstanceState, Move, RequestPlacementEntry
+from megatron_distkv.pool import Member, Picture
 
 # Below this share of free memory an instance with waiting requests is a debtor.
 DEBTOR_FREE_SHARE = 0.25
@@ -15,12 +16,12 @@ CREDITOR_KEEPS_SHARE = 0.25
 MIN_MOVED_RBLOCKS = 4
 
 
-def plan(snapshot: PoolSnapshot) -> list[Move]:
+def plan(picture: Picture) -> list[Move]:
     """At most one move per debtor and per creditor and plan."""
-    creditors = sorted(filter(_may_lend, snapshot.live), key=lambda record: -record.free_to_lend)
+    creditors = sorted(filter(_may_lend, picture.live), key=lambda record: -record.free_to_lend)
     moves = []
-    for debtor in sorted(filter(_is_debtor, snapshot.live), key=lambda record: record.num_running):
-        entry = _longest_local(snapshot, debtor)
+    for debtor in sorted(filter(_is_debtor, picture.live), key=lambda record: record.num_running):
+        entry = _longest_local(picture, debtor)
         creditor = next((record for record in creditors if record.instance != debtor.instance), None)
         if entry is None or creditor is None:
             continue
@@ -31,15 +32,15 @@ def plan(snapshot: PoolSnapshot) -> list[Move]:
     return moves
 
 
-def _is_debtor(record: InstanceRecord) -> bool:
+def _is_debtor(record: Member) -> bool:
     return record.num_waiting > 0 and record.free < DEBTOR_FREE_SHARE * record.total
 
 
-def _may_lend(record: InstanceRecord) -> bool:
+def _may_lend(record: Member) -> bool:
     is_free = record.num_waiting == 0 and record.borrowed == 0 and record.free_to_lend > 0
     return is_free and record.state is InstanceState.UP
 
 
-def _longest_local(snapshot: PoolSnapshot, debtor: InstanceRecord) -> RequestPlacementEntry | None:
-    local = [entry for entry in snapshot.placements.get(debtor.instance, ()) if entry.is_local]
+def _longest_local(picture: Picture, debtor: Member) -> RequestPlacementEntry | None:
+    local = [entry for entry in picture.placements.get(debtor.instance, ()) if entry.is_local]
     return max(local, key=lambda entry: entry.num_rblocks, default=None)

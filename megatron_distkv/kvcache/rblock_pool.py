@@ -4,7 +4,10 @@ import torch
 
 from megatron_distkv.errors import ConfigError
 from megatron_distkv.kvcache.pool_memory import describe_pages, zeroed_pool
+from megatron_distkv.kvcache.rblock_shape import RBlockShape
 from megatron_distkv.rblock import int8_head_bytes
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class RBlockPool:
@@ -45,3 +48,23 @@ class RBlockPool:
         """For people: how much memory, and on what pages it lies by now."""
         size = f"{self.num_rblocks} rBlocks of {self.rblock_bytes / 2**10:.0f} KiB"
         return f"{size} on {describe_pages(self.tensor_BLK2ND)}"
+
+
+def torch_dtype(shape: RBlockShape) -> torch.dtype:
+    """The model's: of queries, and of K and V as they are computed."""
+    return _DTYPES[shape.dtype]
+
+
+def rank_pool(shape: RBlockShape, num_rblocks: int) -> RBlockPool:
+    """One rank's part of `num_rblocks` rBlocks."""
+    return _pool_of(shape, num_rblocks, torch.int8 if shape.kv_dtype == "int8" else torch_dtype(shape))
+
+
+def open_pool(shape: RBlockShape, num_rblocks: int) -> RBlockPool:
+    """The same for rBlocks that are still being filled, in the model's dtype."""
+    return _pool_of(shape, num_rblocks, torch_dtype(shape))
+
+
+def _pool_of(shape: RBlockShape, num_rblocks: int, dtype: torch.dtype) -> RBlockPool:
+    kv_heads = shape.num_kv_heads // shape.tensor_parallel
+    return RBlockPool(num_rblocks, shape.num_layers, kv_heads, shape.rblock_size, shape.head_dim, dtype)

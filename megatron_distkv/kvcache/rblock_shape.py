@@ -3,12 +3,10 @@
 from typing import Annotated, Literal
 
 import msgspec
-import torch
 
-from megatron_distkv.kvcache.rblock_pool import RBlockPool
 from megatron_distkv.rblock import int8_head_bytes
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_ITEM_BYTES = {"fp32": 4, "bf16": 2}
 Positive = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
 
 
@@ -31,19 +29,14 @@ class RBlockShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
             raise ValueError("rBlocks in int8 need an even rblock_size or head_dim, for the alignment of their scales")
 
     @property
-    def torch_dtype(self) -> torch.dtype:
-        """The model's: of queries, and of K and V as they are computed."""
-        return _DTYPES[self.dtype]
-
-    @property
     def kv_name(self) -> str:
         """Of the dtype of K and V in a pool."""
         return "int8" if self.kv_dtype == "int8" else self.dtype
 
     @property
-    def kv_torch_dtype(self) -> torch.dtype:
-        """Of K and V in a pool."""
-        return torch.int8 if self.kv_dtype == "int8" else self.torch_dtype
+    def item_bytes(self) -> int:
+        """Of one number in the model's dtype."""
+        return _ITEM_BYTES[self.dtype]
 
     @property
     def query_heads_per_rank(self) -> int:
@@ -52,7 +45,7 @@ class RBlockShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     @property
     def rblock_bytes(self) -> int:
         """Of one rBlock, on all ranks together; the scales of int8 are part of it."""
-        head_bytes = 2 * self.rblock_size * self.head_dim * self.torch_dtype.itemsize
+        head_bytes = 2 * self.rblock_size * self.head_dim * self.item_bytes
         if self.kv_dtype == "int8":
             head_bytes = int8_head_bytes(self.rblock_size, self.head_dim)
         return self.num_layers * self.num_kv_heads * head_bytes
@@ -60,20 +53,7 @@ class RBlockShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     @property
     def query_bytes_per_rank(self) -> int:
         """Of one decode's question to a creditor and its answer, in one layer, for one rank's heads."""
-        answer = 4 if self.torch_dtype == torch.float32 else 2  # attention.debtor.wire_dtype
-        return self.query_heads_per_rank * (self.head_dim * (self.torch_dtype.itemsize + answer) + 4)
-
-    def rank_pool(self, num_rblocks: int) -> RBlockPool:
-        """One rank's part of `num_rblocks` rBlocks."""
-        return self._pool_of(num_rblocks, self.kv_torch_dtype)
-
-    def open_pool(self, num_rblocks: int) -> RBlockPool:
-        """The same for rBlocks that are still being filled, in the model's dtype."""
-        return self._pool_of(num_rblocks, self.torch_dtype)
-
-    def _pool_of(self, num_rblocks: int, dtype: torch.dtype) -> RBlockPool:
-        kv_heads = self.num_kv_heads // self.tensor_parallel
-        return RBlockPool(num_rblocks, self.num_layers, kv_heads, self.rblock_size, self.head_dim, dtype)
+        return self.query_heads_per_rank * (self.head_dim * 2 * self.item_bytes + 4)  # answers: debtor.wire_dtype
 
     def of_one_rank(self) -> "RBlockShape":
         """The same rBlocks, held by one rank."""

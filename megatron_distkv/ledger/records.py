@@ -1,19 +1,10 @@
 """What the ledger stores and answers, as plain frozen records."""
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from megatron_distkv.ledger.way_costs import WAYS, WayCost, read_ways
-from megatron_distkv.rblock import InstanceId, LoanId
-
-# In a registration's `info`: what the member is. Instances, which take requests, say nothing.
-ROLE, LENDER = "role", "lender"
-# And how many rBlocks it has in its own host memory, beside those that the ledger accounts for.
-HOST_RBLOCKS = "host_rblocks"
-# What a query over one rBlock costs in its pool, and in its host memory: microseconds, measured when it started.
-QUERY_US, HOST_QUERY_US = "query_us", "host_query_us"
+from megatron_distkv.rblock import InstanceId, LoanKey
 
 
 class InstanceState(StrEnum):
@@ -44,6 +35,23 @@ class RequestPlacementEntry:
     is_local: bool
 
 
+def in_order(placements: Iterable[RequestPlacementEntry]) -> tuple[RequestPlacementEntry, ...]:
+    """As the ledger keeps them: those of no rBlocks left out, the last one of each request and holder."""
+    by_key = {(entry.request_id, entry.holder): entry for entry in placements}
+    return tuple(by_key[key] for key in sorted(by_key) if by_key[key].num_rblocks > 0)
+
+
+# Heartbeats of a large pool: so many members have room for one each second in 80 % of a server's core, with readers
+# beside them (tools/bench/ledger_scale). Smaller pools keep their members' own interval.
+HEARTBEATS_PER_S = 4000
+UNHURRIED_MEMBERS = 1000
+
+
+def heartbeat_interval_s(num_members: int) -> float:
+    """What the ledger asks members to wait at least."""
+    return num_members / HEARTBEATS_PER_S if num_members > UNHURRIED_MEMBERS else 0.0
+
+
 @dataclass(frozen=True)
 class InstanceReport:
     """What a heartbeat says. Only local use, so that a late one cannot overwrite a reservation."""
@@ -53,14 +61,14 @@ class InstanceReport:
     num_running: int = 0
     num_waiting: int = 0
     max_request_tokens: int = 0
-    placements: tuple[RequestPlacementEntry, ...] = ()  # changed entries only; 0 rBlocks deletes
+    placements: tuple[RequestPlacementEntry, ...] | None = None  # all of them; None: as in the last answered report
 
 
 @dataclass(frozen=True)
 class Recall:
     """The creditor wants a loan's rBlocks back."""
 
-    loan_id: LoanId
+    key: LoanKey
     debtor: InstanceId
     num_rblocks: int
 
@@ -77,30 +85,38 @@ class Move:
 
 @dataclass(frozen=True)
 class HeartbeatReply:
-    """`known` False: this epoch is not the live one, register again; the rest is then empty."""
+    """`known` False: this epoch is not the live one, register again; the rest is then empty.
+
+    What others would lend and how many members there are was counted a moment ago: a quarter of a ms for each member.
+    """
 
     known: bool
     generation: str = ""
     lent: int = 0
     borrowed: int = 0
     free: int = 0
+    lendable_now: int = 0  # rBlocks that all others together would lend now
+    lending_caps: int = 0  # and at most, when none of them that is up uses its own memory
+    num_members: int = 0  # this one too
+    interval_s: float = 0.0  # the ledger asks for no more than one heartbeat in this time
     recalls: tuple[Recall, ...] = ()
     moves: tuple[Move, ...] = ()
 
 
 @dataclass(frozen=True)
 class Creditor:
-    """An instance that would lend `free_rblocks` rBlocks now."""
+    """An instance that would lend `free_rblocks` rBlocks now; `info` is empty where it cannot be read."""
 
     instance: InstanceId
     epoch: int
     address: str
     free_rblocks: int
+    info: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Loan:
-    loan_id: LoanId
+    key: LoanKey
     debtor: InstanceId
     debtor_epoch: int
     creditor: InstanceId
@@ -108,9 +124,15 @@ class Loan:
     num_rblocks: int
     state: LoanState
 
+    @property
+    def is_active(self) -> bool:
+        return self.state is LoanState.ACTIVE
+
 
 @dataclass(frozen=True)
-class InstanceRecord:
+class MemberCounts:
+    """What the ledger counts of one life of a member."""
+
     instance: InstanceId
     epoch: int
     address: str
@@ -124,32 +146,6 @@ class InstanceRecord:
     num_waiting: int
     max_request_tokens: int
     lease_left_ms: int
-    info: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def takes_requests(self) -> bool:
-        """False: a memory-only lender."""
-        return self.info.get(ROLE) != LENDER
-
-    @property
-    def host_rblocks(self) -> int:
-        """rBlocks of its own host memory; never lent, so they are in no other count."""
-        said = self.info.get(HOST_RBLOCKS, "")
-        return int(said) if said.isdecimal() else 0
-
-    @property
-    def query_us(self) -> float | None:
-        """None: it has not measured what a query over one of its rBlocks costs."""
-        return _positive(self.info.get(QUERY_US, ""))
-
-    @property
-    def host_query_us(self) -> float | None:
-        return _positive(self.info.get(HOST_QUERY_US, ""))
-
-    @property
-    def ways(self) -> dict[str, WayCost]:
-        """What it has measured of its ways to others."""
-        return read_ways(self.info.get(WAYS, ""))
 
     @property
     def lendable_at_most(self) -> int:
@@ -166,9 +162,8 @@ class InstanceRecord:
         return max(0, self.total - self.local_used - self.lent)
 
 
-def _positive(said: str) -> float | None:
-    try:
-        number = float(said)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) and number > 0 else None
+@dataclass(frozen=True)
+class InstanceRecord(MemberCounts):
+    """`info`: what the member says of itself, in words that only members read."""
+
+    info: Mapping[str, str] = field(default_factory=dict)

@@ -19,6 +19,7 @@ class InheritedSpan(msgspec.Struct, frozen=True):
     first: Count
     block_ids: list[BlockId]
     creditor: str
+    epoch: Serial  # of the creditor
     address: str
     loan_id: str
 

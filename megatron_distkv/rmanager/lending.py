@@ -4,21 +4,30 @@ The ledger holds the promise, the allocator the truth: a loan is real once `allo
 """
 
 import threading
-import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
-from megatron_distkv.attention import LoanTable
+from megatron_distkv.clock import Clock
 from megatron_distkv.errors import LedgerUnavailable
 from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
-from megatron_distkv.ledger import DebtLedger, LoanState
 from megatron_distkv.log import get_logger
 from megatron_distkv.messages import InheritHeader, LendHeader, LendReply, Refusal
-from megatron_distkv.rblock import InstanceId, LoanId, loan_name
-from megatron_distkv.rmanager.identity import Identity
+from megatron_distkv.pool import LoanBook
+from megatron_distkv.rblock import InstanceId, LoanId, loan_key, loan_name
 
 logger = get_logger(__name__)
+# Debtors need a heartbeat to hear of a recall: asking more often only repeats it.
+ASK_BACK_INTERVAL_S = 1.0
+
+
+class Grants(Protocol):
+    """Which rBlocks of this rank each debtor may use (attention.LoanTable)."""
+
+    def grant(self, loan_id: str, debtor: str, block_ids: Sequence[int]) -> None: ...
+    def revoke(self, loan_id: str) -> None: ...
 
 
 class Followers(Protocol):
@@ -46,82 +55,118 @@ class Lent:
 
 
 class Lending:
-    """Accepts, ends and restores loans. `in_debt` tells whether this instance borrows itself: then it lends nothing."""
+    """Accepts, ends and restores loans. `in_debt` tells whether this instance borrows itself: then it lends nothing.
+
+    The lock is held for looking and writing down, never while anybody else is asked: neither the ledger nor the other
+    ranks. A loan that is being ended keeps its rBlocks, and its id, until all ranks have revoked it.
+    """
 
     def __init__(
         self,
         allocator: RBlockAllocator,
-        ledger: DebtLedger,
-        identity: Identity,
-        loan_table: LoanTable,
+        book: LoanBook,
+        grants: Grants,
         followers: Followers,
         in_debt: Callable[[], bool],
+        jobs: Executor,
+        clock: Clock,
     ) -> None:
         self._allocator = allocator
-        self._ledger = ledger
-        self._identity = identity
-        self._loan_table = loan_table
+        self._book = book
+        self._grants = grants
         self._followers = followers
         self._in_debt = in_debt
+        self._jobs = jobs
+        self._clock = clock
         self._lent: dict[LoanId, Lent] = {}
-        self._lock = threading.RLock()
+        self._ending: set[LoanId] = set()
         self._restore_until_s: dict[LoanId, float] = {}
+        self._lock = threading.Lock()
+        self._asking_back: Future[None] | None = None
+        self._ask_back_again_at_s = float("-inf")
         self.draining = False
+
+    # ------------------------------------------------------------------ what debtors ask, on channel threads
 
     def lend(self, header: LendHeader) -> LendReply:
         """Answer to a debtor that has reserved in the ledger: the rBlocks, or why not. Idempotent by loan id."""
         loan_id = LoanId(header.loan_id)
+        terms = Lent(InstanceId(header.debtor), header.debtor_epoch, header.num_rblocks)
         with self._lock:
-            refusal = self._why_not(header)
+            refusal = self._why_not(loan_id, terms)
             if refusal is not None:
                 return LendReply(refusal=refusal)
             block_ids = self._allocator.lend(loan_id, header.num_rblocks)
             if block_ids is None:
                 return LendReply(refusal=self._why_no_memory(header.num_rblocks))
-            self._grant(loan_id, header, block_ids)
-            refusal = self._accept_in_ledger(loan_id)
-            if refusal is not None:
-                self._end(loan_id)
-                return LendReply(refusal=refusal)
+            self._lent[loan_id] = terms
+        self._grant(loan_id, terms.debtor, block_ids)
+        refusal = self._book.accept(loan_id)
+        if refusal is not None:
+            self._end(loan_id)
+            return LendReply(refusal=refusal)
         return LendReply(block_ids=list(block_ids))
 
     def release(self, loan_id: LoanId, debtor: str) -> Refusal | None:
         """The debtor gives a loan back. An unknown loan is fine: it ended before."""
         with self._lock:
             lent = self._lent.get(loan_id)
-            if lent is None:
-                return None
-            if lent.debtor != debtor:
-                return Refusal.UNKNOWN_LOAN
-            self._end(loan_id)
+        if lent is None:
+            return None
+        if lent.debtor != debtor:
+            return Refusal.UNKNOWN_LOAN
+        self._end(loan_id)
         self._release_in_ledger(loan_id)
         return None
 
-    def transfer(self, header: InheritHeader, heir: InstanceId) -> LendReply:
+    def transfer(self, header: InheritHeader, debtor: InstanceId) -> LendReply:
         """Another debtor takes a loan over, with all that lies in it."""
         loan_id, new_loan_id = LoanId(header.loan_id), LoanId(header.new_loan_id)
         with self._lock:
             lent = self._lent.get(loan_id)
-            if lent is None or new_loan_id in self._lent:
+            if lent is None or new_loan_id in self._lent or new_loan_id in self._ending:
                 return LendReply(refusal=Refusal.UNKNOWN_LOAN)
-            refusal = self._transfer_in_ledger(loan_id, new_loan_id, heir, header.heir_epoch)
-            if refusal is not None:
-                return LendReply(refusal=refusal)
-            self._revoke(loan_id)
-            block_ids = self._allocator.rename_loan(loan_id, new_loan_id)
-            terms = LendHeader(new_loan_id, heir, header.heir_epoch, lent.num_rblocks)
-            self._grant(new_loan_id, terms, block_ids)
+        refusal = self._book.transfer(loan_id, new_loan_id, debtor, header.heir_epoch)
+        if refusal is not None:
+            return LendReply(refusal=refusal)
+        with self._lock:
+            if self._lent.pop(loan_id, None) is None:  # it ended meanwhile, and its rBlocks with it
+                return LendReply(refusal=Refusal.UNKNOWN_LOAN)
+            self._ending.add(loan_id)
+            self._lent[new_loan_id] = Lent(debtor, header.heir_epoch, lent.num_rblocks)
+        self._revoke(loan_id)
+        block_ids = self._allocator.rename_loan(loan_id, new_loan_id)
+        self._grant(new_loan_id, debtor, block_ids)
+        self._ending.discard(loan_id)
         return LendReply(block_ids=list(block_ids))
 
+    # ------------------------------------------------------------------ what this instance does with them
+
     def keep(self, loan_id: LoanId) -> tuple[int, ...]:
-        """A debtor's request goes on here: this instance uses what it borrowed itself. Empty: the loan has ended."""
-        with self._lock:
-            if loan_id not in self._lent:
-                return ()
-            self._revoke(loan_id)
-            block_ids = self._allocator.keep_lent(loan_id)
-        self._release_in_ledger(loan_id)
+        """A debtor's request goes on here: this instance uses what it borrowed itself. Empty: the loan has ended.
+
+        The engine's thread calls it: the ledger hears of it later.
+        """
+        if not self._begin_end(loan_id):
+            return ()
+        self._revoke(loan_id)
+        block_ids = self._allocator.keep_lent(loan_id)
+        self._ending.discard(loan_id)
+        self._jobs.submit(self._release_in_ledger, loan_id)
         return block_ids
+
+    def ask_back(self, num_rblocks: int) -> None:
+        """Recall so many rBlocks of debtors, through the ledger; never waits."""
+        now_s, is_asking = self._clock.monotonic_s(), self._asking_back is not None and not self._asking_back.done()
+        if num_rblocks > 0 and not is_asking and now_s >= self._ask_back_again_at_s:
+            self._ask_back_again_at_s = now_s + ASK_BACK_INTERVAL_S
+            self._asking_back = self._jobs.submit(self._reclaim, num_rblocks)
+
+    def _reclaim(self, num_rblocks: int) -> None:
+        with suppress(LedgerUnavailable):
+            self._book.reclaim(num_rblocks)
+
+    # ------------------------------------------------------------------ beside the ledger, with every heartbeat
 
     def reconcile(self) -> None:
         """Make this table and the ledger's equal again; raises LedgerUnavailable.
@@ -131,19 +176,16 @@ class Lending:
         """
         self._restore_pending()
         with self._lock:
-            mine = self._lent.keys() - self._restore_until_s.keys()
-        in_ledger = {
-            loan.loan_id: loan for loan in self._ledger.loans_of(self._identity.instance, self._identity.epoch)
-        }
-        for loan_id in mine - in_ledger.keys():
-            logger.info("loan %s has ended in the ledger: taking its rBlocks back", loan_name(loan_id))
-            with self._lock:
-                self._end(loan_id)
-        for loan_id, loan in in_ledger.items():
-            with self._lock:
-                is_orphan = loan.state is LoanState.ACTIVE and loan_id not in self._lent
-            if is_orphan:
-                self._release_in_ledger(loan_id)
+            mine = {loan_key(loan_id): loan_id for loan_id in self._lent.keys() - self._restore_until_s.keys()}
+        in_ledger = self._book.lent()
+        for key in mine.keys() - in_ledger.keys():
+            logger.info("loan %s has ended in the ledger: taking its rBlocks back", loan_name(key))
+            self._end(mine[key])
+        with self._lock:
+            known = {loan_key(loan_id) for loan_id in self._lent}
+        for key, loan in in_ledger.items():
+            if loan.is_active and key not in known:
+                self._book.release(key)
 
     def begin_restore(self, patience_s: float) -> None:
         """The ledger has forgotten this instance: from now on `reconcile` says again what it lends.
@@ -151,73 +193,61 @@ class Lending:
         A debtor may register later than we do, so one that the ledger does not know yet gets `patience_s`.
         """
         with self._lock:
-            self._restore_until_s = dict.fromkeys(self._lent, time.monotonic() + patience_s)
+            self._restore_until_s = dict.fromkeys(self._lent, self._clock.monotonic_s() + patience_s)
 
     def _restore_pending(self) -> None:
-        me = self._identity
         for loan_id, until_s in list(self._restore_until_s.items()):
             with self._lock:
                 lent = self._lent.get(loan_id)
-            refusal = lent and self._ledger.restore(
-                loan_id, lent.debtor, lent.debtor_epoch, me.instance, me.epoch, lent.num_rblocks
-            )
-            if refusal is Refusal.STALE_DEBTOR and time.monotonic() < until_s:
+            refusal = lent and self._book.restore(loan_id, lent.debtor, lent.debtor_epoch, lent.num_rblocks)
+            if refusal is Refusal.STALE_DEBTOR and self._clock.monotonic_s() < until_s:
                 continue
             del self._restore_until_s[loan_id]
             if refusal:
-                logger.warning(
-                    "loan %s cannot be restored (%s): taking its rBlocks back", loan_name(loan_id), refusal.value
-                )
-                with self._lock:
-                    self._end(loan_id)
+                name = loan_name(loan_id)
+                logger.warning("loan %s cannot be restored (%s): taking its rBlocks back", name, refusal.value)
+                self._end(loan_id)
 
-    def _why_not(self, header: LendHeader) -> Refusal | None:
+    # ------------------------------------------------------------------ inside
+
+    def _why_not(self, loan_id: LoanId, terms: Lent) -> Refusal | None:
         if self.draining:
             return Refusal.DRAINING
-        if header.debtor == self._identity.instance:
+        if terms.debtor == self._book.identity.instance:
             return Refusal.SELF
         if self._in_debt():
             return Refusal.IN_DEBT
-        known = self._lent.get(LoanId(header.loan_id))
-        terms = Lent(InstanceId(header.debtor), header.debtor_epoch, header.num_rblocks)
-        return Refusal.CONFLICT if known is not None and known != terms else None
+        is_known_otherwise = loan_id in self._ending or self._lent.get(loan_id, terms) != terms
+        return Refusal.CONFLICT if is_known_otherwise else None
 
     def _why_no_memory(self, count: int) -> Refusal:
         return Refusal.CAP if self._allocator.can_allocate(count) else Refusal.FULL
 
-    def _grant(self, loan_id: LoanId, header: LendHeader, block_ids: Sequence[int]) -> None:
-        self._lent[loan_id] = Lent(InstanceId(header.debtor), header.debtor_epoch, header.num_rblocks)
-        self._followers.grant(loan_id, header.debtor, block_ids)
-        self._loan_table.grant(loan_id, header.debtor, block_ids)
+    def _grant(self, loan_id: LoanId, debtor: str, block_ids: Sequence[int]) -> None:
+        self._followers.grant(loan_id, debtor, block_ids)
+        self._grants.grant(loan_id, debtor, block_ids)
 
-    def _accept_in_ledger(self, loan_id: LoanId) -> Refusal | None:
-        try:
-            return self._ledger.accept(loan_id, self._identity.instance, self._identity.epoch)
-        except LedgerUnavailable:
-            return Refusal.LEDGER_DOWN
+    def _begin_end(self, loan_id: LoanId) -> bool:
+        """False: it has ended before, or another thread is about to end it."""
+        with self._lock:
+            if self._lent.pop(loan_id, None) is None:
+                return False
+            self._ending.add(loan_id)
+            return True
 
     def _end(self, loan_id: LoanId) -> None:
         """Revoke on every rank first, then free: no late write of a debtor can reach a reused rBlock."""
-        if loan_id in self._lent:
+        if self._begin_end(loan_id):
             self._revoke(loan_id)
             self._allocator.end_loan(loan_id)
+            self._ending.discard(loan_id)
 
     def _revoke(self, loan_id: LoanId) -> None:
-        del self._lent[loan_id]
-        self._loan_table.revoke(loan_id)
+        self._grants.revoke(loan_id)
         self._followers.revoke(loan_id)
-
-    def _transfer_in_ledger(
-        self, loan_id: LoanId, new_loan_id: LoanId, heir: InstanceId, heir_epoch: int
-    ) -> Refusal | None:
-        me = self._identity
-        try:
-            return self._ledger.transfer(loan_id, new_loan_id, heir, heir_epoch, me.instance, me.epoch)
-        except LedgerUnavailable:
-            return Refusal.LEDGER_DOWN
 
     def _release_in_ledger(self, loan_id: LoanId) -> None:
         try:
-            self._ledger.release(loan_id, self._identity.instance, self._identity.epoch)
+            self._book.release(loan_key(loan_id))
         except LedgerUnavailable:
             logger.warning("loan %s ended here; the ledger will hear of it later", loan_name(loan_id))

@@ -56,7 +56,7 @@ class Migration:
             data = gather_rblocks(self._pool, torch.tensor(move.local_ids, dtype=torch.int64))
             self._host.store(data, move.remote_ids)
             return
-        channel = self._peers.reach(move.creditor, move.address)
+        channel = self._peers.reach(move.peer)
         for local_ids, remote_ids in self._portions(move):
             header = msgspec.msgpack.encode(StoreHeader(move.loan_id, remote_ids))
             data = self._gather(local_ids, from_host=move.from_host)
@@ -72,7 +72,7 @@ class Migration:
         return data
 
     def _pull(self, pull: Pull) -> None:
-        channel = self._peers.reach(pull.creditor, pull.address)
+        channel = self._peers.reach(pull.peer)
         for local_ids, remote_ids in self._portions(pull):
             header = msgspec.msgpack.encode(FetchHeader(pull.loan_id, remote_ids))
             reply = channel.call(MessageKind.FETCH, header, deadline_s=self._deadline_s)

@@ -1,14 +1,14 @@
 """Channels of one rank to the same rank of other instances, opened when first needed."""
 
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from megatron_distkv.attention import HeadShare, Line, Part, SplitChannel
 from megatron_distkv.errors import PeerLost
+from megatron_distkv.kvcache.rblock_pool import rank_pool
 from megatron_distkv.kvcache.rblock_shape import RBlockShape
 from megatron_distkv.log import get_logger
-from megatron_distkv.rmanager.identity import Identity
+from megatron_distkv.pool import Identity, Peer, Quarantine
 from megatron_distkv.transport import OPEN_POOL, Channel, Hello, TensorSpec, Tls, connect, parse_address
 from megatron_distkv.transport.hello import PROTOCOL_VERSION
 
@@ -28,7 +28,7 @@ _NO_ROOM = MailboxSizes(4096, 4096)
 
 
 class Peers(Mapping[str, Line]):
-    """Open channels by peer. Only the engine's thread uses them.
+    """Open channels by peer, each to one life of it. Only the engine's thread uses them.
 
     A peer of another tensor parallelism is reached at all of its ranks that hold some of this rank's heads.
     """
@@ -37,6 +37,7 @@ class Peers(Mapping[str, Line]):
         self,
         pool: str,
         identity: Identity,
+        lost: Quarantine,
         rank: int,
         sizes: MailboxSizes,
         deadline_s: float,
@@ -53,31 +54,34 @@ class Peers(Mapping[str, Line]):
         self._tls = tls
         self._shape = shape
         self._deadline_s = deadline_s
+        self.lost = lost
+        """Peers that were lost a short while ago: one that hangs must not cost a deadline at every attempt."""
         self._channels: dict[str, Line] = {}
-        self._addresses: dict[str, str] = {}
-        self._shunned_until_s: dict[str, float] = {}
+        self._lives: dict[str, Peer] = {}  # whose channels they are
 
-    def reach(self, peer: str, address: str) -> Line:
-        """The channel to `peer`, opened if there is none; raises PeerLost, at once for a shunned peer."""
-        if self.shuns(peer):
-            raise PeerLost(peer, "lost a moment ago")
-        channel = self._channels.get(peer)
-        if channel is not None and channel.is_open:
+    def reach(self, peer: Peer) -> Line:
+        """The channel to this life of `peer`, opened if there is none; raises PeerLost, at once in quarantine."""
+        name = peer.instance
+        if self.lost.holds(name):
+            raise PeerLost(name, "lost a short while ago")
+        channel = self._channels.get(name)
+        if channel is not None and channel.is_open and self._lives[name].epoch == peer.epoch:
             return channel
-        channel = self._open(peer, address)
-        logger.info("connected to %s", peer)
-        self._channels[peer] = channel
-        self._addresses[peer] = address
+        self._drop(name)
+        channel = self._open(name, peer.address)
+        logger.info("connected to %s", name)
+        self._channels[name] = channel
+        self._lives[name] = peer
         return channel
 
-    def dial(self, peer: str, address: str, sizes: MailboxSizes) -> Channel:
+    def dial(self, peer: Peer, sizes: MailboxSizes, timeout_s: float | None = None) -> Channel:
         """A new channel to the leader of `peer`, nobody's but the caller's; any thread may call it. Raises PeerLost."""
-        return self._connect(peer, address, 0, sizes, self._deadline_s)
+        return self._connect(peer.instance, peer.address, 0, sizes, timeout_s or self._deadline_s)
 
     def is_alive(self, peer: str, within_s: float) -> bool:
         """Whether all its ranks greet us, each word of the greeting within this time: on connections of their own."""
         try:
-            address = self._addresses[peer]
+            address = self._lives[peer].address
             for rank, _ in self._ranks_of(address):
                 self._connect(peer, address, rank, _NO_ROOM, within_s).close()
         except (PeerLost, KeyError):
@@ -114,7 +118,7 @@ class Peers(Mapping[str, Line]):
     @property
     def _rblock(self) -> TensorSpec:
         assert self._shape is not None
-        one_BLK2ND = self._shape.rank_pool(1).tensor_BLK2ND
+        one_BLK2ND = rank_pool(self._shape, 1).tensor_BLK2ND
         return TensorSpec(tuple(one_BLK2ND.shape[1:]), one_BLK2ND.dtype)
 
     def _connect(self, peer: str, address: str, rank: int, sizes: MailboxSizes, timeout_s: float) -> Channel:
@@ -130,15 +134,13 @@ class Peers(Mapping[str, Line]):
         )
         return connect(address, hello, peer=peer, timeout_s=timeout_s, secret=self._secret, tls=self._tls, rank=rank)
 
-    def shun(self, peer: str, for_s: float) -> None:
-        """Leave a lost peer alone for a while: one that hangs must not cost a deadline at every attempt."""
-        self._shunned_until_s[peer] = time.monotonic() + for_s
+    def give_up(self, peer: str, for_s: float) -> None:
+        """It is lost: leave it alone for a while."""
+        self.lost.put(peer, for_s)
         self._drop(peer)
 
-    def shuns(self, peer: str) -> bool:
-        return self._shunned_until_s.get(peer, 0.0) > time.monotonic()
-
     def _drop(self, peer: str) -> None:
+        self._lives.pop(peer, None)
         channel = self._channels.pop(peer, None)
         if channel is not None:
             channel.close()

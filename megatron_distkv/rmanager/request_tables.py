@@ -75,6 +75,20 @@ class RequestTables:
         """rBlocks that all of them will still take."""
         return sum(self._growth(request, request.max_total_tokens) for request in self._requests.values())
 
+    def growth_within(self, num_tokens: int) -> int:
+        """rBlocks that all of them will take for the tokens that they have, and `num_tokens` more each."""
+        return sum(self._growth(request, request.num_tokens + num_tokens) for request in self._requests.values())
+
+    def longest_end(self) -> int:
+        """rBlocks that the longest of them may take in the end, wherever they lie."""
+        ends = (num_rblocks_for(x.max_total_tokens, self._rblock_size) for x in self._requests.values())
+        return max(ends, default=0)
+
+    def num_movable_in_the_end(self, request: Request) -> int:
+        """rBlocks of its own instance's that it could give away before it ends: all but the newest."""
+        table, end = self.by_request[request.request_id], num_rblocks_for(request.max_total_tokens, self._rblock_size)
+        return max(0, end - 1 - (table.num_rblocks - table.num_local))
+
     def num_missing(self, request: Request) -> int:
         """rBlocks that this request's tokens and one more take, with what running requests still need."""
         others = sum(self._growth(x, x.num_tokens + 1) for x in self._requests.values() if x is not request)

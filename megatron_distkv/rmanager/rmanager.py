@@ -4,24 +4,25 @@ A request's new tokens always get local rBlocks. When those run short, the oldes
 move to own host memory, then to creditors, a bounded number per step, so that a context may be longer than the pool.
 """
 
-import time
-from collections.abc import Collection, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 
+from megatron_distkv.clock import Clock
 from megatron_distkv.config.instance import LendingConfig
 from megatron_distkv.kvcache.block_table import BlockTable
 from megatron_distkv.kvcache.open_slots import OpenSlots
 from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
-from megatron_distkv.rblock import HOST_LOAN, LoanId, Span, num_rblocks_for
+from megatron_distkv.pool import Candidates, HeldLoan, Links, Loans, Quarantine, RequestOwner
+from megatron_distkv.rblock import HOST_LOAN, LoanId, LoanKey, Span, num_rblocks_for
 from megatron_distkv.request import Request
 from megatron_distkv.rmanager.backpressure import Backpressure
-from megatron_distkv.rmanager.borrowing import Borrowing
-from megatron_distkv.rmanager.held_loan import HeldLoan
-from megatron_distkv.rmanager.homecoming import Homecoming
+from megatron_distkv.rmanager.evictor import Evictor
+from megatron_distkv.rmanager.fetch_back import FetchBack
 from megatron_distkv.rmanager.move import Move, Pull
-from megatron_distkv.rmanager.outgoing import Outgoing
-from megatron_distkv.rmanager.pool_outlook import PoolOutlook
 from megatron_distkv.rmanager.request_tables import RequestTables
-from megatron_distkv.rmanager.room import Room
+
+# No loan is asked for further ahead of its need, however far away the ledger is.
+MAX_TOKENS_AHEAD = 1024
 
 
 class RManager:
@@ -35,24 +36,36 @@ class RManager:
         self,
         allocator: RBlockAllocator,
         host: RBlockAllocator,
-        borrowing: Borrowing,
-        outlook: PoolOutlook,
+        loans: Loans,
+        candidates: Candidates,
+        links: Links,
+        cooldown: Quarantine,
         config: LendingConfig,
         rblock_size: int,
         open_slots: OpenSlots,
+        clock: Clock,
+        want_totals: Callable[[], None],
+        ask_back: Callable[[int], None],
     ) -> None:
+        """Neither waits. `want_totals`: what the pool could lend is asked for anew soon. `ask_back`: so many rBlocks
+        that this instance lends are recalled.
+        """
         self._open_slots = open_slots
         self._allocator = allocator
         self._host = host
-        self._borrowing = borrowing
-        self._outlook = outlook
+        self._loans = loans
+        self._candidates = candidates
         self._config = config
+        self._clock = clock
+        self._want_totals = want_totals
+        self._ask_back = ask_back
         self.rblock_size = rblock_size
         self._tables = RequestTables(rblock_size, open_slots)
-        self._outgoing = Outgoing(allocator, host, borrowing, outlook)
-        self._room = Room(self._outgoing, self._tables, int(config.low_watermark * allocator.num_rblocks))
+        watermark = int(config.low_watermark * allocator.num_rblocks)
+        self._evictor = Evictor(allocator, host, loans, candidates, self._tables, watermark)
         self._backpressure = Backpressure()
-        self._homecoming = Homecoming(borrowing, outlook, self._tables, config.recall_patience_s)
+        self._fetch_back = FetchBack(loans, links, cooldown, self._tables, config.recall_patience_s, clock)
+        self._step_s = 0.0  # mean of late
 
     def table(self, request: Request) -> BlockTable:
         return self._tables.of(request.request_id)
@@ -75,71 +88,88 @@ class RManager:
 
     @property
     def num_local_free(self) -> int:
-        return self._room.num_free
+        return self._evictor.num_free
 
     def can_admit(self, request: Request) -> bool:
         """Whether the tokens that this request has now, and one more, fit beside what running requests still need."""
-        missing = self._tables.num_missing(request) - self.num_local_free
-        here = self._host.num_free
-        return missing <= here or missing <= here + self._outlook.borrowable_rblocks()
+        missing = self._tables.num_missing(request) - self.num_local_free - self._host.num_free
+        if missing <= 0 or missing <= self._loans.num_coming + self._candidates.borrowable_rblocks:
+            return True
+        self._want_totals()
+        return False
 
     def longest_context_tokens(self) -> int:
         """The longest context that this instance could hold now, with every creditor at its lending cap."""
         own = self._allocator.num_rblocks + self._host.num_rblocks
-        return (own + self._outlook.most_borrowable_rblocks()) * self.rblock_size
+        return (own + self._candidates.max_borrowable_rblocks) * self.rblock_size
 
     # ------------------------------------------------------------------ a step
 
     def begin_step(self) -> None:
-        self._outgoing.begin_step(self._config.max_moved_rblocks_per_step)
+        """Take what has come of wishes."""
+        self._loans.take_results()
+        self._evictor.begin_step(self._config.max_moved_rblocks_per_step)
 
     def grow(self, request: Request, wanted: int) -> int:
         """Make room for the first `wanted` tokens of `next_range`; returns for how many there is room (0: none)."""
         table = self._tables.enter(request)
         start = request.next_range.start
         missing = table.missing(self._rblocks_around(range(start, start + wanted)))
-        self._room.make_for(len(missing))
-        block_ids = self._room.take(len(missing))
+        self._evictor.make_room(len(missing))
+        block_ids = self._evictor.take(len(missing))
         table.add_local(missing[: len(block_ids)], block_ids)
         still_missing = missing[len(block_ids) :]
         return min(wanted, still_missing[0] * self.rblock_size - start) if still_missing else wanted
 
     def borrow_ahead(self) -> None:
-        """Below the watermark, and where running requests will still grow, move rBlocks out before there is need."""
-        self._room.make_ahead()
+        """Ask now for what must be there when a loan that is asked for now can have come."""
+        if self._tables.by_request:
+            self._evictor.make_room_ahead()
+            self._evictor.wish_ahead(self._tokens_until_a_loan_comes())
 
-    def bring_home(self) -> list[Request]:
+    def _tokens_until_a_loan_comes(self) -> int:
+        """That a decoding request makes in that time: one step, one token."""
+        if not self._step_s:
+            return 1
+        return min(MAX_TOKENS_AHEAD, 1 + math.ceil(self._loans.latency_s / self._step_s))
+
+    @property
+    def loan_latency_s(self) -> float:
+        """How long it takes at present from a wish to its loan."""
+        return self._loans.latency_s
+
+    def fetch_back(self) -> list[Request]:
         """Pull back what creditors want back, a bounded number of rBlocks; the last that a step plans.
 
         Returns requests for which there was no room in time: what lay there must be computed again.
         """
-        loan = self._homecoming.next_loan()
+        loan = self._fetch_back.next_loan()
         if loan is None:
-            self._homecoming.find_early_ones(self.num_local_free)
+            self._fetch_back.find_early_ones(self.num_local_free)
             return []
-        count = min(self._tables.of(loan.request_id).num_under(loan.loan_id), self._room.moves_left)
-        if loan.is_asked_for:
-            self._room.make_for(count)
+        count = min(self._tables.of(loan.request_id).num_under(loan.loan_id), self._evictor.moves_left)
+        if loan.is_recalled:
+            self._evictor.make_room(count)
         else:
-            count = min(count, max(0, self._room.num_spare))
-        self._homecoming.pull(loan, self._room.take(min(count, self._room.moves_left)))
-        is_overdue = loan.overdue_at_s is not None and time.monotonic() > loan.overdue_at_s
-        return self._lose(self._borrowing.drop_loans(lambda other: other is loan)) if is_overdue else []
+            count = min(count, max(0, self._evictor.num_spare))
+        self._fetch_back.pull(loan, self._evictor.take(min(count, self._evictor.moves_left)))
+        is_overdue = loan.overdue_at_s is not None and self._clock.monotonic_s() > loan.overdue_at_s
+        return self._lose(self._loans.drop(lambda other: other is loan)) if is_overdue else []
 
     def take_moves(self) -> tuple[list[Move], list[Pull]]:
         """What the step must do first, the moves before the pulls."""
-        return self._outgoing.take_moves(), self._homecoming.take_pulls()
+        return self._evictor.take_moves(), self._fetch_back.take_pulls()
 
     def end_step(self) -> None:
         """The step has done its moves: vacated rBlocks are free, and loans without rBlocks end."""
-        self._outgoing.end_step()
-        self._homecoming.end_step()
+        self._evictor.end_step()
+        self._fetch_back.end_step()
 
     def move_to(self, request_id: str, count: int, creditor: str) -> int:
         """Carry out a move that was planned, as far as it is possible now; returns how many rBlocks go."""
         if request_id not in self._tables.by_request:
             return 0
-        return self._room.move_oldest(self._tables.request(request_id), count, creditor)
+        return self._evictor.evict(self._tables.request(request_id), count, creditor)
 
     # ------------------------------------------------------------------ endings
 
@@ -147,10 +177,10 @@ class RManager:
         """Give back everything that a request holds, here and with creditors."""
         table = self._tables.leave(request)
         if table is not None:
-            self._outgoing.forget(request)
+            self._evictor.forget(request)
             self._allocator.free(table.local_block_ids())
             self._host.free(table.block_ids_under(HOST_LOAN))
-        self._borrowing.release_all(request.request_id)
+        self._loans.end(RequestOwner(request.request_id))
 
     def adopt(self, request: Request, table: BlockTable, adoption_id: str) -> None:
         """A request comes from another instance, with its KV: the table's local rBlocks are allocated for it."""
@@ -163,32 +193,33 @@ class RManager:
 
     def lose_creditor(self, creditor: str) -> list[Request]:
         """Nothing that lay at this creditor is there any more; returns the requests whose KV must be computed again."""
-        dropped = self._borrowing.drop_loans(lambda loan: loan.creditor == creditor)
-        return self._lose(dropped, self._homecoming.arrived_from(creditor))
+        dropped = self._loans.drop(lambda loan: loan.creditor == creditor)
+        return self._lose(dropped, self._fetch_back.arrived_from(creditor))
 
-    def recall(self, loan_id: str) -> None:
-        """The creditor wants this loan back: its rBlocks come home in the next steps."""
-        self._homecoming.recall(loan_id)
+    def recall(self, key: LoanKey) -> None:
+        """The creditor wants this loan back: its rBlocks are fetched back in the next steps."""
+        self._fetch_back.recall(key)
 
-    def note_held_back(self, held_back_s: Mapping[str, float], step_s: float) -> None:
-        """A step of `step_s` seconds waited for creditors with work of their own.
+    def note_step(self, step_s: float, throttled_s: Mapping[str, float]) -> None:
+        """A step took `step_s` seconds, and waited so long for creditors with work of their own.
 
-        One that it has been too much for lends nothing more, and what lies there comes home as far as there is room.
+        One that it has been too much for lends nothing more, and what lies there comes back as far as there is room.
         """
-        for creditor in self._backpressure.note(held_back_s, step_s):
-            self._homecoming.leave(creditor, self._room.num_spare)
+        self._step_s = step_s if not self._step_s else 0.9 * self._step_s + 0.1 * step_s
+        for creditor in self._backpressure.note(throttled_s, step_s):
+            self._fetch_back.leave(creditor, self._evictor.num_spare)
 
-    def reclaim_for(self, request: Request) -> None:
-        """Ask debtors for as much memory back as this request, one of this instance's own, lacks."""
-        self._outlook.reclaim(min(self._allocator.num_lent, self._tables.num_missing(request) - self.num_local_free))
+    def ask_back_for(self, request: Request) -> None:
+        """Recall as much as this request, one of this instance's own, lacks."""
+        self._ask_back(min(self._allocator.num_lent, self._tables.num_missing(request) - self.num_local_free))
 
-    def reclaim_all(self) -> None:
-        """This instance is about to leave: ask for everything back."""
-        self._outlook.reclaim(self._allocator.num_lent)
+    def ask_back_all(self) -> None:
+        """This instance is about to leave."""
+        self._ask_back(self._allocator.num_lent)
 
     def check_integrity(self, kept_for_others: Sequence[int] = (), adoption_ids: Collection[str] = ()) -> None:
         """Between steps: tables in order, and every used rBlock in exactly one of them, or kept for an adoption."""
-        self._outgoing.check_integrity()
+        self._evictor.check_integrity()
         tables = self._tables.by_request.values()
         for table in tables:
             table.check_integrity()

@@ -13,16 +13,15 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from megatron_distkv import metrics
+from megatron_distkv.clock import SystemClock
 from megatron_distkv.config.admission import AdmissionConfig
-from megatron_distkv.ledger import InstanceRecord
+from megatron_distkv.pool import Member, PoolCapacity
 from megatron_distkv.server.attempt import Attempt
+from megatron_distkv.server.capacity import InFlight, LongestContexts
 from megatron_distkv.server.departures import Departures
 from megatron_distkv.server.errors import ApiError
-from megatron_distkv.server.in_flight import InFlight
-from megatron_distkv.server.longest_contexts import LongestContexts
-from megatron_distkv.server.pool_memory import PoolMemory
-from megatron_distkv.server.pool_view import PoolView
-from megatron_distkv.server.preference import Preference
+from megatron_distkv.server.pool_view import GatewayView
+from megatron_distkv.server.routing import RoutingPolicy
 
 # A request that was refused by instances asks them again after this.
 ASK_AGAIN_AFTER_S = 0.25
@@ -33,16 +32,16 @@ class Waiting:
 
     def __init__(self, attempt: Attempt) -> None:
         self.attempt = attempt
-        self.record: asyncio.Future[InstanceRecord] = asyncio.get_running_loop().create_future()
+        self.record: asyncio.Future[Member] = asyncio.get_running_loop().create_future()
 
 
 class Admission:
-    def __init__(self, config: AdmissionConfig, view: PoolView) -> None:
+    def __init__(self, config: AdmissionConfig, view: GatewayView) -> None:
         self._config = config
         self._view = view
         self._in_flight = InFlight()
-        self._preference = Preference(view, self._in_flight)
-        self._longest = LongestContexts(config.max_queue_wait_s)
+        self._routing = RoutingPolicy(view, self._in_flight)
+        self._longest = LongestContexts(config.max_queue_wait_s, SystemClock())
         self._queue: list[Waiting] = []  # most important, then oldest first
         self._departures = Departures()
         view.when_looked.append(self._look)
@@ -57,7 +56,7 @@ class Admission:
             raise _refused(self._too_long(attempt))
 
     @asynccontextmanager
-    async def place(self, attempt: Attempt) -> AsyncIterator[InstanceRecord]:
+    async def place(self, attempt: Attempt) -> AsyncIterator[Member]:
         """An instance with room for it. Raises ApiError past the queue's bounds, or when nobody takes it."""
         try:
             yield await (self._for_lost(attempt) if attempt.has_lost else self._queued(attempt))
@@ -67,10 +66,10 @@ class Admission:
 
     # ------------------------------------------------------------------ who lost an instance
 
-    async def _for_lost(self, attempt: Attempt) -> InstanceRecord:
+    async def _for_lost(self, attempt: Attempt) -> Member:
         """It has waited once, and its client sees a pause: it takes the first that takes it."""
         while True:
-            for record in self._preference.order(attempt):
+            for record in self._routing.order(attempt):
                 if attempt.may_ask(record):
                     self._in_flight.add(attempt, record)
                     return record
@@ -81,7 +80,7 @@ class Admission:
 
     # ------------------------------------------------------------------ the queue
 
-    async def _queued(self, attempt: Attempt) -> InstanceRecord:
+    async def _queued(self, attempt: Attempt) -> Member:
         waiting = Waiting(attempt)
         bisect.insort(self._queue, waiting, key=lambda other: other.attempt.rank)
         try:
@@ -100,15 +99,15 @@ class Admission:
         return record
 
     def _look(self) -> None:
-        if self._view.snapshot is not None and not self._view.ledger_is_away:
-            self._longest.note(self._view.snapshot)
+        if self._view.picture is not None and not self._view.ledger_is_away:
+            self._longest.note(self._view.picture)
         for waiting in self._queue:
             waiting.attempt.forget_refusals()
         self._serve()
 
     def _serve(self) -> None:
         """Give room to all that may have it now."""
-        if not self._queue or self._view.snapshot is None:
+        if not self._queue or self._view.picture is None:
             return
         memory = self._memory()
         kept_for_pinned: set[str] = set()
@@ -123,7 +122,7 @@ class Admission:
             elif has_waited and attempt.num_tokens_at_most <= self._longest.now(None):
                 return  # memory gathers for it
 
-    def _give(self, waiting: Waiting, record: InstanceRecord, memory: PoolMemory | None) -> None:
+    def _give(self, waiting: Waiting, record: Member, memory: PoolCapacity | None) -> None:
         self._queue.remove(waiting)
         self._in_flight.add(waiting.attempt, record)
         self._departures.note()
@@ -133,17 +132,17 @@ class Admission:
             memory.promise(record, waiting.attempt.num_tokens_now)
         waiting.record.set_result(record)
 
-    def _memory(self) -> PoolMemory | None:
+    def _memory(self) -> PoolCapacity | None:
         """None: the ledger is away, and its last picture too old to count with; instances decide."""
-        snapshot = self._view.snapshot
-        if self._view.ledger_is_away or snapshot is None:
+        picture = self._view.picture
+        if self._view.ledger_is_away or picture is None:
             return None
-        return PoolMemory(snapshot, self._in_flight.promised_rblocks(snapshot))
+        return PoolCapacity(picture, self._in_flight.promised_rblocks(picture))
 
     def _find_room(
-        self, attempt: Attempt, memory: PoolMemory | None, kept: set[str], *, may_claim: bool
-    ) -> InstanceRecord | None:
-        able = (x for x in self._preference.order(attempt) if x.instance not in kept and attempt.may_ask(x))
+        self, attempt: Attempt, memory: PoolCapacity | None, kept: set[str], *, may_claim: bool
+    ) -> Member | None:
+        able = (x for x in self._routing.order(attempt) if x.instance not in kept and attempt.may_ask(x))
         if memory is None:
             return next(able, None)
         needed = attempt.num_tokens_now

@@ -15,12 +15,13 @@ from starlette.routing import Route
 from megatron_distkv import metrics
 from megatron_distkv.config.admission import AdmissionConfig
 from megatron_distkv.errors import UserError
-from megatron_distkv.ledger import DebtLedger, render_debts
+from megatron_distkv.ledger import DebtLedger
 from megatron_distkv.log import get_logger
+from megatron_distkv.pool import render_debts
 from megatron_distkv.server.answer import Answer, PieceStream, Shape, or_disconnect
 from megatron_distkv.server.errors import ApiError, bad_request
 from megatron_distkv.server.generation import generate
-from megatron_distkv.server.pool_view import PoolView
+from megatron_distkv.server.pool_view import GatewayView
 from megatron_distkv.server.protocol import ChatRequest, CompletionRequest, GenerationRequest, parse_body
 from megatron_distkv.server.router import Router
 from megatron_distkv.server.shapes import ChatShape, CompletionShape
@@ -32,7 +33,7 @@ logger = get_logger(__name__)
 class Gateway:
     def __init__(self, ledger: DebtLedger, served_model_name: str, admission: AdmissionConfig) -> None:
         self._name = served_model_name
-        self._view = PoolView(ledger)
+        self._view = GatewayView(ledger)
         self._router = Router(self._view, admission)
         self._tokenizer: Tokenizer | None = None
 
@@ -89,7 +90,7 @@ class Gateway:
                 raise ApiError(503, "no instance has joined the pool yet", kind="server_error", code="no_instance")
             info = records[0].info
             try:
-                self._tokenizer = load_tokenizer(Path(info["model"]), int(info["vocab_size"]))
+                self._tokenizer = load_tokenizer(Path(info.model), info.vocab_size)
             except UserError as error:
                 raise ApiError(500, str(error), kind="server_error", code="no_tokenizer") from None
         return self._tokenizer
@@ -126,11 +127,12 @@ class Gateway:
     async def health(self, _: Request) -> Response:
         names = [record.instance for record in self._view.instances]
         body = {
-            "status": "ok" if names else "no instance",
+            "status": "stale" if self._view.is_stale else "ok" if names else "no instance",
+            "last_look_s_ago": round(self._view.age_s, 3),
             "instances": names,
             "ledger_away": self._view.ledger_is_away,
         }
-        return JSONResponse(body, status_code=200 if names else 503)
+        return JSONResponse(body, status_code=200 if body["status"] == "ok" else 503)
 
     async def metrics(self, _: Request) -> Response:
         for record in self._view.members:
@@ -142,8 +144,8 @@ class Gateway:
         return Response(generate_latest(metrics.REGISTRY), media_type="text/plain; version=0.0.4")
 
     async def debts(self, _: Request) -> Response:
-        snapshot = self._view.snapshot
-        return Response(render_debts(snapshot) if snapshot else "", media_type="text/plain")
+        picture = self._view.picture
+        return Response(render_debts(picture) if picture else "", media_type="text/plain")
 
 
 async def _begun(events: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:

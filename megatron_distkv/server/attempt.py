@@ -7,11 +7,10 @@ from typing import NamedTuple
 
 import msgspec
 
-from megatron_distkv.ledger import InstanceRecord
 from megatron_distkv.messages import NewRequest, RequestKV, TokenOutput
+from megatron_distkv.pool import Member
 from megatron_distkv.sampling_params import SamplingParams
 from megatron_distkv.server.errors import ApiError, HandedElsewhere
-from megatron_distkv.server.pool_view import eos_token_ids_of
 from megatron_distkv.server.receipt import Receipt
 
 # A request whose instance was lost waits this long for another that can take it.
@@ -30,7 +29,7 @@ class Life(NamedTuple):
     epoch: int
 
 
-def life_of(record: InstanceRecord) -> Life:
+def life_of(record: Member) -> Life:
     return Life(record.instance, record.epoch)
 
 
@@ -98,7 +97,7 @@ class Attempt:
         """It has lost an instance, and others that refuse it now will be asked again."""
         return time.monotonic() < self._patient_until_s
 
-    def request(self, record: InstanceRecord) -> NewRequest:
+    def request(self, record: Member) -> NewRequest:
         """What this instance is asked: to go on from the tokens that are out."""
         adoption_id = self._adoption_id if record.instance == self._heir else ""
         self._heir_until_s = float("-inf")
@@ -107,7 +106,7 @@ class Attempt:
             self.request_id,
             self._prompt_token_ids,
             self._sampling,
-            eos_token_ids_of(record),
+            list(record.info.eos_token_ids),
             list(self._sent),
             adoption_id,
         )
@@ -118,12 +117,12 @@ class Attempt:
         if output.kv is not None:
             self._told = output.kv
 
-    def note_part(self, record: InstanceRecord) -> None:
+    def note_part(self, record: Member) -> None:
         """This instance's part is over: the request has ended, or the instance is lost."""
         self.receipt = self.receipt.add(record.instance, self._told)
         self._told = None
 
-    def may_ask(self, record: InstanceRecord) -> bool:
+    def may_ask(self, record: Member) -> bool:
         return life_of(record) not in self._lost | self._refused
 
     @property
@@ -131,21 +130,21 @@ class Attempt:
         """The last one."""
         return self._refusal
 
-    def note_lost(self, record: InstanceRecord) -> None:
+    def note_lost(self, record: Member) -> None:
         """Whom the client named is gone: anybody may go on."""
         self._pinned = None
         self._lost.add(life_of(record))
         self.note_part(record)
         self._patient_until_s = time.monotonic() + self._patience_s
 
-    def note_handed_over(self, record: InstanceRecord, left: HandedElsewhere) -> None:
+    def note_handed_over(self, record: Member, left: HandedElsewhere) -> None:
         """The heir is asked first, and tells this instance's part with its own; without one, anybody."""
         self._told = self._told or RequestKV()
         self.note_lost(record)
         self._heir, self._adoption_id = left.successor, left.adoption_id
         self._heir_until_s = time.monotonic() + (HEIR_PATIENCE_S if left.successor else 0.0)
 
-    def note_refused(self, record: InstanceRecord, error: ApiError) -> None:
+    def note_refused(self, record: Member, error: ApiError) -> None:
         """Raises `error` unless another instance, or a later time, may answer differently.
 
         Too long is too long for the pool as that instance sees it, which may be another than the gateway saw a moment

@@ -1,33 +1,33 @@
-"""The gateway's picture of the pool: the ledger's snapshot, read again and again."""
+"""The gateway's eye on the pool: a look at the ledger again and again, beside the event loop."""
 
 import asyncio
 import contextlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_distkv.errors import LedgerUnavailable
-from megatron_distkv.ledger import DebtLedger, InstanceRecord, InstanceState, PoolSnapshot
+from megatron_distkv.clock import SystemClock
+from megatron_distkv.ledger import DebtLedger
 from megatron_distkv.log import get_logger
+from megatron_distkv.pool import Member, Picture, PoolView
 from megatron_distkv.transport import is_elsewhere
 
 logger = get_logger(__name__)
 REFRESH_INTERVAL_S = 0.25
+# Looks that are this old mean that nobody looks any more; a ledger that is silent costs a second each time.
+STALE_AFTER_S = 10.0
 
 
-class PoolView:
-    """While the ledger is away the last picture stays: instances are then tried, and found gone or not."""
+class GatewayView:
+    """What the pool looks like, on the event loop."""
 
     def __init__(self, ledger: DebtLedger) -> None:
-        self._ledger = ledger
+        self._view = PoolView(ledger, SystemClock())
         self.when_looked: list[Callable[[], None]] = []  # called after each look, also a vain one
         self._task: asyncio.Task[None] | None = None
-        self.snapshot: PoolSnapshot | None = None
-        self.ledger_is_away = False
 
     async def start(self) -> None:
-        await self._refresh()
-        self._task = asyncio.create_task(self._keep_fresh())
+        await self._look()
+        self._task = asyncio.create_task(self._keep_looking())
 
     async def stop(self) -> None:
         if self._task is not None:
@@ -36,42 +36,54 @@ class PoolView:
                 await self._task
 
     @property
-    def members(self) -> list[InstanceRecord]:
-        """Instances and memory-only lenders that live and do not drain."""
-        if self.snapshot is None:
-            return []
-        return [record for record in self.snapshot.live if record.state is InstanceState.UP]
+    def picture(self) -> Picture | None:
+        return self._view.picture
 
     @property
-    def instances(self) -> list[InstanceRecord]:
-        """Those that take requests of this gateway."""
-        return [record for record in self.members if takes_requests_here(record)]
+    def ledger_is_away(self) -> bool:
+        return self._view.ledger_is_away
 
-    async def _keep_fresh(self) -> None:
+    @property
+    def is_stale(self) -> bool:
+        return self._view.age_s > STALE_AFTER_S
+
+    @property
+    def age_s(self) -> float:
+        """Of the last look."""
+        return self._view.age_s
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """Instances and memory-only lenders that live and do not drain."""
+        return () if self.picture is None else self.picture.up
+
+    @property
+    def instances(self) -> list[Member]:
+        """Those that take requests of this gateway."""
+        return [member for member in self.members if takes_requests_here(member)]
+
+    async def _keep_looking(self) -> None:
         while True:
             await asyncio.sleep(REFRESH_INTERVAL_S)
-            await self._refresh()
+            await self._look()
 
-    async def _refresh(self) -> None:
-        try:
-            self.snapshot = await asyncio.to_thread(self._ledger.snapshot)
-            self.ledger_is_away = False
-        except LedgerUnavailable as error:
-            if not self.ledger_is_away:
-                logger.warning("the ledger is away: %s", error)
-            self.ledger_is_away = True
+    async def _look(self) -> None:
+        await asyncio.to_thread(self._view.look)
+        self.tell()
+
+    def tell(self) -> None:
+        """There is a new look. What one listener cannot make of it keeps no other from it, nor the next look."""
         for listener in self.when_looked:
-            listener()
+            try:
+                listener()
+            except Exception:
+                logger.exception("a look at the pool came to nothing")
 
 
-def takes_requests_here(record: InstanceRecord) -> bool:
+def takes_requests_here(member: Member) -> bool:
     """A gateway speaks to instances through their unix sockets: those of other hosts only lend to its own."""
-    return record.takes_requests and not is_elsewhere(record.address)
+    return member.takes_requests and not is_elsewhere(member.address)
 
 
-def request_socket_of(record: InstanceRecord) -> Path:
-    return Path(record.info["requests"])
-
-
-def eos_token_ids_of(record: InstanceRecord) -> list[int]:
-    return list(json.loads(record.info["eos_token_ids"]))
+def request_socket_of(member: Member) -> Path:
+    return Path(member.info.requests)

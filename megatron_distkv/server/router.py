@@ -6,15 +6,15 @@ from typing import NamedTuple
 
 from megatron_distkv import metrics
 from megatron_distkv.config.admission import AdmissionConfig
-from megatron_distkv.ledger import InstanceRecord
 from megatron_distkv.log import get_logger
 from megatron_distkv.messages import NewRequest, TokenOutput
+from megatron_distkv.pool import Member
 from megatron_distkv.sampling_params import SamplingParams
 from megatron_distkv.server.admission import Admission
 from megatron_distkv.server.attempt import PATIENCE_S, Attempt, Life, life_of
 from megatron_distkv.server.engine_client import EngineClient
 from megatron_distkv.server.errors import ApiError, HandedElsewhere, InstanceLost
-from megatron_distkv.server.pool_view import PoolView, request_socket_of
+from megatron_distkv.server.pool_view import GatewayView, request_socket_of
 from megatron_distkv.server.receipt import Receipt
 
 logger = get_logger(__name__)
@@ -28,7 +28,7 @@ class Routed(NamedTuple):
 
 
 class Router:
-    def __init__(self, view: PoolView, config: AdmissionConfig, patience_s: float = PATIENCE_S) -> None:
+    def __init__(self, view: GatewayView, config: AdmissionConfig, patience_s: float = PATIENCE_S) -> None:
         self._view = view
         self._admission = Admission(config, view)
         self._patience_s = patience_s
@@ -65,7 +65,7 @@ class Router:
                 except ApiError as error:
                     attempt.note_refused(record, error)
 
-    def _note(self, attempt: Attempt, record: InstanceRecord, output: TokenOutput) -> Routed:
+    def _note(self, attempt: Attempt, record: Member, output: TokenOutput) -> Routed:
         attempt.note(output)
         if output.finish_reason is None:
             return Routed(output, attempt.receipt.add(record.instance, None))
@@ -76,7 +76,7 @@ class Router:
         for client in self._clients.values():
             await client.close()
 
-    def _ask(self, record: InstanceRecord, request: NewRequest) -> AsyncGenerator[TokenOutput, None]:
+    def _ask(self, record: Member, request: NewRequest) -> AsyncGenerator[TokenOutput, None]:
         life = life_of(record)
         if life not in self._clients:
             self._clients[life] = EngineClient(record.instance, request_socket_of(record))
@@ -84,7 +84,7 @@ class Router:
 
     def _give_up_the_dead(self) -> None:
         """An instance whose lease has ended may hang with its socket open."""
-        snapshot = self._view.snapshot
-        living = {life_of(record) for record in snapshot.live} if snapshot is not None else set(self._clients)
+        picture = self._view.picture
+        living = {life_of(record) for record in picture.live} if picture is not None else set(self._clients)
         for life in [life for life in self._clients if life not in living]:
             self._clients.pop(life).give_up()

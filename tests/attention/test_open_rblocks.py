@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from megatron_distkv.attention import NewKeys, OpenRBlocks
 from megatron_distkv.attention.open_index import open_index
 from megatron_distkv.errors import IntegrityError
+from megatron_distkv.kvcache.rblock_pool import rank_pool
 from megatron_distkv.kvcache.rblock_shape import RBlockShape
 from megatron_distkv.messages import Scoring
 from megatron_distkv.ops import quantize_rblocks
@@ -61,7 +62,7 @@ class Prompt:
 def run(prompts: list[Prompt], steps: list[list[tuple[int, int, int]]], scoring: Scoring) -> list[torch.Tensor]:
     """Steps of (prompt, start, end); returns each prompt's outs `[L, T, H, D]`."""
     slots_OLK2ND = torch.full((4, L, K, 2, N, D), float("nan"))
-    rblocks = OpenRBlocks(SHAPE.rank_pool(24).tensor_BLK2ND, slots_OLK2ND)
+    rblocks = OpenRBlocks(rank_pool(SHAPE, 24).tensor_BLK2ND, slots_OLK2ND)
     outs = [torch.full((L, x.num_tokens, H, D), float("nan")) for x in prompts]
     for step in steps:
         rblocks.begin_step([prompts[x].piece(start, end) for x, start, end in step])
@@ -120,7 +121,7 @@ def test_kv_that_is_computed_again_is_seen_as_before() -> None:
 
 
 def test_a_token_without_a_slot_or_without_an_rblock_is_refused() -> None:
-    rblocks = OpenRBlocks(SHAPE.rank_pool(4).tensor_BLK2ND, torch.zeros(1, L, K, 2, N, D))
+    rblocks = OpenRBlocks(rank_pool(SHAPE, 4).tensor_BLK2ND, torch.zeros(1, L, K, 2, N, D))
     for piece in (Piece(3, 5, [LocalSpan(0, (1,))], 0), Piece(0, 2, [LocalSpan(0, (1,))], None)):
         with pytest.raises(IntegrityError, match="no local rBlock, or no slot"):
             rblocks.begin_step([piece])

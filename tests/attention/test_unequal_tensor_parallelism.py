@@ -11,6 +11,7 @@ import torch
 from megatron_distkv.attention import Creditor, Debtor, HeadShare, LoanTable, RemoteShare
 from megatron_distkv.attention.verification import Question
 from megatron_distkv.errors import PeerLost
+from megatron_distkv.kvcache.rblock_pool import rank_pool
 from megatron_distkv.kvcache.rblock_shape import RBlockShape
 from megatron_distkv.messages import Acknowledge, FetchHeader, MessageKind, QueryHeader, QueryShare, StoreHeader
 from megatron_distkv.ops import pack_rblocks
@@ -48,7 +49,7 @@ class CreditorRanks:
         self.listeners = [self._listen(directory, rank, num_ranks) for rank in range(num_ranks)]
 
     def _listen(self, directory: Path, rank: int, num_ranks: int) -> Listener:
-        pool = shape(num_ranks, self.kv_dtype).rank_pool(8).tensor_BLK2ND
+        pool = rank_pool(shape(num_ranks, self.kv_dtype), 8).tensor_BLK2ND
         creditor = Creditor(
             pool, self.loans, H // num_ranks, torch.float32, SCALE, rank=rank, num_ranks=num_ranks, head_dim=D
         )

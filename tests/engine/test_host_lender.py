@@ -66,7 +66,7 @@ def test_kv_lies_in_another_instances_host_memory(ends: str, make_config: MakeCo
         b.instance.check_integrity()
     # And nobody is left in the pool
     with LLM(make_config("c", **rooms(server.url, 0))) as c:
-        assert [record.instance for record in c.instance._ledger.snapshot().live] == ["c"]
+        assert [record.instance for record in c.instance.parts.ledger.snapshot().live] == ["c"]
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def test_it_comes_after_creditors_where_it_is_much_slower(
         LLM(make_config("b", ledger=ledger, **b_has)) as b,
     ):
         # Given an instance whose host memory has measured badly, and a creditor with a little memory
-        a.instance._membership.describe(**{HOST_QUERY_US: "1e9"})
+        a.instance.parts.membership.describe(**{HOST_QUERY_US: "1e9"})
         time.sleep(0.3)  # longer than the instance's view of the pool lasts
         # When a prompt is longer than the pool
         request = Request("long", prompt, GREEDY)
@@ -92,7 +92,7 @@ def test_it_comes_after_creditors_where_it_is_much_slower(
         while not a.instance.scheduler.is_idle:
             a.instance.step()
         # Then the creditor's memory is used up before host memory is, and the tokens are right
-        assert request.max_borrowed_rblocks["b"] == b.instance._allocator.max_lent == 12
+        assert request.max_borrowed_rblocks["b"] == b.instance.parts.allocator.max_lent == 12
         assert 0 < request.max_host_rblocks < 260 // 8 - 12
         assert request.output_token_ids == enough.generate([prompt], GREEDY)[0].token_ids
         assert_all_is_free(a)
@@ -119,10 +119,10 @@ def test_it_is_full_before_anything_is_borrowed_and_outlives_a_lost_creditor(
         assert held[HOST] == 6
         assert list(held) == [HOST, "b"]
         # And the ledger shows it
-        a.instance._heartbeat.beat()
-        assert "6 of 6 used in host memory" in render_debts(a.instance._ledger.snapshot())
+        a.instance.parts.heartbeat.beat()
+        assert "6 of 6 used in host memory" in render_debts(a.instance.parts.ledger.snapshot())
         # When the creditor is lost, then only what lay there is computed again
-        b.instance._doors.close()
+        b.instance.parts.doors.close()
         while not a.instance.scheduler.is_idle:
             a.instance.step()
         assert request.num_recomputed_tokens == held["b"] * 8  # type: ignore[index]

@@ -11,6 +11,7 @@ import torch
 from megatron_distkv.config.lender import LenderConfig
 from megatron_distkv.engine.lender import Lender, num_rblocks_to_lend
 from megatron_distkv.engine.llm import LLM, Completion
+from megatron_distkv.kvcache.rblock_pool import rank_pool
 from megatron_distkv.kvcache.rblock_shape import RBlockShape
 from megatron_distkv.ledger import open_ledger
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
@@ -106,7 +107,7 @@ def test_what_lies_with_lenders_is_checked_lost_and_computed_again(
         lenders = {}
         for name in ("c", "d"):
             values = {"lender_id": name, "run_dir": tmp_path, "num_rblocks": 40, "ledger": ledger}
-            shape = a.instance._rank.shape
+            shape = a.instance.parts.rank.shape
             lenders[name] = Lender(LenderConfig.model_validate(values), shape, open_ledger(server.url, "default"))
         time.sleep(0.3)  # longer than the instance's view of the pool lasts
         request = Request("long", prompt, GREEDY)
@@ -178,7 +179,7 @@ def test_the_same_memory_holds_more(dtype: Literal["bf16", "fp32"], times: float
     config = LenderConfig.model_validate({"run_dir": tmp_path, "memory": "1GiB"})
     assert num_rblocks_to_lend(config, int8) >= times * num_rblocks_to_lend(config, shape)
     for each in (shape, int8):
-        pool = each.rank_pool(3)
+        pool = rank_pool(each, 3)
         assert pool.tensor_BLK2ND.nbytes == 3 * pool.rblock_bytes == 3 * each.rblock_bytes
 
 

@@ -78,7 +78,7 @@ def test_a_prompt_that_only_fits_thanks_to_the_lender(a: LLM, start: Start, make
     # When the prompt comes
     request = Request("long", prompt, GREEDY)
     a.instance.add(request)
-    ledger = a.instance._ledger
+    ledger = a.instance.parts.ledger
     while not request.output_token_ids:
         a.instance.step()
 

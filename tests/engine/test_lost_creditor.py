@@ -31,7 +31,7 @@ def test_the_rest_of_the_batch_keeps_its_own_tokens(make_config: MakeConfig, ser
         assert not any(a.instance.rmanager.table(request).remote_by_creditor() for request in requests[1:])
 
         # When b's channel breaks, and the step that notices means nothing to the oldest request
-        for connection in list(b.instance._doors._listeners[0]._connections):
+        for connection in list(b.instance.parts.doors._listeners[0]._connections):
             connection.shutdown(socket.SHUT_RDWR)
         while not a.instance.scheduler.is_idle:
             a.instance.step()

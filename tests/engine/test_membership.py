@@ -8,11 +8,11 @@ from typing import Any
 
 import msgspec
 import pytest
+from megatron_distkv.engine.membership import Membership
 
 from megatron_distkv.config.instance import InstanceConfig, LedgerConfig
 from megatron_distkv.engine import membership
 from megatron_distkv.engine.llm import LLM
-from megatron_distkv.engine.membership import Membership
 from megatron_distkv.errors import UserError
 from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
 from megatron_distkv.kvcache.rblock_shape import RBlockShape
@@ -46,7 +46,7 @@ def test_rblocks_of_another_shape_cannot_join(
         # When one with other rBlocks wants to join, then it is told why not, and the pool never hears of it
         with pytest.raises(UserError, match=f"b cannot join pool 'default': its rBlocks have {what}"):
             LLM(InstanceConfig.model_validate(values))
-        assert [record.instance for record in a.instance._ledger.snapshot().instances] == ["a"]
+        assert [record.instance for record in a.instance.parts.ledger.snapshot().instances] == ["a"]
 
 
 @pytest.mark.parametrize("order", ["ab", "ba"])
@@ -105,8 +105,8 @@ def test_a_new_member_is_used_within_two_of_its_reports(make_config: MakeConfig,
         rarely = {"url": server.url, "heartbeat_interval_s": 2.0, "lease_s": 10.0}
         with LLM(make_config("b", ledger=rarely)) as b:
             reports: list[None] = []
-            beat = b.instance._heartbeat.beat
-            b.instance._heartbeat.beat = lambda: (reports.append(None), beat())  # type: ignore[method-assign,assign]
+            beat = b.instance.parts.heartbeat.beat
+            b.instance.parts.heartbeat.beat = lambda: (reports.append(None), beat())  # type: ignore[method-assign,assign]
             while request.finish_reason is None:
                 a.instance.step()
             # Then it lends before it has reported three times

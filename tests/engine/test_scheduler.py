@@ -1,8 +1,6 @@
 """What the scheduler does with requests that get no room."""
 
-from types import SimpleNamespace
-
-import pytest
+from random import Random
 
 from megatron_distkv.engine import scheduler
 from megatron_distkv.engine.llm import LLM
@@ -14,22 +12,39 @@ from tests.conftest import MakeConfig
 GREEDY = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
 
 
-def test_a_request_keeps_the_patience_that_it_drew(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+class Draws(Random):
+    """The first draw is the largest, all others are the smallest."""
+
+    num_draws = 0
+
+    def random(self) -> float:
+        self.num_draws += 1
+        return 1.0 if self.num_draws == 1 else 0.0
+
+
+class StillClock:
+    random, now_s = Draws(), 0.0
+
+    def monotonic_s(self) -> float:
+        return self.now_s
+
+    def sleep(self, seconds: float) -> None:
+        pass
+
+
+def test_a_request_keeps_the_patience_that_it_drew(make_config: MakeConfig) -> None:
     # Given a running request whose instance has lent the rest of its memory, and a long patience drawn first
-    draws = iter([1.0, *[0.0] * 1000])
-    now_s = 0.0
-    monkeypatch.setattr(scheduler, "random", SimpleNamespace(random=lambda: next(draws)))
-    monkeypatch.setattr(scheduler, "time", SimpleNamespace(monotonic=lambda: now_s))
-    with LLM(make_config(num_rblocks=16, scheduler={"max_batched_tokens": 8})) as llm:
+    clock = StillClock()
+    with LLM(make_config(num_rblocks=16, scheduler={"max_batched_tokens": 8}), clock) as llm:
         request = Request("one", [5] * 100, GREEDY, arrival_s=0.0)
         llm.instance.add(request)
         llm.instance.step()
-        assert llm.instance._allocator.lend(LoanId("all"), 14) is not None
+        assert llm.instance.parts.allocator.lend(LoanId("all"), 14) is not None
 
         # When no room comes
         while request.num_preemptions == 0:
-            now_s += 0.1
+            clock.now_s += 0.1
             llm.instance.step()
 
         # Then it has given up after the long patience, not after the shortest of all draws
-        assert now_s > 2 * scheduler.GIVE_UP_AFTER_S
+        assert clock.now_s > 2 * scheduler.GIVE_UP_AFTER_S

@@ -59,7 +59,7 @@ def flush_and_fail_over(pool: Pool) -> None:
 
 def jump(pool: Pool, seconds: float) -> None:
     """The server's clock is put right, by so much, as all who ask it see."""
-    for ledger in (raw(pool), *(instance._ledger for instance in pool.instances.values())):
+    for ledger in (raw(pool), *(instance.parts.ledger for instance in pool.instances.values())):
         assert isinstance(ledger, RedisLedger)
         ledger._clock_ms = (lambda: int((time.time() + seconds) * 1000)) if seconds else None
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import msgspec
 import pytest
 import torch
+from megatron_distkv.rmanager.borrowing import HeldLoan
 
 from megatron_distkv.engine.llm import LLM
 from megatron_distkv.errors import PeerLost
@@ -13,7 +14,6 @@ from megatron_distkv.ledger.embedded_server import EmbeddedServer
 from megatron_distkv.messages import Acknowledge, MessageKind, QueryHeader, QueryShare, Refusal, StoreHeader
 from megatron_distkv.metrics import REGISTRY
 from megatron_distkv.request import Request
-from megatron_distkv.rmanager.borrowing import HeldLoan
 from megatron_distkv.sampling_params import SamplingParams
 from megatron_distkv.transport import Channel, connect, read_secret, write_new_secret
 from tests.conftest import MakeConfig
@@ -34,7 +34,7 @@ class Debt(NamedTuple):
 
     @property
     def pool(self) -> torch.Tensor:
-        return self.creditor.instance._rank.creditor._pool
+        return self.creditor.instance.parts.rank.creditor._pool
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def debt(make_config: MakeConfig, server: EmbeddedServer) -> Iterator[Debt]:
         debtor.instance.add(request)
         while not request.output_token_ids:
             debtor.instance.step()
-        (loan, *_) = debtor.instance._borrowing.loans_of("long")
+        (loan, *_) = debtor.instance.parts.loans.loans_of("long")
         spans = debtor.instance.rmanager.table(request).remote_spans()
         block_ids = [block for span in spans if span.loan_id == loan.loan_id for block in span.block_ids]
         yield Debt(debtor, creditor, loan, block_ids, read_secret(run_dir / "secret"))
@@ -62,7 +62,7 @@ def debt(make_config: MakeConfig, server: EmbeddedServer) -> Iterator[Debt]:
 
 
 def channel(debt: Debt, name: str) -> Channel:
-    epoch = debt.debtor.instance._rank.identity.epoch
+    epoch = debt.debtor.instance.parts.rank.identity.epoch
     return connect(
         debt.loan.address.format(rank=0),
         hello(instance_id=name, epoch=epoch, pool="default", request_bytes=1 << 20),
@@ -79,7 +79,7 @@ def num_refused(kind: str, reason: str) -> float:
 
 def query(debt: Debt, thief: Channel, loan_id: str, block_ids: list[int]) -> tuple[Refusal | None, int]:
     """What the creditor says, and how many bytes it gives."""
-    rank = debt.creditor.instance._rank
+    rank = debt.creditor.instance.parts.rank
     q = torch.zeros(1, rank.creditor._num_query_heads, debt.pool.shape[-1], dtype=debt.pool.dtype)
     header = QueryHeader(0, 0, [QueryShare([loan_id], block_ids, 1)])
     reply = thief.call(MessageKind.QUERY, msgspec.msgpack.encode(header), [q], deadline_s=5)
@@ -143,7 +143,7 @@ def test_a_stranger_gets_no_channel_to_a_real_instance(debt: Debt) -> None:
 
 def test_loans_cannot_be_told_from_their_number(debt: Debt) -> None:
     ends = {debt.loan.loan_id.rpartition(".")[2]} | {
-        debt.debtor.instance._borrowing._next_loan_id().rpartition(".")[2] for _ in range(20)
+        debt.debtor.instance.parts.loans._next_loan_id().rpartition(".")[2] for _ in range(20)
     }
     assert len(ends) == 21
     assert all(len(end) == 32 for end in ends)
@@ -158,8 +158,8 @@ def test_two_instances_with_different_secrets_do_not_lend(
         monkeypatch.setenv("DISTKV_SECRET", "the secret of another")
         with LLM(make_config("a", ledger=ledger)) as debtor:
             # When one asks the other, which the ledger recommends
-            assert debtor.instance._borrowing.borrow("r", 4) == 0
+            assert debtor.instance.parts.loans.borrow("r", 4) == 0
 
             # Then no loan is left anywhere
             assert creditor.instance.status(0).lent_rblocks == 0
-            assert debtor.instance._ledger.snapshot().loans == ()
+            assert debtor.instance.parts.ledger.snapshot().loans == ()

@@ -43,7 +43,7 @@ REQUEST_BYTES = 1 << 20
 class Victim:
     def __init__(self, llm: LLM, ledger: DebtLedger) -> None:
         self.instance = llm.instance
-        rank = llm.instance._rank
+        rank = llm.instance.parts.rank
         self.pool, self.num_heads = rank.creditor._pool, rank.creditor._num_query_heads
         self.address = f"unix:{llm.instance.config.run_dir}/v.0.sock"
         me = ledger.register(InstanceId("honest"), "unix:nowhere", 4, 0, LEASE_S)
@@ -78,7 +78,7 @@ class Victim:
 
     def books(self) -> object:
         status = self.instance.status(0)
-        return status.free_rblocks, status.lent_rblocks, dict(self.instance._lending._lent)
+        return status.free_rblocks, status.lent_rblocks, dict(self.instance.parts.lending._lent)
 
     def assert_unharmed(self) -> None:
         self.instance.check_integrity()

@@ -62,7 +62,7 @@ class Run:
 
     def cut(self, creditor: str) -> None:
         """Break all channels that others have to this instance, for good."""
-        self.pool[creditor].instance._doors.close()
+        self.pool[creditor].instance.parts.doors.close()
 
     def creditors(self) -> list[str]:
         return list(self.a.rmanager.table(self.request).remote_by_creditor())
@@ -153,7 +153,7 @@ def test_a_creditor_lost_while_rblocks_travel(
     if way == "home":
         run.pool[run.creditors()[0]].instance.rmanager.reclaim_all()
         until_s = time.monotonic() + 10.0
-        while run.a._heartbeat.orders.empty():  # of the recall it hears with its next report
+        while run.a.parts.membership.orders.empty():  # of the recall it hears with its next report
             assert time.monotonic() < until_s
             time.sleep(0.01)
     run.finish()

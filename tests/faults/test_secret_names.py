@@ -25,10 +25,10 @@ def test_no_log_tells_a_loans_unguessable_end(
         a.instance.add(request)
         while not request.output_token_ids:
             a.instance.step()
-        loan_id = LoanId(a.instance._borrowing.loans_of("long")[0].loan_id)
-        me = a.instance._rank.identity
-        a.instance._ledger.release(loan_id, me.instance, me.epoch)
-        b.instance._lending.reconcile()
+        loan_id = LoanId(a.instance.parts.loans.loans_of("long")[0].loan_id)
+        me = a.instance.parts.rank.identity
+        a.instance.parts.ledger.release(loan_id, me.instance, me.epoch)
+        b.instance.parts.lending.reconcile()
         # When the debtor hears of it
         while not a.instance.scheduler.is_idle:
             a.instance.step()

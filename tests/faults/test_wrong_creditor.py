@@ -57,7 +57,7 @@ class Pool:
         return self.lenders[name]
 
     def memory_of(self, name: str) -> torch.Tensor:
-        return self.lenders[name].instance._rank.creditor._pool
+        return self.lenders[name].instance.parts.rank.creditor._pool
 
     def start_lenders(self) -> None:
         self.lenders = {
@@ -72,7 +72,7 @@ class Pool:
 
     def distrusts(self, name: str) -> bool:
         """For much longer than somebody that was only lost."""
-        peers = self.a.instance._rank.peers
+        peers = self.a.instance.parts.rank.peers
         return (
             peers.shuns(name) and peers._shunned_until_s[name] - self.a.instance.config.ledger.lease_s > DISTRUST_S / 2
         )
@@ -97,7 +97,7 @@ def test_honest_creditors_pass_every_check(pool: Pool, expected: list[int]) -> N
     before = [num_alarms(name, what) for name in "bc" for what in ("rblocks", "partial")]
     assert pool.finish() == expected
     assert [num_alarms(name, what) for name in "bc" for what in ("rblocks", "partial")] == before
-    assert not pool.a.instance._rank.peers.shuns(span.creditor)
+    assert not pool.a.instance.parts.rank.peers.shuns(span.creditor)
     assert pool.request.num_recomputed_tokens == 0
 
 
@@ -164,7 +164,7 @@ def test_rblocks_that_come_home_changed_are_not_taken(pool: Pool, expected: list
 
 def forge_answers(pool: Pool, name: str, forge: Forge, monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on its true answers go through `forge`; its memory stays as it is."""
-    creditor = pool.lender(name).instance._rank.creditor
+    creditor = pool.lender(name).instance.parts.rank.creditor
     honest = creditor.query
 
     def forged(hello: Hello, request: Message) -> Answer:
@@ -239,7 +239,7 @@ def test_a_creditor_is_not_blamed_for_what_its_debtor_sent(pool: Pool) -> None:
     # Given a debtor whose own KV holds a NaN when it moves out
     config = pool._make_config("a", num_rblocks=16, url=pool._url, lending={"verify_one_in": 1})
     pool.a = pool._stack.enter_context(LLM(config))
-    rank = pool.a.instance._rank
+    rank = pool.a.instance.parts.rank
     honest = rank.runner._migration._push
     before = [num_alarms(name, what) for name in "bc" for what in ("rblocks", "partial")]
 

@@ -64,15 +64,15 @@ class Pool:
         return {
             Debt(loan.loan_id, name, loan.creditor, loan.num_rblocks)
             for name, instance in self.instances.items()
-            for loans in instance._borrowing._loans.values()
+            for loans in instance.parts.loans._loans.values()
             for loan in loans
         }
 
     def debts_lent_by_creditors(self) -> set[Debt]:
         return {
-            Debt(loan_id, instance._lending._lent[loan_id].debtor, name, num_rblocks)
+            Debt(loan_id, instance.parts.lending._lent[loan_id].debtor, name, num_rblocks)
             for name, instance in self.instances.items()
-            for loan_id, num_rblocks in instance._allocator.loans().items()
+            for loan_id, num_rblocks in instance.parts.allocator.loans().items()
         }
 
     def accounts_agree(self) -> bool:
@@ -102,7 +102,7 @@ class Pool:
                     seen |= places
 
     def _is_granted(self, debtor: str, span: RemoteSpan) -> bool:
-        table = self.instances[span.creditor]._rank.loan_table
+        table = self.instances[span.creditor].parts.rank.loan_table
         return table.covers(debtor, [span.loan_id], span.block_ids)
 
     def assert_nothing_is_owed(self) -> None:
@@ -200,7 +200,7 @@ class Driver:
     def cut_a_channel(self) -> None:
         """A real end of stream in the middle of somebody's loans."""
         name = self._any_instance()
-        connections = list(self._pool.instances[name]._doors._listeners[0]._connections)
+        connections = list(self._pool.instances[name].parts.doors._listeners[0]._connections)
         if connections:
             self._note(f"cut a channel of {name}")
             with contextlib.suppress(OSError):  # of one that was cut a moment ago
@@ -229,14 +229,14 @@ class Driver:
         self._stay(instance)
 
     def _stay(self, instance: Instance) -> None:
-        departure = instance._departure
+        departure = instance.parts.departure
         departure._ends_by_s = None
-        instance._admission.draining = instance._lending.draining = instance._adoptions.draining = False
-        instance._reporting.state = InstanceState.UP
+        instance.parts.admission.draining = instance.parts.lending.draining = instance.parts.adoptions.draining = False
+        instance.parts.reporting.state = InstanceState.UP
         if departure._handover._passage is not None:
             departure._handover._give_up()
-        while instance._borrowing.has_bequests:
-            instance._borrowing.settle_bequests()
+        while instance.parts.loans.has_bequests:
+            instance.parts.loans.settle_bequests()
             time.sleep(0.02)
         instance.note_idle()
 

@@ -15,9 +15,11 @@ from megatron_distkv.request import Request
 from megatron_distkv.sampling_params import SamplingParams
 from tests.conftest import MakeConfig
 from tests.ledger.snapshot import snapshot
+from tests.soon import wait_until
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
 Pool = dict[str, LLM]
+LONGEST = (16 + 14 + 14) * 8
 
 
 def random_prompt(length: int, seed: int = 3) -> list[int]:
@@ -28,12 +30,16 @@ def random_prompt(length: int, seed: int = 3) -> list[int]:
 def pool(make_config: MakeConfig, server: EmbeddedServer) -> Iterator[Pool]:
     """Three instances of 16 rBlocks (128 tokens) each."""
     with ExitStack() as stack:
-        yield {
+        pool = {
             name: stack.enter_context(
                 LLM(make_config(name, num_rblocks=16, url=server.url, scheduler={"max_batched_tokens": 48}))
             )
             for name in ("a", "b", "c")
         }
+        # Each has heard of the others: 16 rBlocks of its own and 14 (the lending cap of 90 %) of each of the two
+        for llm in pool.values():
+            wait_until(lambda llm=llm: llm.instance.rmanager.longest_context_tokens() == LONGEST)  # type: ignore[misc]
+        yield pool
 
 
 @pytest.fixture
@@ -43,9 +49,9 @@ def reference(make_config: MakeConfig) -> Iterator[LLM]:
 
 
 def assert_nothing_is_owed(pool: Pool, server: EmbeddedServer) -> None:
-    now = snapshot(server)
-    assert now.loans == ()
+    wait_until(lambda: snapshot(server).loans == (), lambda: snapshot(server).loans)
     for llm in pool.values():
+        wait_until(lambda llm=llm: llm.instance.status(0).lent_rblocks == 0)  # type: ignore[misc]
         status = llm.instance.status(0)
         assert (status.free_rblocks, status.lent_rblocks, status.borrowed_rblocks) == (16, 0, 0)
         llm.instance.check_integrity()
@@ -141,7 +147,7 @@ def test_a_request_that_waits_for_lent_memory_asks_for_it_back(pool: Pool, serve
     short = Request("short", random_prompt(90, seed=5), GREEDY)
     b.add(short)
     end = time.monotonic() + 20
-    while a._heartbeat.orders.empty():
+    while a.parts.membership.orders.empty():
         assert time.monotonic() < end, "b waits until a is done"
         assert b.step() == []
 
@@ -201,8 +207,7 @@ def test_an_aborted_request_gives_everything_back(pool: Pool, server: EmbeddedSe
 
 
 def test_a_prompt_beyond_the_whole_pool_is_refused_with_the_longest(pool: Pool) -> None:
-    # 16 rBlocks of its own and 14 (the lending cap of 90 %) of each of the two others
-    with pytest.raises(UserError, match=f"the longest that fits now is {(16 + 14 + 14) * 8}"):
+    with pytest.raises(UserError, match=f"the longest that fits now is {LONGEST}"):
         pool["a"].generate([random_prompt(400)], GREEDY)
 
 
@@ -225,7 +230,7 @@ def test_the_ledger_comes_back_empty_and_is_rebuilt(pool: Pool, reference: LLM, 
     got: list[int] = []
     while not got:
         got += [token for output in a.step() for token in output.token_ids]
-    before = {(x.loan_id, x.debtor, x.creditor, x.num_rblocks) for x in snapshot(server).loans}
+    before = {(x.key, x.debtor, x.creditor, x.num_rblocks) for x in snapshot(server).loans}
     assert before
 
     # When the ledger server dies and comes back without its data
@@ -235,7 +240,7 @@ def test_the_ledger_comes_back_empty_and_is_rebuilt(pool: Pool, reference: LLM, 
 
     # Then the rManagers tell it everything again, and the request never noticed
     end = time.monotonic() + 15
-    while {(x.loan_id, x.debtor, x.creditor, x.num_rblocks) for x in snapshot(server).loans} != before:
+    while {(x.key, x.debtor, x.creditor, x.num_rblocks) for x in snapshot(server).loans} != before:
         assert time.monotonic() < end, snapshot(server)
         time.sleep(0.05)
     while not a.scheduler.is_idle:

@@ -30,7 +30,9 @@ def fails(*_: object) -> None:
     raise RuntimeError("one of its ranks is gone")
 
 
-@pytest.mark.parametrize("what", ["_lending.lend", "_lending.release", "_rank.creditor.store", "_rank.creditor.query"])
+@pytest.mark.parametrize(
+    "what", ["lending.lend", "lending.release", "rank.creditor.store", "rank.creditor.query"]
+)
 def test_its_debtor_goes_on(
     what: str, pool: dict[str, LLM], make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -38,7 +40,7 @@ def test_its_debtor_goes_on(
     with LLM(make_config("enough")) as enough:
         (expected,) = enough.generate([PROMPT], GREEDY)
     *path, method = what.split(".")
-    owner = pool["c"].instance
+    owner = pool["c"].instance.parts
     for part in path:
         owner = getattr(owner, part)
     monkeypatch.setattr(owner, method, fails)

@@ -76,7 +76,7 @@ def test_what_can_never_fit_is_refused_at_once() -> None:
         # Given two instances, a lender and host memory, all of it in use
         pool = Pool()
         pool.view.show(
-            member("a", 4, 4, host_rblocks="3"), member("b", 5, 5, reserved=1), member("l", 8, 8, role="lender")
+            member("a", 4, 4, host_rblocks=3), member("b", 5, 5, reserved=1), member("l", 8, 8, role="lender")
         )
         # When a request comes that the empty pool could hold, and one that it could not: 4 + 3 + 4 + 8 rBlocks
         fitting, too_long = pool.ask(19), pool.ask(20)
@@ -89,9 +89,9 @@ def test_what_can_never_fit_is_refused_at_once() -> None:
             error
         )
         # And not longer than the model can attend to
-        pool.view.show(member("a", 400, max_context_tokens="20"))
+        pool.view.show(member("a", 400, max_context_tokens=20))
         pool = Pool()
-        pool.view.show(member("a", 400, max_context_tokens="20"))
+        pool.view.show(member("a", 400, max_context_tokens=20))
         assert "fits now is 20" in str(await pool.ask(3).refused())
 
     play(story)
@@ -294,7 +294,7 @@ def test_whom_an_instance_refuses_waits_again_at_its_place() -> None:
         await settle()
         assert not again.done()
         await younger.leave()
-        pool.view.look()
+        pool.view.tell()
         assert await again == "a"
 
     play(story)

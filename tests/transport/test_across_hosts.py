@@ -85,7 +85,7 @@ def test_neighbours_share_memory_though_both_could_use_tcp(start: Any) -> None:
     a.instance.add(Request("long", random_prompt(200), GREEDY))
     while not a.instance.scheduler.is_idle:
         a.instance.step()
-    channel = a.instance._rank.peers["b"]
+    channel = a.instance.parts.rank.peers["b"]
     assert type(channel._link).__name__ == "SharedLink"
 
 

@@ -1,0 +1,27 @@
+"""Time and chance. Whatever waits, ages or draws takes a `Clock`, so that virtual time can drive the same objects."""
+
+import random
+import time
+from typing import Protocol
+
+
+class Clock(Protocol):
+    @property
+    def random(self) -> random.Random:
+        """The one source of chance: seeded where a run is to be repeated."""
+
+    def monotonic_s(self) -> float:
+        """Seconds since some moment; never goes back."""
+
+    def sleep(self, seconds: float) -> None: ...
+
+
+class SystemClock:
+    def __init__(self, seed: int | None = None) -> None:
+        self.random = random.Random(seed)
+
+    def monotonic_s(self) -> float:
+        return time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)

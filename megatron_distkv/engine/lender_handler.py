@@ -1,0 +1,71 @@
+"""What other instances may ask of a member's leader, by message kind."""
+
+import msgspec
+
+from megatron_distkv.attention import Creditor
+from megatron_distkv.errors import DistkvError
+from megatron_distkv.messages import (
+    Acknowledge,
+    AdoptHeader,
+    InheritHeader,
+    LendHeader,
+    MessageKind,
+    PrepareHeader,
+    ReleaseHeader,
+    decode,
+)
+from megatron_distkv.rblock import InstanceId, LoanId
+from megatron_distkv.rmanager import Adoptions, Lending
+from megatron_distkv.transport import Answer, Hello, Request
+
+
+class LenderHandler:
+    """The handler of the leader's listener: loans to the rManager, tensors to the creditor.
+
+    Without `adoptions`, as in a memory-only lender, nobody may hand a request over.
+    """
+
+    def __init__(self, lending: Lending, creditor: Creditor, adoptions: Adoptions | None = None) -> None:
+        self._lending = lending
+        self._creditor = creditor
+        self._adoptions = adoptions
+
+    def answer(self, hello: Hello, request: Request) -> Answer:
+        match MessageKind(request.kind):
+            case MessageKind.QUERY:
+                return self._creditor.query(hello, request)
+            case MessageKind.STORE:
+                return self._creditor.store(hello, request)
+            case MessageKind.FETCH:
+                return self._creditor.fetch(hello, request)
+            case MessageKind.PROBE:
+                return Answer(b"")
+            case MessageKind.LEND:
+                return _answer(self._lending.lend(self._own(hello, request)))
+            case MessageKind.RELEASE:
+                return _answer(self._release(hello, decode(request.header, ReleaseHeader)))
+            case MessageKind.INHERIT:
+                header = decode(request.header, InheritHeader)
+                return _answer(self._lending.transfer(header, InstanceId(hello.instance_id)))
+            case MessageKind.PREPARE if self._adoptions is not None:
+                return _answer(self._adoptions.prepare(decode(request.header, PrepareHeader), hello.instance_id))
+            case MessageKind.ADOPT if self._adoptions is not None:
+                return _answer(self._adoptions.hand_over(decode(request.header, AdoptHeader), hello.instance_id))
+            case kind:
+                raise DistkvError(f"this leader does not take {kind.name}")
+
+    def _release(self, hello: Hello, header: ReleaseHeader) -> Acknowledge:
+        if self._adoptions is not None and self._adoptions.give_up(header.loan_id, hello.instance_id):
+            return Acknowledge()
+        return Acknowledge(self._lending.release(LoanId(header.loan_id), hello.instance_id))
+
+    @staticmethod
+    def _own(hello: Hello, request: Request) -> LendHeader:
+        header = decode(request.header, LendHeader)
+        if header.debtor != hello.instance_id:
+            raise DistkvError(f"{hello.instance_id} asks for a loan in the name of {header.debtor}")
+        return header
+
+
+def _answer(reply: msgspec.Struct) -> Answer:
+    return Answer(msgspec.msgpack.encode(reply))
