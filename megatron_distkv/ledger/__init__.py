@@ -5,7 +5,7 @@ from megatron_distkv.ledger.debt_ledger import DebtLedger
 from megatron_distkv.ledger.history import render_history
 from megatron_distkv.ledger.memory_ledger import MemoryLedger
 from megatron_distkv.ledger.open_ledger import open_ledger
-from megatron_distkv.ledger.pool_snapshot import PoolSnapshot, render_debts
+from megatron_distkv.ledger.pool_snapshot import MemberChange, PoolChanges, PoolReader, PoolSnapshot, render_debts
 from megatron_distkv.ledger.records import (
     HOST_QUERY_US,
     HOST_RBLOCKS,
@@ -42,8 +42,11 @@ __all__ = [
     "InstanceState",
     "Loan",
     "LoanState",
+    "MemberChange",
     "MemoryLedger",
     "Move",
+    "PoolChanges",
+    "PoolReader",
     "PoolSnapshot",
     "Recall",
     "Registration",

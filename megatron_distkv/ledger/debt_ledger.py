@@ -8,10 +8,10 @@ fenced: a message that carries another epoch than the live one of its instance c
     register -> heartbeat* -> deregister | expire          by (instance, epoch), kept alive by its lease
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
-from megatron_distkv.ledger.pool_snapshot import PoolSnapshot
+from megatron_distkv.ledger.pool_snapshot import PoolChanges, PoolSnapshot
 from megatron_distkv.ledger.records import (
     Creditor,
     HeartbeatReply,
@@ -46,10 +46,16 @@ class DebtLedger(Protocol):
         """
 
     def heartbeat(self, instance: InstanceId, epoch: int, report: InstanceReport, lease_s: float) -> HeartbeatReply:
-        """Renew the lease and report; brings back recalls (until released) and planned moves (once)."""
+        """Renew the lease and report; brings back recalls (until released) and planned moves (once).
 
-    def recommend(self, debtor: InstanceId, num_rblocks: int, limit: int) -> list[Creditor]:
-        """Up to `limit` live, debt-free instances that would lend, freest first, until `num_rblocks` are covered."""
+        `known` False also where somebody else has written into this member's record: registering again heals it.
+        """
+
+    def recommend(self, debtor: InstanceId, num_rblocks: int, limit: int, skip: int = 0) -> list[Creditor]:
+        """Up to `limit` live, debt-free instances that would lend, freest first, until `num_rblocks` are covered.
+
+        After the first `skip` of them: whoever wants more than one answer holds asks again for the rest.
+        """
 
     def borrow(
         self,
@@ -106,6 +112,9 @@ class DebtLedger(Protocol):
         A ledger that has just lost its data must not look like one where all loans have ended.
         """
 
+    def known_loans(self, loan_ids: Collection[LoanId]) -> set[LoanId]:
+        """Which of these the ledger has now."""
+
     def expire(self, limit: int = 64) -> list[InstanceId]:
         """Bury instances whose lease has ended (debts void, credits returned) and drop overdue reservations."""
 
@@ -115,7 +124,17 @@ class DebtLedger(Protocol):
     def deregister(self, instance: InstanceId, epoch: int) -> None:
         """Leave: as if the lease had ended now."""
 
-    def snapshot(self) -> PoolSnapshot: ...
+    def changes(
+        self, since: int, limit: int = 256, *, with_loans: bool = True, with_placements: bool = True
+    ) -> PoolChanges:
+        """Members whose record, credits or placements have changed since `since`, at most `limit`, the oldest first.
+
+        `since` is the `version` of the answer before, 0 for all of them. Renewing a lease is no change; who is dead
+        leaves with a later answer, or this one. One that cannot be read spoils no other.
+        """
+
+    def snapshot(self) -> PoolSnapshot:
+        """All of it, by `changes` from 0: for a look. Whoever looks again and again follows the changes."""
 
     def lead(self, candidate: str, lease_s: float) -> bool:
         """Take or keep the gManager's leader lease."""

@@ -14,6 +14,9 @@ _SENTENCES = {
     "release": "{debtor} gave {rblocks} rBlocks back to {creditor}  ({name})",
     "void": "{debtor} owes {creditor} {rblocks} rBlocks no more: one of them is gone  ({name})",
     "overdue": "{creditor} never answered {debtor}, who asked for {rblocks} rBlocks  ({name})",
+    "transfer": "{debtor} handed its debt of {rblocks} rBlocks at {creditor} on to {heir}  ({name})",
+    "unreadable": "somebody else has written into the record of {instance}: it registers again",
+    "unreadable_loan": "a loan of {instance} could not be read and has ended  ({name})",
     "rebuild": "another server took over: the ledger was rebuilt from the instances",
 }
 
@@ -31,7 +34,7 @@ def render_history(events: Iterable[Mapping[str, str]]) -> str:
 def _book(owed: dict[str, int], event: Mapping[str, str]) -> None:
     kind, loan = event.get("event"), event.get("loan", "")
     if kind == "loan":
-        owed[loan] = int(event["rblocks"])
+        owed[loan] = int(event.get("rblocks", "0"))
     elif kind == "rebuild":
         owed.clear()
     else:
@@ -42,8 +45,9 @@ def _sentence(event: Mapping[str, str]) -> str:
     kind = event.get("event", "")
     try:
         return _SENTENCES[kind].format_map({**event, "name": loan_name(event.get("loan", ""))})
-    except KeyError:  # an event of a later version
-        return "  ".join(f"{key}={value}" for key, value in event.items() if key != "at_ms")
+    except KeyError:  # an event of another version
+        shown = {key: loan_name(value) if key == "loan" else value for key, value in event.items() if key != "at_ms"}
+        return "  ".join(f"{key}={value}" for key, value in shown.items())
 
 
 def _time(event: Mapping[str, str]) -> str:

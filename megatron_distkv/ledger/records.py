@@ -1,7 +1,7 @@
 """What the ledger stores and answers, as plain frozen records."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -44,6 +44,23 @@ class RequestPlacementEntry:
     is_local: bool
 
 
+def in_order(placements: Iterable[RequestPlacementEntry]) -> tuple[RequestPlacementEntry, ...]:
+    """As the ledger keeps them: those of no rBlocks left out, the last one of each request and holder."""
+    by_key = {(entry.request_id, entry.holder): entry for entry in placements}
+    return tuple(by_key[key] for key in sorted(by_key) if by_key[key].num_rblocks > 0)
+
+
+# Heartbeats of a large pool: so many members have room for one each second in 80 % of a server's core, with readers
+# beside them (tools/bench/ledger_scale). Smaller pools keep their members' own interval.
+HEARTBEATS_PER_S = 4000
+UNHURRIED_MEMBERS = 1000
+
+
+def heartbeat_interval_s(num_members: int) -> float:
+    """What the ledger asks members to wait at least."""
+    return num_members / HEARTBEATS_PER_S if num_members > UNHURRIED_MEMBERS else 0.0
+
+
 @dataclass(frozen=True)
 class InstanceReport:
     """What a heartbeat says. Only local use, so that a late one cannot overwrite a reservation."""
@@ -53,7 +70,7 @@ class InstanceReport:
     num_running: int = 0
     num_waiting: int = 0
     max_request_tokens: int = 0
-    placements: tuple[RequestPlacementEntry, ...] = ()  # changed entries only; 0 rBlocks deletes
+    placements: tuple[RequestPlacementEntry, ...] | None = None  # all of them; None: as in the last answered report
 
 
 @dataclass(frozen=True)
@@ -77,25 +94,33 @@ class Move:
 
 @dataclass(frozen=True)
 class HeartbeatReply:
-    """`known` False: this epoch is not the live one, register again; the rest is then empty."""
+    """`known` False: this epoch is not the live one, register again; the rest is then empty.
+
+    What others would lend and how many members there are was counted a moment ago: a quarter of a ms for each member.
+    """
 
     known: bool
     generation: str = ""
     lent: int = 0
     borrowed: int = 0
     free: int = 0
+    lendable_now: int = 0  # rBlocks that all others together would lend now
+    lending_caps: int = 0  # and at most, when none of them that is up uses its own memory
+    num_members: int = 0  # this one too
+    interval_s: float = 0.0  # the ledger asks for no more than one heartbeat in this time
     recalls: tuple[Recall, ...] = ()
     moves: tuple[Move, ...] = ()
 
 
 @dataclass(frozen=True)
 class Creditor:
-    """An instance that would lend `free_rblocks` rBlocks now."""
+    """An instance that would lend `free_rblocks` rBlocks now; `info` is empty where it cannot be read."""
 
     instance: InstanceId
     epoch: int
     address: str
     free_rblocks: int
+    info: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -1,33 +1,239 @@
-"""The debt ledger in Redis or Valkey."""
+"""The debt ledger in Redis or Valkey (>= 6.2): one Lua script per operation, so each is atomic there.
 
-from collections.abc import Sequence
-from typing import Any
+Contract: DebtLedger. The key schema is in keys.py, the rules are in scripts/.
+"""
 
-from megatron_distkv.ledger.pool_snapshot import PoolSnapshot
-from megatron_distkv.ledger.records import Move
-from megatron_distkv.ledger.redis_loans import RedisLoans
-from megatron_distkv.ledger.redis_members import RedisMembers
-from megatron_distkv.ledger.redis_records import pairs, read_loan, read_placements, read_record
-from megatron_distkv.ledger.redis_scripts import reading, to_ms
-from megatron_distkv.rblock import InstanceId
+import functools
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import msgspec
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from megatron_distkv.errors import LedgerUnavailable, SupersededError
+from megatron_distkv.ledger.keys import prefix
+from megatron_distkv.ledger.pool_snapshot import MemberChange, PoolChanges, PoolReader, PoolSnapshot, ReadPosition
+from megatron_distkv.ledger.records import (
+    Creditor,
+    HeartbeatReply,
+    InstanceRecord,
+    InstanceReport,
+    InstanceState,
+    Loan,
+    LoanState,
+    Move,
+    Recall,
+    Registration,
+    RequestPlacementEntry,
+    heartbeat_interval_s,
+    in_order,
+)
+from megatron_distkv.ledger.url import explain, warning_about
+from megatron_distkv.log import get_logger
+from megatron_distkv.messages import Refusal
+from megatron_distkv.rblock import InstanceId, LoanId
+
+logger = get_logger(__name__)
+_SCRIPTS = Path(__file__).parent / "scripts"
+_COMMON, _ADOPT_SERVER = "_common", "adopt_server"
+# Loans asked for at once: a call stays short.
+_LOANS_PER_CALL = 500
+# What a text of another shape than ours raises when it is read.
+_UNREADABLE = (
+    ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError, msgspec.MsgspecError,
+)  # fmt: skip
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
-class RedisLedger(RedisMembers, RedisLoans):
-    """Members, their loans, and here the pool as a whole. Thread-safe."""
+def reading(operation: Callable[_P, _T]) -> Callable[_P, _T]:
+    """A server that is away, and one whose answers have another shape than ours, are the same to who asks."""
+
+    @functools.wraps(operation)
+    def guarded(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        try:
+            return operation(*args, **kwargs)
+        except redis.RedisError as error:
+            raise LedgerUnavailable(f"{operation.__name__}: {error}") from error
+        except _UNREADABLE as error:
+            raise LedgerUnavailable(f"{operation.__name__}: the ledger's data cannot be read: {error}") from error
+
+    return guarded
+
+
+class RedisLedger:
+    """Thread-safe. A server silent for `timeout_s` raises LedgerUnavailable: nothing is retried here."""
+
+    def __init__(
+        self, url: str, pool: str, *, timeout_s: float = 1.0, clock_ms: Callable[[], int] | None = None
+    ) -> None:
+        self._url = url
+        self._prefix = prefix(pool)
+        self._clock_ms = clock_ms  # tests only: time given to the scripts instead of the server's own
+        texts = {path.stem: path.read_text() for path in _SCRIPTS.glob("*.lua")}
+        common = texts.pop(_COMMON)
+        self._adopt_server = common + texts.pop(_ADOPT_SERVER)
+        try:
+            self._redis = redis.Redis.from_url(
+                url,
+                decode_responses=True,
+                encoding_errors="replace",  # a text that is none spoils its own record, not the whole answer
+                socket_timeout=timeout_s,
+                socket_connect_timeout=timeout_s,
+                retry=Retry(NoBackoff(), 0),
+                redis_connect_func=self._greet,
+            )
+        except ValueError as error:
+            raise explain(url, error) from None
+        self._scripts = {name: self._redis.register_script(common + text) for name, text in texts.items()}
+
+    def ping_or_explain(self) -> None:
+        """Raises UserError, one sentence, when the server cannot be used."""
+        try:
+            self._redis.ping()
+        except (redis.RedisError, TypeError, ValueError, OSError) as error:  # TypeError: an option that nobody knows
+            raise explain(self._url, error) from None
+        warning = warning_about(self._url)
+        if warning is not None:
+            logger.warning("%s", warning)
+
+    def close(self) -> None:
+        self._redis.close()
+
+    # Members
 
     @reading
-    def snapshot(self) -> PoolSnapshot:
-        generation, now, instances, loans = self._run("snapshot")
-        return PoolSnapshot(
-            generation,
-            int(now),
-            tuple(
-                read_record(name, float(end_ms) - int(now), dict(pairs(fields)))
-                for name, end_ms, fields, _ in instances
-            ),
-            tuple(read_loan(row) for row in loans),
-            {InstanceId(name): read_placements(flat) for name, _, _, flat in instances if flat},
+    def register(
+        self, instance: InstanceId, address: str, total_rblocks: int, reserved_rblocks: int, lease_s: float, *,
+        epoch: int = 0, generation: str = "", info: Mapping[str, str] | None = None,
+    ) -> Registration:  # fmt: skip
+        first, second = self._run(
+            "register", instance, address, total_rblocks, reserved_rblocks, to_ms(lease_s), epoch, generation,
+            _info_text(info),
+        )  # fmt: skip
+        if first == "superseded":
+            raise SupersededError(f"a newer {instance} has registered (epoch {second}, this is {epoch})")
+        return Registration(int(first), second)
+
+    @reading
+    def heartbeat(self, instance: InstanceId, epoch: int, report: InstanceReport, lease_s: float) -> HeartbeatReply:
+        reply = self._run(
+            "heartbeat", instance, epoch, to_ms(lease_s), report.local_used_rblocks, report.state.value,
+            report.num_running, report.num_waiting, report.max_request_tokens, *_placements_text(report.placements),
+        )  # fmt: skip
+        if int(reply[0]) == 0:
+            return HeartbeatReply(known=False)
+        generation, *counts, recalls, moves = reply[1:]
+        lent, borrowed, free, lendable_now, lending_caps, num_members = map(int, counts)
+        return HeartbeatReply(
+            known=True,
+            generation=generation,
+            lent=lent,
+            borrowed=borrowed,
+            free=free,
+            lendable_now=lendable_now,
+            lending_caps=lending_caps,
+            num_members=num_members,
+            interval_s=heartbeat_interval_s(num_members),
+            recalls=tuple(Recall(LoanId(loan), instance, int(num)) for loan, num in _pairs(recalls)),
+            moves=tuple(_read_moves(instance, moves)),
         )
+
+    @reading
+    def describe(self, instance: InstanceId, epoch: int, info: Mapping[str, str]) -> bool:
+        return bool(self._run("describe", instance, epoch, _info_text(info)))
+
+    @reading
+    def deregister(self, instance: InstanceId, epoch: int) -> None:
+        self._run("deregister", instance, epoch)
+
+    @reading
+    def expire(self, limit: int = 64) -> list[InstanceId]:
+        return [InstanceId(name) for name in self._run("expire", limit)]
+
+    # Loans
+
+    @reading
+    def recommend(self, debtor: InstanceId, num_rblocks: int, limit: int, skip: int = 0) -> list[Creditor]:
+        return [_read_creditor(row) for row in self._run("recommend", debtor, num_rblocks, limit, skip)]
+
+    @reading
+    def borrow(
+        self, loan_id: LoanId, debtor: InstanceId, debtor_epoch: int, creditor: InstanceId, creditor_epoch: int,
+        num_rblocks: int, pending_s: float,
+    ) -> Refusal | None:  # fmt: skip
+        terms = (loan_id, debtor, debtor_epoch, creditor, creditor_epoch, num_rblocks)
+        return _refusal(self._run("borrow", *terms, to_ms(pending_s)))
+
+    @reading
+    def accept(self, loan_id: LoanId, creditor: InstanceId, creditor_epoch: int) -> Refusal | None:
+        return _refusal(self._run("accept", loan_id, creditor, creditor_epoch))
+
+    @reading
+    def release(self, loan_id: LoanId, instance: InstanceId, epoch: int) -> int:
+        return int(self._run("release", loan_id, instance, epoch))
+
+    @reading
+    def reclaim(self, creditor: InstanceId, epoch: int, num_rblocks: int) -> list[Recall]:
+        rows = self._run("reclaim", creditor, epoch, num_rblocks)
+        return [Recall(LoanId(loan), InstanceId(debtor), int(num)) for loan, debtor, num in rows]
+
+    @reading
+    def restore(
+        self, loan_id: LoanId, debtor: InstanceId, debtor_epoch: int, creditor: InstanceId, creditor_epoch: int,
+        num_rblocks: int,
+    ) -> Refusal | None:  # fmt: skip
+        return _refusal(
+            self._run("restore", loan_id, debtor, debtor_epoch, creditor, creditor_epoch, num_rblocks)
+        )  # fmt: skip
+
+    @reading
+    def transfer(
+        self, loan_id: LoanId, new_loan_id: LoanId, heir: InstanceId, heir_epoch: int, creditor: InstanceId,
+        creditor_epoch: int,
+    ) -> Refusal | None:  # fmt: skip
+        return _refusal(
+            self._run("transfer", loan_id, new_loan_id, heir, heir_epoch, creditor, creditor_epoch)
+        )  # fmt: skip
+
+    @reading
+    def loans_of(self, creditor: InstanceId, epoch: int) -> list[Loan]:
+        rows = self._run("loans_of", creditor, epoch)
+        if rows is None:
+            raise LedgerUnavailable(f"the ledger does not know {creditor} (epoch {epoch}) now")
+        return [_read_loan(row) for row in rows]
+
+    @reading
+    def known_loans(self, loan_ids: Collection[LoanId]) -> set[LoanId]:
+        asked = list(loan_ids)
+        parts = (asked[first : first + _LOANS_PER_CALL] for first in range(0, len(asked), _LOANS_PER_CALL))
+        return {LoanId(loan) for part in parts for loan in self._run("known_loans", *part)}
+
+    # The pool
+
+    @reading
+    def changes(
+        self, since: int, limit: int = 256, *, with_loans: bool = True, with_placements: bool = True
+    ) -> PoolChanges:
+        began_at, version = ReadPosition.unpack(since)
+        generation, now, is_whole, began_at, version, has_more, rows = self._run(
+            "changes", began_at, version, limit, int(with_loans), int(with_placements)
+        )
+        return PoolChanges(
+            generation,
+            ReadPosition.pack(int(began_at), int(version)),
+            int(now),
+            bool(is_whole),
+            bool(has_more),
+            tuple(_read_member(row, int(now)) for row in rows),
+        )
+
+    def snapshot(self) -> PoolSnapshot:
+        return PoolReader(self.changes).snapshot()
 
     @reading
     def lead(self, candidate: str, lease_s: float) -> bool:
@@ -44,3 +250,127 @@ class RedisLedger(RedisMembers, RedisLoans):
     def events(self, count: int) -> list[dict[str, str]]:
         rows: Any = self._redis.xrevrange(f"{self._prefix}:events", count=count)
         return [{"at_ms": entry.partition("-")[0], **fields} for entry, fields in reversed(rows)]
+
+    def _greet(self, connection: Any) -> None:
+        """Each new connection may lead to another life of the server, and none outlives the one that it leads to."""
+        connection.on_connect()
+        connection.send_command("EVAL", self._adopt_server, 1, self._prefix, self._injected_time())
+        connection.read_response()
+
+    def _run(self, operation: str, *arguments: object) -> Any:
+        try:
+            return self._scripts[operation](keys=[self._prefix], args=[self._injected_time(), *map(str, arguments)])
+        except redis.ReadOnlyError:  # a replica now: when it writes again, it may have another server's data
+            self._redis.connection_pool.disconnect()
+            raise
+
+    def _injected_time(self) -> str:
+        return str(self._clock_ms()) if self._clock_ms else ""
+
+
+def to_ms(seconds: float) -> int:
+    return int(seconds * 1000)
+
+
+def _pairs(flat: Sequence[str]) -> list[tuple[str, str]]:
+    return list(zip(flat[::2], flat[1::2], strict=True))
+
+
+def _refusal(name: str) -> Refusal | None:
+    return Refusal(name) if name else None
+
+
+def _info_text(info: Mapping[str, str] | None) -> str:
+    return json.dumps(dict(info or {}), sort_keys=True)
+
+
+def _read_info(text: str) -> dict[str, str]:
+    return msgspec.json.decode(text, type=dict[str, str])
+
+
+def _placements_text(placements: Sequence[RequestPlacementEntry] | None) -> list[str]:
+    """As an argument that may be absent."""
+    if placements is None:
+        return []
+    rows = [(entry.request_id, entry.holder, entry.num_rblocks, entry.is_local) for entry in in_order(placements)]
+    return [msgspec.json.encode(rows).decode()]
+
+
+def _read_placements(text: str) -> tuple[RequestPlacementEntry, ...]:
+    rows = msgspec.json.decode(text, type=list[tuple[str, str, int, bool]])
+    return tuple(RequestPlacementEntry(request, InstanceId(holder), num, local) for request, holder, num, local in rows)
+
+
+def _read_moves(source: InstanceId, texts: Sequence[str]) -> Iterator[Move]:
+    """A plan is advice: one that cannot be read is left out."""
+    for text in texts:
+        request_id, *rest = text.rsplit("|", 2)
+        if len(rest) == 2 and rest[1].isdecimal():
+            yield Move(request_id, source, InstanceId(rest[0]), int(rest[1]))
+
+
+def _read_creditor(row: Sequence[str]) -> Creditor:
+    name, epoch, address, free, info = row
+    try:
+        facts = _read_info(info)
+    except _UNREADABLE:
+        facts = {}
+    return Creditor(InstanceId(name), int(epoch), address, int(free), facts)
+
+
+def _read_loan(row: Sequence[str]) -> Loan:
+    loan, debtor, debtor_epoch, creditor, creditor_epoch, num, state = row
+    return Loan(
+        LoanId(loan), InstanceId(debtor), int(debtor_epoch), InstanceId(creditor), int(creditor_epoch), int(num),
+        LoanState(state),
+    )  # fmt: skip
+
+
+def _read_member(row: Sequence[Any], now_ms: int) -> MemberChange:
+    """What cannot be read of it is left out, and named."""
+    instance, *parts = row
+    if not parts:
+        return MemberChange(InstanceId(instance))
+    unreadable: list[str] = []
+
+    def read(what: str, reader: Callable[..., _T], *arguments: object) -> _T | None:
+        try:
+            return reader(*arguments)
+        except _UNREADABLE as error:
+            unreadable.append(f"{what}: {error}")
+            return None
+
+    lease_end_ms, fields, loan_rows, placements, is_sealed = parts
+    record = read("its record", _read_record, instance, lease_end_ms, now_ms, fields, bool(is_sealed))
+    loans = [read("a loan", _read_loan, row) for row in loan_rows]
+    placed = () if placements == "" else read("its placements", _read_placements, placements)
+    return MemberChange(
+        InstanceId(instance), record, tuple(loan for loan in loans if loan), placed or (), "; ".join(unreadable)
+    )  # fmt: skip
+
+
+_COUNTS = ("total", "reserved", "local_used", "lent", "borrowed", "num_running", "num_waiting", "max_request_tokens")
+
+
+def _read_record(
+    instance: str, lease_end_ms: str | None, now_ms: int, values: Sequence[str | None], is_sealed: bool
+) -> InstanceRecord:
+    """`values` as changes.lua names them."""
+    names = ("epoch", "address", *_COUNTS[:5], "state", *_COUNTS[5:], "info")
+    fields = {name: value for name, value in zip(names, values, strict=True) if value is not None}
+    missing = [name for name in names if name not in fields]
+    if missing:
+        raise ValueError(f"it has no {', '.join(missing)}")
+    if lease_end_ms is None:
+        raise ValueError("it has no lease")
+    if not is_sealed:
+        raise ValueError("another version, or somebody else, has written it")
+    return InstanceRecord(
+        instance=InstanceId(instance),
+        epoch=int(fields["epoch"]),
+        address=fields["address"],
+        state=InstanceState(fields["state"]),
+        lease_left_ms=int(float(lease_end_ms)) - now_ms,
+        info=_read_info(fields["info"]),
+        **{name: int(fields[name]) for name in _COUNTS},
+    )

@@ -14,6 +14,8 @@ from megatron_distkv.rmanager.late_releases import LateReleases
 from megatron_distkv.rmanager.lending import Lending
 
 logger = get_logger(__name__)
+# A large pool's ledger asks for longer intervals: so many may fail before the lease ends.
+LEASE_IN_INTERVALS = 4
 
 
 class Heartbeat:
@@ -29,7 +31,7 @@ class Heartbeat:
         register: Callable[[], None],
         report: Callable[[], InstanceReport],
     ) -> None:
-        """`report` says everything; only the placements that changed since the last answered report travel."""
+        """`report` says everything; placements travel only when they have changed since the last answered report."""
         self._ledger = ledger
         self._identity = identity
         self._config = config
@@ -39,7 +41,8 @@ class Heartbeat:
         self._report = report
         self._stop = threading.Event()
         self._ledger_is_away = False
-        self._told: tuple[RequestPlacementEntry, ...] = ()
+        self._told: tuple[RequestPlacementEntry, ...] | None = None
+        self._interval_s = self._next_interval_s = config.heartbeat_interval_s
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self.orders: queue.SimpleQueue[Recall | Move] = queue.SimpleQueue()
         self.superseded: SupersededError | None = None
@@ -54,24 +57,27 @@ class Heartbeat:
     def beat(self) -> None:
         """One report; registers again where the ledger has lost this epoch. Raises LedgerUnavailable, Superseded."""
         report = self._report()
-        changed = _changes(self._told, report.placements)
+        placements = None if report.placements == self._told else report.placements
+        self._interval_s = self._next_interval_s  # never longer than the lease that was asked for bears
+        lease_s = max(self._config.lease_s, LEASE_IN_INTERVALS * self._interval_s)
         reply = self._ledger.heartbeat(
-            self._identity.instance, self._identity.epoch, replace(report, placements=changed), self._config.lease_s
+            self._identity.instance, self._identity.epoch, replace(report, placements=placements), lease_s
         )
         if reply.known:
             self._told = report.placements
+            self._next_interval_s = max(self._config.heartbeat_interval_s, reply.interval_s)
             self._late_releases.tell()
             self._lending.reconcile()
             self._take_orders(reply)
         else:
             logger.warning("the ledger has forgotten this instance: registering again")
-            self._told = ()
+            self._told = None
             self._register()
             self._lending.begin_restore(self._config.lease_s)
             self._lending.reconcile()
 
     def _run(self) -> None:
-        while not self._stop.wait(self._config.heartbeat_interval_s):
+        while not self._stop.wait(self._interval_s):
             try:
                 self.beat()
                 self._note_ledger(is_away=False)
@@ -93,13 +99,3 @@ class Heartbeat:
         if is_away != self._ledger_is_away:
             self._ledger_is_away = is_away
             logger.warning("the ledger is away: no new loans" if is_away else "the ledger is back")
-
-
-def _changes(
-    told: tuple[RequestPlacementEntry, ...], now: tuple[RequestPlacementEntry, ...]
-) -> tuple[RequestPlacementEntry, ...]:
-    """New and changed entries, and those that are gone with 0 rBlocks."""
-    still_there = {(entry.request_id, entry.holder) for entry in now}
-    gone = [replace(entry, num_rblocks=0) for entry in told if (entry.request_id, entry.holder) not in still_there]
-    known = set(told)
-    return (*(entry for entry in now if entry not in known), *gone)

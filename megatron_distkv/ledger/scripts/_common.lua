@@ -1,15 +1,29 @@
 -- Shared by all scripts, put in front of each. The key schema is in ../keys.py.
 -- KEYS[1] = prefix "{pool}"; ARGV[1] = injected time in ms ("" in production: the server's clock); arguments from ARGV[2].
 local P = KEYS[1]
-local call = redis.call
-local EXPIRE_PER_HEARTBEAT, MAX_EVENTS = 4, 4096
+local EXPIRE_PER_CALL, MAX_EVENTS, MAX_TOMBSTONES, MAX_NUMBER = 4, 4096, 1024, 2 ^ 53
+-- The pool's sums are counted again when they are older than this, in ms for each member: half a percent of the server.
+local SUMS_AGE_MS_PER_MEMBER = 0.25
+
+-- A key of another type than ours holds nothing of ours: it is dropped, as if it had been lost.
+local function call(command, key, ...)
+  local answer = redis.pcall(command, key, ...)
+  if type(answer) ~= 'table' or not answer.err then return answer end
+  if not string.find(answer.err, 'WRONGTYPE', 1, true) then error(answer.err, 0) end
+  redis.call('DEL', key)
+  return redis.call(command, key, ...)
+end
 
 local function text(number) return string.format('%.0f', number) end
-local function number(value) return tonumber(value or 0) or 0 end
+-- What is no number, or none that is exact here, is 0.
+local function number(value)
+  local n = tonumber(value or 0)
+  return n and n > -MAX_NUMBER and n < MAX_NUMBER and n or 0
+end
 
 local function wall_clock()
   if ARGV[1] ~= '' then return tonumber(ARGV[1]) end
-  local t = call('TIME')
+  local t = redis.call('TIME')
   return t[1] * 1000 + math.floor(t[2] / 1000)
 end
 
@@ -21,11 +35,11 @@ local function pool_clock(wall)
   if seen[3] then passed = math.min(passed, math.floor(number(seen[3]) / 2)) end
   local now = seen[2] and number(seen[2]) + passed or wall
   call('HSET', P .. ':clock', 'wall', text(wall), 'now', text(now))
-  return now
+  return now, number(seen[3])
 end
 
 local wall = wall_clock()
-local now = pool_clock(wall)
+local now, last_lease_ms = pool_clock(wall)
 local function note_lease(lease_ms) call('HSET', P .. ':clock', 'lease', lease_ms) end
 local function instance_key(id) return P .. ':instance:' .. id end
 local function loan_key(id) return P .. ':loan:' .. id end
@@ -34,26 +48,109 @@ local function note(event, ...)
   call('XADD', P .. ':events', 'MAXLEN', '~', MAX_EVENTS, '*', 'event', event, ...)
 end
 
--- The one place where "may lend" and "how much" are decided: keeps {pool}:free in step with the instance's record.
-local function index(id)
-  local r = call('HMGET', instance_key(id), 'total', 'reserved', 'local_used', 'lent', 'borrowed', 'state')
-  local free = number(r[1]) - number(r[2]) - number(r[3]) - number(r[4])
-  if r[6] == 'up' and number(r[5]) == 0 and free > 0 then
-    call('ZADD', P .. ':free', free, id)
-  else
-    call('ZREM', P .. ':free', id)
+-- Which changes there have been: each change of a member gets the next version. Versions begin at the clock (us), so that
+-- no life of the data repeats another's. The horizon is the last change that is no longer known: a member that left then.
+local function versions()
+  local v = call('HMGET', P .. ':version', 'last', 'horizon')
+  local last, horizon = number(v[1]), number(v[2])
+  return last, horizon > 0 and horizon or last
+end
+
+local function highest(key) return number(call('ZREVRANGE', key, 0, 0, 'WITHSCORES')[2]) end
+
+local function next_version()
+  local last, horizon = versions()
+  if last == 0 then
+    last = math.max(wall * 1000, highest(P .. ':changed'), highest(P .. ':left'))
+    horizon = last
   end
-  return free
+  call('HSET', P .. ':version', 'last', text(last + 1), 'horizon', text(horizon))
+  return last + 1
+end
+
+local function touch(id) call('ZADD', P .. ':changed', text(next_version()), id) end
+
+local function bury_in_versions(id)
+  call('ZREM', P .. ':changed', id)
+  call('ZADD', P .. ':left', text(next_version()), id)
+  if call('ZCARD', P .. ':left') <= MAX_TOMBSTONES then return end
+  local oldest = call('ZRANGE', P .. ':left', 0, 0, 'WITHSCORES')
+  call('ZREM', P .. ':left', oldest[1])
+  call('HSET', P .. ':version', 'horizon', text(number(oldest[2])))
+end
+
+-- The one place where "may lend" and "how much" are decided: keeps {pool}:free and {pool}:caps in step with the record.
+-- `r`: total, reserved, local_used, lent, borrowed, state. Returns rBlocks free to lend, offered now, lent at most.
+local function index(id, r)
+  r = r or call('HMGET', instance_key(id), 'total', 'reserved', 'local_used', 'lent', 'borrowed', 'state')
+  local cap = number(r[1]) - number(r[2])
+  local free = cap - number(r[3]) - number(r[4])
+  local offered = r[6] == 'up' and number(r[5]) == 0 and free > 0 and free or 0
+  if offered > 0 then call('ZADD', P .. ':free', text(offered), id) else call('ZREM', P .. ':free', id) end
+  if r[6] == 'up' then call('ZADD', P .. ':caps', text(cap), id) else call('ZREM', P .. ':caps', id) end
+  return free, offered, r[6] == 'up' and cap or 0
 end
 
 local function is_live(id, epoch)
   return call('HGET', instance_key(id), 'epoch') == epoch and number(call('ZSCORE', P .. ':leases', id)) > now
 end
 
+-- What only a registration says of a member, sealed: where somebody else has written, the member registers again.
+local function seal_of(id, epoch, address, total, reserved, info)
+  return redis.sha1hex(table.concat({P, id, epoch, address, total, reserved, info}, '\n'))
+end
+local function is_sealed(id)
+  local r = call('HMGET', instance_key(id), 'epoch', 'address', 'total', 'reserved', 'info', 'seal')
+  for i = 1, 6 do if not r[i] then return false end end
+  return seal_of(id, r[1], r[2], r[3], r[4], r[5]) == r[6]
+end
+
+-- nil where there is none, or none that can be read.
 local function read_loan(id)
   local r = call('HMGET', loan_key(id), 'debtor', 'debtor_epoch', 'creditor', 'creditor_epoch', 'num_rblocks', 'state')
-  if not r[1] then return nil end
-  return {debtor = r[1], debtor_epoch = r[2], creditor = r[3], creditor_epoch = r[4], num = number(r[5]), state = r[6]}
+  for i = 1, 6 do if not r[i] then return nil end end
+  local num = number(r[5])
+  if num < 1 or num % 1 ~= 0 or number(r[2]) < 1 or number(r[4]) < 1 then return nil end
+  if r[6] ~= 'pending' and r[6] ~= 'active' then return nil end
+  return {debtor = r[1], debtor_epoch = r[2], creditor = r[3], creditor_epoch = r[4], num = num, state = r[6]}
+end
+
+local SIDES = {
+  [':debts:'] = {mine = 'debtor', sum = 'borrowed', other = 'creditor', others = ':credits:'},
+  [':credits:'] = {mine = 'creditor', sum = 'lent', other = 'debtor', others = ':debts:'},
+}
+
+-- The loans of `id` on one side (':debts:' or ':credits:'), in order. One that cannot be read has ended.
+local function loans_in(set, id, is_recount)
+  local side, found, sum = SIDES[set], {}, 0
+  local loans = call('SMEMBERS', P .. set .. id)
+  table.sort(loans)
+  for _, loan_id in ipairs(loans) do
+    local loan = read_loan(loan_id)
+    if loan and loan[side.mine] == id then
+      loan.id = loan_id
+      found[#found + 1] = loan
+      sum = sum + loan.num
+    else
+      is_recount = true
+      call('SREM', P .. set .. id, loan_id)
+      if not loan then
+        call('DEL', loan_key(loan_id))
+        call('ZREM', P .. ':pending', loan_id)
+        note('unreadable_loan', 'loan', loan_id, 'instance', id)
+      end
+    end
+  end
+  if is_recount and call('HEXISTS', instance_key(id), 'epoch') == 1 then
+    call('HSET', instance_key(id), side.sum, text(sum))
+    index(id)
+    touch(id)
+  end
+  return found
+end
+
+local function loan_row(loan)
+  return {loan.id, loan.debtor, loan.debtor_epoch, loan.creditor, loan.creditor_epoch, text(loan.num), loan.state}
 end
 
 local function has_terms(loan, debtor, debtor_epoch, creditor, creditor_epoch, num)
@@ -68,63 +165,72 @@ local function why_not_fenced(debtor, debtor_epoch, creditor, creditor_epoch, nu
   return nil
 end
 
+local function shift(id, field, num)
+  local r = call('HMGET', instance_key(id), 'epoch', field)
+  if not r[1] then return end
+  call('HSET', instance_key(id), field, text(number(r[2]) + num))
+  index(id)
+  touch(id)
+end
+
 local function change(creditor, debtor, num)
-  call('HINCRBY', instance_key(creditor), 'lent', num)
-  call('HINCRBY', instance_key(debtor), 'borrowed', num)
-  index(creditor)
-  index(debtor)
+  shift(creditor, 'lent', num)
+  shift(debtor, 'borrowed', num)
 end
 
 local function add_loan(id, debtor, debtor_epoch, creditor, creditor_epoch, num, state)
   call('HSET', loan_key(id), 'debtor', debtor, 'debtor_epoch', debtor_epoch, 'creditor', creditor,
     'creditor_epoch', creditor_epoch, 'num_rblocks', text(num), 'state', state)
-  call('SADD', P .. ':loans', id)
   call('SADD', P .. ':debts:' .. debtor, id)
   call('SADD', P .. ':credits:' .. creditor, id)
   change(creditor, debtor, num)
   note('loan', 'loan', id, 'debtor', debtor, 'creditor', creditor, 'rblocks', text(num))
 end
 
-local function drop_loan(id, why)
+-- Further arguments go into the event.
+local function drop_loan(id, why, ...)
   local loan = read_loan(id)
+  call('ZREM', P .. ':pending', id)
   if not loan then return 0 end
   call('DEL', loan_key(id))
-  call('SREM', P .. ':loans', id)
   call('SREM', P .. ':debts:' .. loan.debtor, id)
   call('SREM', P .. ':credits:' .. loan.creditor, id)
-  call('ZREM', P .. ':pending', id)
   change(loan.creditor, loan.debtor, -loan.num)
-  note(why, 'loan', id, 'debtor', loan.debtor, 'creditor', loan.creditor, 'rblocks', text(loan.num))
+  note(why, 'loan', id, 'debtor', loan.debtor, 'creditor', loan.creditor, 'rblocks', text(loan.num), ...)
   return loan.num
+end
+
+local function is_of_living(loan)
+  return call('HGET', instance_key(loan.debtor), 'epoch') == loan.debtor_epoch
+    and call('HGET', instance_key(loan.creditor), 'epoch') == loan.creditor_epoch
+end
+
+-- The same, and where one of a loan's two sides was lost it is there again; or the loan has ended with its other side.
+local function loans_with_both_sides(set, id)
+  local side, kept = SIDES[set], {}
+  for _, loan in ipairs(loans_in(set, id)) do
+    local other = loan[side.other]
+    local is_alive = is_of_living(loan)
+    if is_alive then kept[#kept + 1] = loan else drop_loan(loan.id, 'void') end
+    if not is_alive then loans_in(set, id, true) end
+    if not is_alive or call('SADD', P .. side.others .. other, loan.id) == 1 then loans_in(side.others, other, true) end
+  end
+  return kept
+end
+
+local function forget(id)
+  call('DEL', instance_key(id), P .. ':debts:' .. id, P .. ':credits:' .. id, P .. ':moves:' .. id)
 end
 
 -- Death of an instance: its debts are void, the credits of others return, and nothing of it stays.
 local function bury(id, why)
   for _, set in ipairs({':debts:', ':credits:'}) do
-    local loans = call('SMEMBERS', P .. set .. id)
-    table.sort(loans)
-    for _, loan in ipairs(loans) do drop_loan(loan, 'void') end
+    for _, loan in ipairs(loans_in(set, id)) do drop_loan(loan.id, 'void') end
   end
-  call('DEL', instance_key(id), P .. ':debts:' .. id, P .. ':credits:' .. id, P .. ':placements:' .. id, P .. ':moves:' .. id)
-  call('ZREM', P .. ':leases', id)
-  call('ZREM', P .. ':free', id)
+  forget(id)
+  for _, key in ipairs({':leases', ':free', ':caps'}) do call('ZREM', P .. key, id) end
+  bury_in_versions(id)
   note(why, 'instance', id)
-end
-
--- Data that another life of the server wrote (a restart from disk, a replica that took over) may lack its last writes:
--- they are dropped as if all were lost, and the instances say again what they hold. Only the events stay.
-local function drop_data_of_another_server()
-  local life = string.match(call('INFO', 'server'), 'run_id:(%w+)')
-  local known = call('GET', P .. ':server')
-  if known == life then return end
-  call('SET', P .. ':server', life)
-  if not known then return end
-  for _, id in ipairs(call('ZRANGE', P .. ':leases', 0, -1)) do
-    call('DEL', instance_key(id), P .. ':debts:' .. id, P .. ':credits:' .. id, P .. ':placements:' .. id, P .. ':moves:' .. id)
-  end
-  for _, id in ipairs(call('SMEMBERS', P .. ':loans')) do call('DEL', loan_key(id)) end
-  for _, key in ipairs({':generation', ':epoch', ':leases', ':free', ':loans', ':pending', ':leader'}) do call('DEL', P .. key) end
-  note('rebuild')
 end
 
 local function expire(limit)
@@ -132,4 +238,55 @@ local function expire(limit)
   for _, id in ipairs(dead) do bury(id, 'dead') end
   for _, id in ipairs(call('ZRANGEBYSCORE', P .. ':pending', '-inf', now, 'LIMIT', 0, limit)) do drop_loan(id, 'overdue') end
   return dead
+end
+
+local function life_of_server() return string.match(redis.call('INFO', 'server'), 'run_id:(%w+)') end
+
+-- The name of this life of the data. Whoever begins one says on which server.
+local function generation()
+  local known = call('GET', P .. ':generation')
+  if known then return known end
+  call('SET', P .. ':generation', 'g' .. text(wall))
+  call('SET', P .. ':server', life_of_server())
+  local last = versions()
+  if last > 0 then call('HSET', P .. ':version', 'horizon', text(last)) end
+  return 'g' .. text(wall)
+end
+
+-- Whoever lost one of its two indices gets it back: unseen, it would be told to nobody; without a lease, never end.
+-- And what somebody else has put in front of the others is no member's.
+local function mend_indices()
+  for _, key in ipairs({':free', ':caps'}) do
+    for _, id in ipairs(call('ZREVRANGE', P .. key, 0, EXPIRE_PER_CALL - 1)) do
+      if not call('ZSCORE', P .. ':leases', id) then call('ZREM', P .. key, id) end
+    end
+  end
+  if call('ZCARD', P .. ':leases') == call('ZCARD', P .. ':changed') then return end
+  for _, id in ipairs(call('ZRANGE', P .. ':leases', 0, -1)) do
+    if not call('ZSCORE', P .. ':changed', id) then
+      if call('HEXISTS', instance_key(id), 'epoch') == 1 then touch(id) else call('ZREM', P .. ':leases', id) end
+    end
+  end
+  for _, id in ipairs(call('ZRANGE', P .. ':changed', 0, -1)) do
+    if not call('ZSCORE', P .. ':leases', id) then call('ZADD', P .. ':leases', text(now + last_lease_ms), id) end
+  end
+end
+
+local function sum_of(key)
+  local sum, rows = 0, call('ZRANGE', key, 0, -1, 'WITHSCORES')
+  for i = 2, #rows, 2 do sum = sum + number(rows[i]) end
+  return sum
+end
+
+-- What all members together offer now, lend at most, and how many they are. Counted anew from time to time, and never
+-- kept by differences: those would stay wrong where a key is lost.
+local function pool_sums()
+  local s = call('HMGET', P .. ':sums', 'at', 'offered', 'caps', 'members')
+  local age_ms, members = now - number(s[1]), number(s[4])
+  if s[1] and age_ms >= 0 and age_ms <= members * SUMS_AGE_MS_PER_MEMBER then return number(s[2]), number(s[3]), members end
+  mend_indices()
+  local offered, caps = sum_of(P .. ':free'), sum_of(P .. ':caps')
+  members = call('ZCARD', P .. ':leases')
+  call('HSET', P .. ':sums', 'at', text(now), 'offered', text(offered), 'caps', text(caps), 'members', members)
+  return offered, caps, members
 end

@@ -14,5 +14,5 @@ if number(r[5]) > 0 then return 'in_debt' end
 if cap - number(r[4]) < num then return 'cap' end
 if cap - number(r[3]) - number(r[4]) < num then return 'full' end
 add_loan(id, debtor, debtor_epoch, creditor, creditor_epoch, num, 'pending')
-call('ZADD', P .. ':pending', now + number(ARGV[8]), id)
+call('ZADD', P .. ':pending', text(now + number(ARGV[8])), id)
 return ''

@@ -1,11 +1,23 @@
--- debtor, num_rblocks, limit -> {{instance, epoch, address, free}, ...} freest first
-local found, covered, limit, wanted = {}, 0, number(ARGV[4]), number(ARGV[3])
-for _, id in ipairs(call('ZREVRANGE', P .. ':free', 0, -1)) do
-  if #found >= limit or covered >= wanted then break end
-  if id ~= ARGV[2] and number(call('ZSCORE', P .. ':leases', id)) > now then
-    local record, free = call('HMGET', instance_key(id), 'epoch', 'address'), call('ZSCORE', P .. ':free', id)
-    found[#found + 1] = {id, record[1], record[2], free}
-    covered = covered + number(free)
+-- debtor, num_rblocks, limit, skip -> {{instance, epoch, address, free, info}, ...} freest first
+local wanted, limit, skip = number(ARGV[3]), number(ARGV[4]), number(ARGV[5])
+local found, covered, passed, position = {}, 0, 0, 0
+expire(EXPIRE_PER_CALL)
+while #found < limit and covered < wanted do
+  local rows = call('ZREVRANGE', P .. ':free', position, position + skip + limit, 'WITHSCORES')
+  if #rows == 0 then break end
+  for i = 1, #rows, 2 do
+    local id, free = rows[i], number(rows[i + 1])
+    if id ~= ARGV[2] and free > 0 and number(call('ZSCORE', P .. ':leases', id)) > now then
+      passed = passed + 1
+      if passed > skip and #found < limit and covered < wanted then
+        local record = call('HMGET', instance_key(id), 'epoch', 'address', 'info')
+        if is_sealed(id) then
+          found[#found + 1] = {id, record[1], record[2], text(free), record[3] or ''}
+          covered = covered + free
+        end
+      end
+    end
   end
+  position = position + #rows / 2
 end
 return found

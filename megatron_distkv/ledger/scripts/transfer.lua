@@ -12,6 +12,6 @@ if refusal then return refusal end
 if number(call('HGET', instance_key(creditor), 'borrowed')) > 0 and number(call('HGET', instance_key(heir), 'lent')) > 0 then
   return 'in_debt'
 end
-drop_loan(id, 'transfer')
+drop_loan(id, 'transfer', 'heir', heir)
 add_loan(new_id, heir, heir_epoch, creditor, creditor_epoch, old.num, 'active')
 return ''
