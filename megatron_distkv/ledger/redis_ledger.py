@@ -340,8 +340,8 @@ def _read_member(row: Sequence[Any], now_ms: int) -> MemberChange:
             unreadable.append(f"{what}: {error}")
             return None
 
-    lease_end_ms, fields, loan_rows, placements = parts
-    record = read("its record", _read_record, instance, lease_end_ms, now_ms, fields)
+    lease_end_ms, fields, loan_rows, placements, is_sealed = parts
+    record = read("its record", _read_record, instance, lease_end_ms, now_ms, fields, bool(is_sealed))
     loans = [read("a loan", _read_loan, row) for row in loan_rows]
     placed = () if placements == "" else read("its placements", _read_placements, placements)
     return MemberChange(
@@ -352,7 +352,9 @@ def _read_member(row: Sequence[Any], now_ms: int) -> MemberChange:
 _COUNTS = ("total", "reserved", "local_used", "lent", "borrowed", "num_running", "num_waiting", "max_request_tokens")
 
 
-def _read_record(instance: str, lease_end_ms: str | None, now_ms: int, values: Sequence[str | None]) -> InstanceRecord:
+def _read_record(
+    instance: str, lease_end_ms: str | None, now_ms: int, values: Sequence[str | None], is_sealed: bool
+) -> InstanceRecord:
     """`values` as changes.lua names them."""
     names = ("epoch", "address", *_COUNTS[:5], "state", *_COUNTS[5:], "info")
     fields = {name: value for name, value in zip(names, values, strict=True) if value is not None}
@@ -361,8 +363,8 @@ def _read_record(instance: str, lease_end_ms: str | None, now_ms: int, values: S
         raise ValueError(f"it has no {', '.join(missing)}")
     if lease_end_ms is None:
         raise ValueError("it has no lease")
-    if "\N{REPLACEMENT CHARACTER}" in fields["address"] or not fields["address"]:
-        raise ValueError(f"its address is {fields['address']!r}")
+    if not is_sealed:
+        raise ValueError("another version, or somebody else, has written it")
     return InstanceRecord(
         instance=InstanceId(instance),
         epoch=int(fields["epoch"]),

@@ -1,26 +1,37 @@
-"""Somebody else writes into the ledger's keys: whoever reads them hears LedgerUnavailable, never anything else."""
+"""Somebody else writes into the ledger's keys, or loses some: only the member whose they were is unreadable, and heals.
+
+Whatever the damage, whoever asks hears LedgerUnavailable or an answer, never anything else.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator
 
 import pytest
+import redis
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from megatron_distkv.errors import LedgerUnavailable, SupersededError
-from megatron_distkv.ledger import InstanceReport, Move, RequestPlacementEntry, open_ledger
+from megatron_distkv.ledger import (
+    InstanceReport,
+    Move,
+    RequestPlacementEntry,
+    check_snapshot,
+    open_ledger,
+)
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
 from megatron_distkv.ledger.redis_ledger import RedisLedger
 from megatron_distkv.rblock import InstanceId, LoanId
 
 A, B = InstanceId("a"), InstanceId("b")
 KEYS = [
-    "generation", "epoch", "leases", "free", "instance:a", "instance:b", "loans", "loan:l1", "loan:l2", "debts:a",
-    "credits:b", "pending", "placements:a", "moves:a", "leader", "events",
+    "server", "generation", "epoch", "clock", "version", "changed", "left", "leases", "free", "caps", "sums",
+    "instance:a", "instance:b", "loan:l1", "loan:l2", "debts:a", "credits:b", "pending", "moves:a", "leader", "events",
 ]  # fmt: skip
 FIELDS = [
-    "epoch", "address", "total", "reserved", "local_used", "lent", "borrowed", "state", "num_running", "info", "debtor",
-    "debtor_epoch", "creditor", "creditor_epoch", "num_rblocks", "r|b", "candidate", "until", "event",
+    "epoch", "address", "total", "reserved", "local_used", "lent", "borrowed", "state", "num_running", "info", "seal",
+    "placements", "debtor", "debtor_epoch", "creditor", "creditor_epoch", "num_rblocks", "candidate", "until", "event",
+    "last", "horizon", "now", "wall", "lease", "at", "offered", "caps", "members",
 ]  # fmt: skip
 values = st.one_of(
     st.binary(max_size=8), st.sampled_from([b"", b"-1", b"1e300", b"nan", b"9" * 40,
@@ -72,9 +83,11 @@ def spoil(ledger: RedisLedger, key: str, field: str, value: bytes, how: str) -> 
 
 
 def everything(ledger: RedisLedger, a: int, b: int) -> Iterator[Callable[[], object]]:
-    yield lambda: ledger.snapshot()
+    yield lambda: ledger.changes(0, 1)
+    yield lambda: ledger.changes(1)
+    yield lambda: ledger.known_loans([LoanId("l1"), LoanId("l2")])
     yield lambda: ledger.recommend(A, 10, 5)
-    yield lambda: ledger.recommend(B, 10, 5)
+    yield lambda: ledger.recommend(B, 10, 5, 1)
     yield lambda: ledger.loans_of(B, b)
     yield lambda: ledger.reclaim(B, b, 2)
     yield lambda: ledger.events(20)
@@ -89,7 +102,7 @@ def everything(ledger: RedisLedger, a: int, b: int) -> Iterator[Callable[[], obj
     yield lambda: ledger.publish_moves("me", [])
     yield lambda: ledger.register(A, "unix:x", 64, 0, 60.0, epoch=a)
     yield lambda: ledger.deregister(B, b)
-    yield lambda: ledger.snapshot()
+    yield lambda: ledger.changes(0)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -100,8 +113,8 @@ def everything(ledger: RedisLedger, a: int, b: int) -> Iterator[Callable[[], obj
 @example(damages=[("instance:a", "total", b"", "missing")])
 @example(damages=[("loan:l1", "creditor", b"", "missing")])
 @example(damages=[("moves:a", "x", b"no bars", "list")])
-@example(damages=[("placements:a", "r|b", b"x|y", "field")])
-def test_records_that_cannot_be_read_are_a_ledger_that_is_away(
+@example(damages=[("instance:a", "placements", b"x|y", "field")])
+def test_whatever_the_damage_there_is_an_answer(
     ledger: RedisLedger, damages: list[tuple[str, str, bytes, str]]
 ) -> None:
     a, b = fill(ledger)
@@ -123,3 +136,100 @@ def test_a_reply_of_another_shape_is_a_ledger_that_is_away(
         for operation in everything(ledger, a, b):
             with contextlib.suppress(LedgerUnavailable, SupersededError):
                 operation()
+
+
+class Pool:
+    """Members as instances are: they report, register again where the ledger asks for it, compare what they lend."""
+
+    def __init__(self, server: EmbeddedServer, name: str = "odd") -> None:
+        self.now_ms = 1_763_700_000_000
+        self.url = server.url
+        self.raw, self.name = redis.Redis.from_url(server.url, decode_responses=True), name
+        self.raw.flushall()
+        self.ledger = RedisLedger(server.url, name, clock_ms=lambda: self.now_ms)
+        self.epochs = {name: self.join(InstanceId(name)) for name in "abcd"}
+        for loan, debtor, creditor in (("l1", "a", "b"), ("l2", "c", "d")):
+            terms = (LoanId(loan), debtor, self.epochs[debtor], creditor, self.epochs[creditor])
+            assert self.ledger.borrow(*terms, 4, 9.0) is None  # type: ignore[arg-type]
+            assert self.ledger.accept(LoanId(loan), InstanceId(creditor), self.epochs[creditor]) is None
+        for name in self.epochs:
+            self.report(InstanceId(name))
+
+    def join(self, name: InstanceId, epoch: int = 0) -> int:
+        generation = str(self.raw.get(f"{{{self.name}}}:generation"))
+        registered = self.ledger.register(name, f"at:{name}", 64, 0, 10.0, epoch=epoch, generation=generation)
+        return registered.epoch
+
+    def report(self, name: InstanceId) -> None:
+        placed = (RequestPlacementEntry(f"r-{name}", name, 3, True),)
+        if not self.ledger.heartbeat(name, self.epochs[name], InstanceReport(3, placements=placed), 10.0).known:
+            self.epochs[name] = self.join(name, self.epochs[name])
+            assert self.ledger.heartbeat(name, self.epochs[name], InstanceReport(3, placements=placed), 10.0).known
+        self.ledger.loans_of(name, self.epochs[name])
+
+    def close(self) -> None:
+        self.ledger.close()
+        self.raw.close()
+
+
+@pytest.fixture(scope="module")
+def odd_server() -> Iterator[EmbeddedServer]:
+    with EmbeddedServer() as server:
+        yield server
+
+
+@pytest.mark.parametrize("how", ["missing", "garbage", "half of it", "of another pool", "of another type"])
+@pytest.mark.parametrize(
+    "key", ["instance:a", "instance:b", "leases", "free", "caps", "changed", "credits:b", "debts:a", "loan:l1"]
+)
+def test_one_odd_record_spoils_no_other_and_heals(odd_server: EmbeddedServer, key: str, how: str) -> None:
+    # Given two pools, and a pool's key that somebody else has spoilt
+    pool = Pool(odd_server)
+    key = "{odd}:" + key
+    before = {member.instance: member for member in pool.ledger.changes(0).members}
+    spoil_one(pool, key, how)
+
+    # When others go on, then they read, report, borrow and are recommended as if nothing was
+    read = {member.instance: member for member in pool.ledger.changes(0).members}
+    for name in (InstanceId("c"), InstanceId("d")):
+        if not key.endswith(("leases", "changed")):
+            assert read[name] == before[name]
+        pool.report(name)
+    assert [x.instance for x in pool.ledger.recommend(InstanceId("c"), 999, 9) if x.instance == "d"] == ["d"]
+    terms = (LoanId("l3"), InstanceId("c"), pool.epochs["c"], InstanceId("d"), pool.epochs["d"])
+    assert pool.ledger.borrow(*terms, 4, 9.0) is None
+    assert pool.ledger.release(LoanId("l3"), InstanceId("c"), pool.epochs["c"]) == 4
+
+    # And when all report again, a few times and until leases of strangers have ended, the books are in order
+    for _ in range(5):
+        pool.now_ms += 4_000
+        for name in pool.epochs:
+            pool.report(InstanceId(name))
+    healed = pool.ledger.snapshot()
+    assert (healed.unreadable, [record.instance for record in healed.instances]) == ({}, ["a", "b", "c", "d"])
+    assert check_snapshot(healed) == []
+    assert "l2" in {loan.loan_id for loan in healed.loans}
+    pool.close()
+
+
+def spoil_one(pool: Pool, key: str, how: str) -> None:
+    raw, kind = pool.raw, pool.raw.type(key)
+    if how == "half of it" and kind == "hash":
+        raw.hdel(key, *sorted(raw.hkeys(key))[::2])
+    elif how == "half of it":
+        raw.zrem(key, "a", "c") if kind == "zset" else raw.srem(key, "l1")
+    elif how == "garbage" and kind == "hash":
+        raw.hset(key, mapping=dict.fromkeys(raw.hkeys(key), b"\xff{9"))
+    elif how == "garbage":
+        raw.zadd(key, {b"\xff": 7e15, "x": 1}) if kind == "zset" else raw.sadd(key, b"\xff", "x")
+    else:
+        raw.delete(key)
+        if how == "of another type":
+            raw.rpush(key, "x")
+        elif how == "of another pool":
+            other = RedisLedger(pool.url, "other", clock_ms=lambda: pool.now_ms + 7_777)
+            epochs = [other.register(InstanceId(x), f"elsewhere:{x}", 8, 0, 9.0).epoch for x in "abcdz"]
+            sides = (LoanId("l1"), InstanceId("a"), epochs[0], InstanceId("b"), epochs[1])
+            assert other.borrow(*sides, 2, 9.0) is None
+            raw.copy(key.replace("odd", "other"), key)
+            other.close()

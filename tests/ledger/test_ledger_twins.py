@@ -1,12 +1,16 @@
 """One stateful test drives the Redis ledger and its in-memory twin: same answers, and the invariants hold all the time.
 
+Readers follow the pool from any version that they ever had, page by page, and have the whole of it each time.
 Messages come twice, late, with stale epochs and from instances that never were; time is injected; the data get lost.
 """
 
 import itertools
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import redis
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
@@ -16,6 +20,7 @@ from megatron_distkv.ledger import (
     InstanceReport,
     InstanceState,
     LoanState,
+    MemberChange,
     MemoryLedger,
     Move,
     PoolSnapshot,
@@ -44,6 +49,9 @@ class LedgerTwins(RuleBasedStateMachine):
         self.memory = MemoryLedger(clock_ms=lambda: self.now_ms)
         pool = f"twin-{next(pools)}"
         self.redis = RedisLedger(self.server.url, pool, timeout_s=30.0, clock_ms=lambda: self.now_ms)
+        self.raw, self.keys = redis.Redis.from_url(self.server.url), f"{{{pool}}}*"
+        self.readings: list[tuple[int, dict[InstanceId, MemberChange]]] = [(0, {})]
+        self.reserved_at_ms: dict[LoanId, int] = {}
         self.epochs: dict[InstanceId, int] = {}
         self.generations: dict[InstanceId, str] = {}
         self.given_epochs: list[int] = []
@@ -92,20 +100,59 @@ class LedgerTwins(RuleBasedStateMachine):
             assert self.both("register", instance, "late", 9, 0, LEASE_S, epoch=live.epoch + off) == "superseded"
             assert self.memory.snapshot() == before
 
-    @rule(instance=who, used=st.integers(0, 15), off=stale, draining=st.booleans(), num=st.integers(0, 3))
+    @rule(instance=who, used=st.integers(0, 15), off=stale, draining=st.booleans(), num=st.integers(-1, 3))
     def heartbeat(self, instance: InstanceId, used: int, off: int, draining: bool, num: int) -> None:
         state = InstanceState.DRAINING if draining and used > 12 else InstanceState.UP
-        placed = (RequestPlacementEntry("req|1", instance, num, True),)
-        report = InstanceReport(used, state, 1, 2, 300, placed)
+        placed = [RequestPlacementEntry(f"req|{n}", instance, n, n == 1) for n in range(num, -1, -1)]
+        report = InstanceReport(used, state, 1, 2, 300, tuple(placed) if num >= 0 else None)
         reply = self.both("heartbeat", instance, self.epoch(instance, off), report, LEASE_S)
         assert off == 0 or not reply.known
 
-    @rule(debtor=who, num=amounts, limit=st.integers(1, 4))
-    def recommend(self, debtor: InstanceId, num: int, limit: int) -> None:
-        found = self.both("recommend", debtor, num, limit)
+    @rule(instance=who)
+    def report_the_same_again(self, instance: InstanceId) -> None:
+        report = InstanceReport(3, InstanceState.UP, 1, 2, 300)
+        self.both("heartbeat", instance, self.epoch(instance), report, LEASE_S)
+        version = self.both("changes", 0).version
+        self.both("heartbeat", instance, self.epoch(instance), report, LEASE_S)
+        again = self.both("changes", version)
+        assert (again.version, again.members, again.is_whole) == (version, (), version == 0)
+
+    @rule(debtor=who, num=amounts, limit=st.integers(1, 4), skip=st.integers(0, 3))
+    def recommend(self, debtor: InstanceId, num: int, limit: int, skip: int) -> None:
+        found = self.both("recommend", debtor, num, limit, skip)
         assert len(found) <= limit
         assert debtor not in [creditor.instance for creditor in found]
         assert all(creditor.free_rblocks > 0 for creditor in found)
+        pages = [self.both("recommend", debtor, 99, limit, first) for first in range(0, 4, limit)]
+        assert [x for page in pages for x in page] == self.both("recommend", debtor, 999, 4)
+
+    @rule(asked=st.lists(loan_ids))
+    def known_loans(self, asked: list[LoanId]) -> None:
+        there = {loan.loan_id for loan in self.memory.snapshot().loans}
+        assert self.both("known_loans", asked) == there & set(asked)
+
+    @rule(reading=st.integers(0, 99), limit=st.integers(1, 5), pages=st.integers(1, 9))
+    def follow_the_changes(self, reading: int, limit: int, pages: int) -> None:
+        """From any version ever had, also from the middle of a read; what is left open is read on from later."""
+        version, members = self.readings[reading % len(self.readings)]
+        for _ in range(pages):
+            page = self.both("changes", version, limit)
+            assert len(page.members) <= limit
+            version, members = page.version, {} if page.is_whole else dict(members)
+            for member in page.members:
+                members.pop(member.instance, None)
+                if not member.has_left:
+                    members[member.instance] = member
+            self.readings.append((version, members))
+            if not page.has_more:
+                assert without_leases(members.values()) == without_leases(self.both("changes", 0).members)
+                return
+
+    @rule(with_loans=st.booleans(), with_placements=st.booleans())
+    def read_some_kinds(self, with_loans: bool, with_placements: bool) -> None:
+        page = self.both("changes", 0, with_loans=with_loans, with_placements=with_placements)
+        assert with_loans or not any(member.loans for member in page.members)
+        assert with_placements or not any(member.placements for member in page.members)
 
     @rule(loan=loan_ids, debtor=who, creditor=who, num=amounts, d_off=stale, c_off=stale)
     def borrow(self, loan: LoanId, debtor: InstanceId, creditor: InstanceId, num: int, d_off: int, c_off: int) -> None:
@@ -115,6 +162,8 @@ class LedgerTwins(RuleBasedStateMachine):
         refusal = self.both("borrow", *args)
         if refusal is None:
             self.terms[loan] = args
+            if not known:
+                self.reserved_at_ms[loan] = self.memory.snapshot().taken_at_ms
             self.invented -= set() if known else {loan}
             assert known or (free_before[creditor] >= num > 0 and debtor != creditor and d_off == c_off == 0)
             assert self.both("borrow", *args) is None, "a repeated message changes nothing"
@@ -202,9 +251,8 @@ class LedgerTwins(RuleBasedStateMachine):
         self._survivors_come_back(before)
 
     def _wipe_redis(self) -> None:
-        client = self.redis._redis
-        for key in client.scan_iter(self.redis._prefix + "*"):
-            client.delete(key)
+        for key in self.raw.scan_iter(self.keys):
+            self.raw.delete(key)
 
     def _survivors_come_back(self, before: PoolSnapshot) -> None:
         """Live instances register with their old epoch, creditors restore: the debts are what they were."""
@@ -251,11 +299,21 @@ class LedgerTwins(RuleBasedStateMachine):
         self.redis.expire(64)
         pending = {x.loan_id for x in self.memory.snapshot().loans if x.state is LoanState.PENDING}
         now_ms = self.memory.snapshot().taken_at_ms
-        assert all(self.memory._state.pending_until_ms[loan] > now_ms for loan in pending)
+        assert all(self.reserved_at_ms[loan] + PENDING_S * 1000 > now_ms for loan in pending)
 
     def teardown(self) -> None:
+        told = [[{**event, "at_ms": ""} for event in ledger.events(9999)] for ledger in (self.memory, self.redis)]
+        assert told[0] == told[1]
         self._wipe_redis()
+        self.raw.close()
         self.redis.close()
+
+
+def without_leases(members: Iterable[MemberChange]) -> list[MemberChange]:
+    """Renewing a lease is no change. By name."""
+    assert all(member.record is not None for member in members)
+    bare = [replace(x, record=replace(x.record, lease_left_ms=0)) for x in members if x.record is not None]
+    return sorted(bare, key=lambda member: member.instance)
 
 
 def test_redis_and_memory_ledgers_agree_and_keep_the_books(server: EmbeddedServer) -> None:

@@ -96,13 +96,13 @@ local function is_live(id, epoch)
 end
 
 -- What only a registration says of a member, sealed: where somebody else has written, the member registers again.
-local function seal_of(epoch, address, total, reserved, info)
-  return redis.sha1hex(table.concat({epoch, address, total, reserved, info}, '\n'))
+local function seal_of(id, epoch, address, total, reserved, info)
+  return redis.sha1hex(table.concat({P, id, epoch, address, total, reserved, info}, '\n'))
 end
 local function is_sealed(id)
   local r = call('HMGET', instance_key(id), 'epoch', 'address', 'total', 'reserved', 'info', 'seal')
   for i = 1, 6 do if not r[i] then return false end end
-  return seal_of(r[1], r[2], r[3], r[4], r[5]) == r[6]
+  return seal_of(id, r[1], r[2], r[3], r[4], r[5]) == r[6]
 end
 
 -- nil where there is none, or none that can be read.
@@ -115,20 +115,24 @@ local function read_loan(id)
   return {debtor = r[1], debtor_epoch = r[2], creditor = r[3], creditor_epoch = r[4], num = num, state = r[6]}
 end
 
+local SIDES = {
+  [':debts:'] = {mine = 'debtor', sum = 'borrowed', other = 'creditor', others = ':credits:'},
+  [':credits:'] = {mine = 'creditor', sum = 'lent', other = 'debtor', others = ':debts:'},
+}
+
 -- The loans of `id` on one side (':debts:' or ':credits:'), in order. One that cannot be read has ended.
-local function loans_in(set, id)
-  local side = set == ':credits:' and 'creditor' or 'debtor'
-  local found, sum, is_whole = {}, 0, true
+local function loans_in(set, id, is_recount)
+  local side, found, sum = SIDES[set], {}, 0
   local loans = call('SMEMBERS', P .. set .. id)
   table.sort(loans)
   for _, loan_id in ipairs(loans) do
     local loan = read_loan(loan_id)
-    if loan and loan[side] == id then
+    if loan and loan[side.mine] == id then
       loan.id = loan_id
       found[#found + 1] = loan
       sum = sum + loan.num
     else
-      is_whole = false
+      is_recount = true
       call('SREM', P .. set .. id, loan_id)
       if not loan then
         call('DEL', loan_key(loan_id))
@@ -137,8 +141,8 @@ local function loans_in(set, id)
       end
     end
   end
-  if not is_whole and call('HEXISTS', instance_key(id), 'epoch') == 1 then
-    call('HSET', instance_key(id), side == 'creditor' and 'lent' or 'borrowed', text(sum))
+  if is_recount and call('HEXISTS', instance_key(id), 'epoch') == 1 then
+    call('HSET', instance_key(id), side.sum, text(sum))
     index(id)
     touch(id)
   end
@@ -196,6 +200,24 @@ local function drop_loan(id, why, ...)
   return loan.num
 end
 
+local function is_of_living(loan)
+  return call('HGET', instance_key(loan.debtor), 'epoch') == loan.debtor_epoch
+    and call('HGET', instance_key(loan.creditor), 'epoch') == loan.creditor_epoch
+end
+
+-- The same, and where one of a loan's two sides was lost it is there again; or the loan has ended with its other side.
+local function loans_with_both_sides(set, id)
+  local side, kept = SIDES[set], {}
+  for _, loan in ipairs(loans_in(set, id)) do
+    local other = loan[side.other]
+    local is_alive = is_of_living(loan)
+    if is_alive then kept[#kept + 1] = loan else drop_loan(loan.id, 'void') end
+    if not is_alive then loans_in(set, id, true) end
+    if not is_alive or call('SADD', P .. side.others .. other, loan.id) == 1 then loans_in(side.others, other, true) end
+  end
+  return kept
+end
+
 local function forget(id)
   call('DEL', instance_key(id), P .. ':debts:' .. id, P .. ':credits:' .. id, P .. ':moves:' .. id)
 end
@@ -232,10 +254,18 @@ local function generation()
 end
 
 -- Whoever lost one of its two indices gets it back: unseen, it would be told to nobody; without a lease, never end.
+-- And what somebody else has put in front of the others is no member's.
 local function mend_indices()
+  for _, key in ipairs({':free', ':caps'}) do
+    for _, id in ipairs(call('ZREVRANGE', P .. key, 0, EXPIRE_PER_CALL - 1)) do
+      if not call('ZSCORE', P .. ':leases', id) then call('ZREM', P .. key, id) end
+    end
+  end
   if call('ZCARD', P .. ':leases') == call('ZCARD', P .. ':changed') then return end
   for _, id in ipairs(call('ZRANGE', P .. ':leases', 0, -1)) do
-    if not call('ZSCORE', P .. ':changed', id) then touch(id) end
+    if not call('ZSCORE', P .. ':changed', id) then
+      if call('HEXISTS', instance_key(id), 'epoch') == 1 then touch(id) else call('ZREM', P .. ':leases', id) end
+    end
   end
   for _, id in ipairs(call('ZRANGE', P .. ':changed', 0, -1)) do
     if not call('ZSCORE', P .. ':leases', id) then call('ZADD', P .. ':leases', text(now + last_lease_ms), id) end

@@ -1,7 +1,7 @@
 -- start, position, limit, with_loans (1 | 0), with_placements (1 | 0): a position is a version; start > 0: on with a whole
 --   read that began at that version
 -- -> {generation, now, is_whole, start, position, has_more, {row, ...}}; a row is {instance} of a member that left, or
---   {instance, lease_end_ms, {field, ...}, {loan, ...}, placements}; nil where something is missing
+--   {instance, lease_end_ms, {field, ...}, {loan, ...}, placements, is the record sealed (1 | 0)}; nil where something is missing
 expire(EXPIRE_PER_CALL)
 local start, position, limit = number(ARGV[2]), number(ARGV[3]), number(ARGV[4])
 local last, horizon = versions()
@@ -42,7 +42,7 @@ for i, row in ipairs(page) do
     if ARGV[6] == '1' then placements = call('HGET', instance_key(id), 'placements') end
     page[i] = {id, call('ZSCORE', P .. ':leases', id),
       call('HMGET', instance_key(id), 'epoch', 'address', 'total', 'reserved', 'local_used', 'lent', 'borrowed', 'state',
-        'num_running', 'num_waiting', 'max_request_tokens', 'info'), loans, placements}
+        'num_running', 'num_waiting', 'max_request_tokens', 'info'), loans, placements, is_sealed(id) and 1 or 0}
   end
 end
 return {call('GET', P .. ':generation') or '', text(now), is_whole and 1 or 0, text(start), text(position), has_more, page}

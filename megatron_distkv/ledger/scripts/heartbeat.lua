@@ -26,7 +26,7 @@ call('ZADD', P .. ':leases', text(now + number(ARGV[4])), id)
 note_lease(ARGV[4])
 expire(EXPIRE_PER_CALL)
 local recalls = {}
-for _, loan in ipairs(loans_in(':debts:', id)) do
+for _, loan in ipairs(loans_with_both_sides(':debts:', id)) do
   if call('HGET', loan_key(loan.id), 'recalled') then
     recalls[#recalls + 1] = loan.id
     recalls[#recalls + 1] = text(loan.num)

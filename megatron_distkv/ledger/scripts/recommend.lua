@@ -11,7 +11,7 @@ while #found < limit and covered < wanted do
       passed = passed + 1
       if passed > skip and #found < limit and covered < wanted then
         local record = call('HMGET', instance_key(id), 'epoch', 'address', 'info')
-        if number(record[1]) > 0 and record[2] then
+        if is_sealed(id) then
           found[#found + 1] = {id, record[1], record[2], text(free), record[3] or ''}
           covered = covered + free
         end
