@@ -1,9 +1,9 @@
 """DistAttention: attention over rBlocks computed where they lie, merged exactly by log-sum-exp."""
 
-from megatron_distkv.attention.context_parallel import ContextShard, context_attention
 from megatron_distkv.attention.creditor import Creditor
 from megatron_distkv.attention.deadlines import Deadlines
 from megatron_distkv.attention.debtor import Debtor
+from megatron_distkv.attention.dense_attention import DenseAttention
 from megatron_distkv.attention.dist_attention import DistAttention
 from megatron_distkv.attention.fixed_order.fixed_attention import FixedAttention
 from megatron_distkv.attention.forward_context import ForwardContext, forward_context
@@ -15,17 +15,17 @@ from megatron_distkv.attention.open_index import OpenSlice
 from megatron_distkv.attention.open_rblocks import NewKeys, OpenRBlocks
 from megatron_distkv.attention.partial import Merges, Partial
 from megatron_distkv.attention.rotary import RotaryConfig
-from megatron_distkv.attention.shard_order import ShardOrder
+from megatron_distkv.attention.sequence_attention import SequenceAttention
 from megatron_distkv.attention.split_channel import Line, Part, SplitChannel
 from megatron_distkv.attention.step_share import StepShare
 from megatron_distkv.attention.verification import Verification
 
 __all__ = [
     "AttentionMetadata",
-    "ContextShard",
     "Creditor",
     "Deadlines",
     "Debtor",
+    "DenseAttention",
     "DistAttention",
     "FixedAttention",
     "ForwardContext",
@@ -41,12 +41,11 @@ __all__ = [
     "Partial",
     "RemoteShare",
     "RotaryConfig",
+    "SequenceAttention",
     "SequenceSlice",
-    "ShardOrder",
     "SplitChannel",
     "StepShare",
     "Verification",
     "build_metadata",
-    "context_attention",
     "forward_context",
 ]
