@@ -1,6 +1,7 @@
 """DistAttention: attention over rBlocks computed where they lie, merged exactly by log-sum-exp."""
 
 from megatron_distkv.attention.creditor import Creditor
+from megatron_distkv.attention.creditor_channel import CreditorChannel
 from megatron_distkv.attention.deadlines import Deadlines
 from megatron_distkv.attention.debtor import Debtor
 from megatron_distkv.attention.dense_attention import DenseAttention
@@ -16,13 +17,16 @@ from megatron_distkv.attention.open_rblocks import NewKeys, OpenRBlocks
 from megatron_distkv.attention.partial import Merges, Partial
 from megatron_distkv.attention.rotary import RotaryConfig
 from megatron_distkv.attention.sequence_attention import SequenceAttention
-from megatron_distkv.attention.split_channel import Line, Part, SplitChannel
+from megatron_distkv.attention.split_channel import Part, SplitChannel
 from megatron_distkv.attention.step_share import StepShare
 from megatron_distkv.attention.verification import Verification
+
+Line = CreditorChannel  # as rmanager calls it
 
 __all__ = [
     "AttentionMetadata",
     "Creditor",
+    "CreditorChannel",
     "Deadlines",
     "Debtor",
     "DenseAttention",
