@@ -8,7 +8,11 @@ from megatron_distkv.messages import Scoring
 
 
 class SequenceAttention(Protocol):
-    """DenseAttention, or what shares a sequence among ranks. Hashable: tables of angles are kept for each."""
+    """DenseAttention, or what shares a sequence among ranks."""
+
+    def __hash__(self) -> int:
+        """Equal ones have equal positions: their table of angles is kept."""
+        ...
 
     def check_scoring(self, scoring: Scoring) -> None:
         """Raises ConfigError for a way of scoring that it cannot compute."""
