@@ -15,10 +15,10 @@ from megatron_distkv.attention.metadata import AttentionMetadata, RemoteShare, S
 from megatron_distkv.attention.open_index import OpenSlice
 from megatron_distkv.attention.open_rblocks import NewKeys, OpenRBlocks
 from megatron_distkv.attention.partial import Merges, Partial
+from megatron_distkv.attention.query_limiter import QueryLimiter
 from megatron_distkv.attention.rotary import RotaryConfig
 from megatron_distkv.attention.sequence_attention import SequenceAttention
 from megatron_distkv.attention.split_channel import Part, SplitChannel
-from megatron_distkv.attention.step_share import StepShare
 from megatron_distkv.attention.verification import Verification
 
 Line = CreditorChannel  # as rmanager calls it
@@ -43,12 +43,12 @@ __all__ = [
     "OpenSlice",
     "Part",
     "Partial",
+    "QueryLimiter",
     "RemoteShare",
     "RotaryConfig",
     "SequenceAttention",
     "SequenceSlice",
     "SplitChannel",
-    "StepShare",
     "Verification",
     "build_metadata",
     "forward_context",
