@@ -9,12 +9,12 @@ from functools import cache
 
 import torch
 
-from .own import apply_rope as apply_rope
-from .own import gather_rblocks as gather_rblocks
-from .own import merge as merge
-from .own import scatter_rblocks as scatter_rblocks
-from .own import store_kv as store_kv
-from .past_rblocks import Library, Past, served_by
+from .full_blocks import FullBlocks, Library, served_by
+from .native import apply_rope as apply_rope
+from .native import gather_rblocks as gather_rblocks
+from .native import merge as merge
+from .native import scatter_rblocks as scatter_rblocks
+from .native import store_kv as store_kv
 
 # Head sizes: GPUs have no others; on CPUs the result is rounded to bf16, which over fewer dims is no small error.
 PAGE_MULTIPLE, HEAD_MULTIPLE, LARGEST_HEAD = 256, 8, 256
@@ -43,52 +43,53 @@ def _library(q_THD: torch.Tensor, pool_BLK2ND: torch.Tensor) -> Library | None:
     return _on_cpu if q_THD.is_cpu else _on_gpu
 
 
-def _on_cpu(past: Past) -> tuple[torch.Tensor, torch.Tensor]:
+def _on_cpu(blocks: FullBlocks) -> tuple[torch.Tensor, torch.Tensor]:
     """Sequence by sequence; a KV head's query heads and tokens are rows of one head, as nothing is masked."""
-    kv_heads, size = past.pool_BK2ND.shape[1], past.pool_BK2ND.shape[3]
-    k_XKD, v_XKD = past.packed_kv()
-    outs, lses = torch.empty_like(past.q_THD), past.q_THD.new_empty(past.q_THD.shape[:2], dtype=torch.float32)
-    keys, queries = (past.cu_blocks * size).tolist(), past.cu_queries.tolist()
+    kv_heads, size = blocks.pool_BK2ND.shape[1], blocks.pool_BK2ND.shape[3]
+    k_XKD, v_XKD = blocks.packed_kv()
+    outs, lses = torch.empty_like(blocks.q_THD), blocks.q_THD.new_empty(blocks.q_THD.shape[:2], dtype=torch.float32)
+    keys, queries = (blocks.cu_blocks * size).tolist(), blocks.cu_queries.tolist()
     for s in range(len(queries) - 1):
         rows, seen = slice(queries[s], queries[s + 1]), slice(keys[s], keys[s + 1])
-        q_THD = past.q_THD[rows]
+        q_THD = blocks.q_THD[rows]
         q_KRD = q_THD.unflatten(1, (kv_heads, -1)).transpose(0, 1).flatten(1, 2)
         k_KXD, v_KXD = (x[seen].transpose(0, 1) for x in (k_XKD, v_XKD))
         out_KRD, lse_KR = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q_KRD[None], k_KXD[None], v_KXD[None], scale=past.scale
+            q_KRD[None], k_KXD[None], v_KXD[None], scale=blocks.scale
         )
         outs[rows] = out_KRD[0].unflatten(1, (len(q_THD), -1)).transpose(0, 1).flatten(1, 2)
         lses[rows] = lse_KR[0].unflatten(1, (len(q_THD), -1)).transpose(0, 1).flatten(1, 2)
     return outs, lses
 
 
-def _on_gpu(past: Past) -> tuple[torch.Tensor, torch.Tensor]:
-    if past.pool_BK2ND.shape[3] % PAGE_MULTIPLE == 0 and has_package():
-        return _paged(past)
-    k_XKD, v_XKD = past.packed_kv()
-    cu_keys = past.cu_blocks * past.pool_BK2ND.shape[3]
-    longest = [int(cu.diff().max()) for cu in (past.cu_queries, cu_keys)]
+def _on_gpu(blocks: FullBlocks) -> tuple[torch.Tensor, torch.Tensor]:
+    if blocks.pool_BK2ND.shape[3] % PAGE_MULTIPLE == 0 and has_package():
+        return _paged(blocks)
+    k_XKD, v_XKD = blocks.packed_kv()
+    cu_keys = blocks.cu_blocks * blocks.pool_BK2ND.shape[3]
+    longest = [int(cu.diff().max()) for cu in (blocks.cu_queries, cu_keys)]
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        past.q_THD, k_XKD, v_XKD, past.cu_queries.int(), cu_keys.int(), *longest, 0.0, False, False, scale=past.scale
-    )
-    return out, _by_token(lse, past.cu_queries)
+        blocks.q_THD, k_XKD, v_XKD, blocks.cu_queries.int(), cu_keys.int(), *longest, 0.0, False, False,
+        scale=blocks.scale,
+    )  # fmt: skip
+    return out, _by_token(lse, blocks.cu_queries)
 
 
-def _paged(past: Past) -> tuple[torch.Tensor, torch.Tensor]:
+def _paged(blocks: FullBlocks) -> tuple[torch.Tensor, torch.Tensor]:
     from flash_attn import flash_attn_varlen_func
 
-    k, v = (past.pool_BK2ND[:, :, part].transpose(1, 2) for part in (0, 1))
-    counts = past.cu_blocks.diff()
+    k, v = (blocks.pool_BK2ND[:, :, part].transpose(1, 2) for part in (0, 1))
+    counts = blocks.cu_blocks.diff()
     table = torch.zeros(len(counts), int(counts.max()), dtype=torch.int32, device=k.device)
     is_listed = torch.arange(table.shape[1], device=k.device) < counts[:, None]
-    table[is_listed] = past.block_ids_M.int()
-    cu_keys = past.cu_blocks * k.shape[1]
+    table[is_listed] = blocks.block_ids_M.int()
+    cu_keys = blocks.cu_blocks * k.shape[1]
     out, lse, _ = flash_attn_varlen_func(
-        past.q_THD, k, v, past.cu_queries.int(), cu_keys.int(),
-        int(past.cu_queries.diff().max()), int(cu_keys.diff().max()),
-        softmax_scale=past.scale, causal=False, return_attn_probs=True, block_table=table,
+        blocks.q_THD, k, v, blocks.cu_queries.int(), cu_keys.int(),
+        int(blocks.cu_queries.diff().max()), int(cu_keys.diff().max()),
+        softmax_scale=blocks.scale, causal=False, return_attn_probs=True, block_table=table,
     )  # fmt: skip
-    return out, _by_token(lse, past.cu_queries)
+    return out, _by_token(lse, blocks.cu_queries)
 
 
 def _by_token(lse: torch.Tensor, cu_queries: torch.Tensor) -> torch.Tensor:

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from .own import apply_rope as apply_rope
-from .own import gather_rblocks as gather_rblocks
-from .own import merge as merge
-from .own import scatter_rblocks as scatter_rblocks
-from .own import store_kv as store_kv
-from .past_rblocks import Library, Past, served_by
+from .full_blocks import FullBlocks, Library, served_by
+from .native import apply_rope as apply_rope
+from .native import gather_rblocks as gather_rblocks
+from .native import merge as merge
+from .native import scatter_rblocks as scatter_rblocks
+from .native import store_kv as store_kv
 
 WORKSPACE_BYTES = 128 << 20  # what its documentation asks for
 HEAD_DIMS = (64, 128, 256)
@@ -44,17 +44,17 @@ def _wrapper(device: torch.device) -> Any:
     )
 
 
-def _attend(past: Past) -> tuple[torch.Tensor, torch.Tensor]:
-    k_BKND, v_BKND = past.pool_BK2ND.unbind(2)
-    num_heads, head_dim = past.q_THD.shape[1:]
-    wrapper, size = _wrapper(past.q_THD.device), k_BKND.shape[2]
-    last_page = torch.full_like(past.cu_blocks[1:], size).int()
+def _attend(blocks: FullBlocks) -> tuple[torch.Tensor, torch.Tensor]:
+    k_BKND, v_BKND = blocks.pool_BK2ND.unbind(2)
+    num_heads, head_dim = blocks.q_THD.shape[1:]
+    wrapper, size = _wrapper(blocks.q_THD.device), k_BKND.shape[2]
+    last_page = torch.full_like(blocks.cu_blocks[1:], size).int()
     wrapper.plan(
-        past.cu_queries.int(), past.cu_blocks.int(), past.block_ids_M.int(), last_page,
+        blocks.cu_queries.int(), blocks.cu_blocks.int(), blocks.block_ids_M.int(), last_page,
         num_heads, k_BKND.shape[1], head_dim, size,
-        causal=False, sm_scale=past.scale, q_data_type=past.q_THD.dtype, kv_data_type=k_BKND.dtype,
+        causal=False, sm_scale=blocks.scale, q_data_type=blocks.q_THD.dtype, kv_data_type=k_BKND.dtype,
     )  # fmt: skip
-    out, lse = wrapper.run(past.q_THD, (k_BKND, v_BKND), return_lse=True)
+    out, lse = wrapper.run(blocks.q_THD, (k_BKND, v_BKND), return_lse=True)
     return out, lse * math.log(2)
 
 

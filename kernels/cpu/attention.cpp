@@ -12,11 +12,11 @@
 namespace distkv {
 namespace {
 
-// K and V that one item of few rows reads: a PARTS-th of the sequence within these bounds, small enough to share out,
+// K and V that one item of decode reads: a PARTS-th of the sequence within these bounds, small enough to share out,
 // large enough that what each item costs and merging does not show.
 constexpr int64_t LEAST_BYTES_PER_ITEM = 2 << 20, MOST_BYTES_PER_ITEM = 8 << 20;
 constexpr int64_t PARTS = 16;
-// Keys that one item of many rows reads where a sequence has only one tile of rows.
+// Keys that one item of prefill reads where a sequence has only one tile of rows.
 constexpr int64_t KEYS_PER_ITEM = 4096;
 // Below this much K and V in the whole call, waking another thread takes longer than the work.
 constexpr int64_t BYTES_WORTH_A_THREAD = 256 * 1024;
@@ -44,25 +44,25 @@ class Plan {
   explicit Plan(const DistkvAttention& a) : a_(a), group_(a.num_heads / a.kv_heads) {
     const int64_t element_bytes = a.kv_dtype == DISTKV_FP32 ? 4 : a.kv_dtype == DISTKV_INT8 ? 1 : 2;
     kv_bytes_ = 2 * a.kv_heads * a.rblock_size * a.head_dim * element_bytes;
-    many_blocks_ = KEYS_PER_ITEM / a.rblock_size > 0 ? KEYS_PER_ITEM / a.rblock_size : 1;
+    prefill_blocks_ = KEYS_PER_ITEM / a.rblock_size > 0 ? KEYS_PER_ITEM / a.rblock_size : 1;
     call_bytes_ = a.num_listed * kv_bytes_;
   }
 
   int32_t run() {
     const Isa& isa = isa_in_use();
-    most_few_rows_ = isa.most_few_rows(a_);
+    max_decode_rows_ = isa.max_decode_rows(a_);
     for (int64_t s = 0; s < a_.num_sequences; ++s) add(s);
     if (!place_parts()) return DISTKV_OUT_OF_MEMORY;
     const int64_t scratch = static_cast<int64_t>(isa.scratch_bytes(a_));
     std::atomic<bool> has_memory{true};
-    const int threads = call_bytes_ < BYTES_WORTH_A_THREAD && many_.empty() ? 1 : a_.num_threads;
-    const int64_t num_many = static_cast<int64_t>(many_.size()), count = num_many + static_cast<int64_t>(few_.size());
+    const int threads = call_bytes_ < BYTES_WORTH_A_THREAD && prefill_.empty() ? 1 : a_.num_threads;
+    const int64_t num_prefill = static_cast<int64_t>(prefill_.size()), count = num_prefill + static_cast<int64_t>(decode_.size());
     // The longest items first, so that none is left over at the end: those of prefill, later rows before earlier.
     parallel_for(count, threads, [&](int64_t i, int64_t next) {
       char* memory = thread_memory(0, scratch);
       if (memory == nullptr) return has_memory.store(false);
-      if (i < num_many) isa.many_rows(a_, many_[num_many - 1 - i], memory);
-      else isa.few_rows(a_, few_[i - num_many], next == NO_ITEM ? nullptr : &few_[next - num_many], memory);
+      if (i < num_prefill) isa.prefill(a_, prefill_[num_prefill - 1 - i], memory);
+      else isa.decode(a_, decode_[i - num_prefill], next == NO_ITEM ? nullptr : &decode_[next - num_prefill], memory);
     });
     for (const Parts& parts : parts_) merge(isa, parts);
     return has_memory ? DISTKV_OK : DISTKV_OUT_OF_MEMORY;
@@ -75,16 +75,16 @@ class Plan {
     const int64_t rows = tokens_of(s) * group_, blocks = a_.cu_blocks[s + 1] - a_.cu_blocks[s];
     if (rows == 0) return;
     if (blocks == 0) return clear(s);
-    if (rows <= most_few_rows_) return cut(few_, s, rows, few_blocks(blocks), a_.kv_heads);
-    if (rows <= ROW_TILE) return cut(many_, s, rows, many_blocks_, 1);
+    if (rows <= max_decode_rows_) return cut(decode_, s, rows, decode_blocks(blocks), a_.kv_heads);
+    if (rows <= ROW_TILE) return cut(prefill_, s, rows, prefill_blocks_, 1);
     for (int32_t h = 0; h < a_.kv_heads; ++h)
       for (int64_t r = 0; r < rows; r += ROW_TILE) {
         const int64_t end = r + ROW_TILE < rows ? r + ROW_TILE : rows;
-        many_.push_back(item(s, a_.cu_blocks[s], a_.cu_blocks[s + 1], r, end, h, h + 1));
+        prefill_.push_back(item(s, a_.cu_blocks[s], a_.cu_blocks[s + 1], r, end, h, h + 1));
       }
   }
 
-  int64_t few_blocks(int64_t blocks) const {
+  int64_t decode_blocks(int64_t blocks) const {
     const int64_t bytes = std::clamp(blocks * kv_bytes_ / PARTS, LEAST_BYTES_PER_ITEM, MOST_BYTES_PER_ITEM);
     return std::max<int64_t>(bytes / kv_bytes_, 1);
   }
@@ -103,7 +103,7 @@ class Plan {
     for (int64_t b = begin; b < end; b += step)
       for (int32_t h = 0; h < a_.kv_heads; h += heads) {
         items.push_back(item(s, b, std::min(b + step, end), 0, rows, h, h + heads));
-        if (count > 1) parted_.push_back({&items == &few_, items.size() - 1, parts_.size() - 1, (b - begin) / step});
+        if (count > 1) parted_.push_back({&items == &decode_, items.size() - 1, parts_.size() - 1, (b - begin) / step});
       }
   }
 
@@ -121,7 +121,7 @@ class Plan {
       memory = parts.lses + rows;
     }
     for (const Parted& piece : parted_) {
-      Item& item = piece.is_few ? few_[piece.item] : many_[piece.item];
+      Item& item = piece.is_decode ? decode_[piece.item] : prefill_[piece.item];
       const Parts& parts = parts_[piece.parts];
       const int64_t rows = piece.part * tokens_of(parts.seq) * a_.num_heads;
       item.out = parts.outs + rows * a_.head_dim;
@@ -143,15 +143,15 @@ class Plan {
   }
 
   struct Parted {
-    bool is_few;
+    bool is_decode;
     size_t item, parts;
     int64_t part;
   };
 
   const DistkvAttention& a_;
   const int64_t group_;
-  int64_t kv_bytes_, many_blocks_, call_bytes_, most_few_rows_ = 0;
-  std::vector<Item> few_, many_;
+  int64_t kv_bytes_, prefill_blocks_, call_bytes_, max_decode_rows_ = 0;
+  std::vector<Item> decode_, prefill_;
   std::vector<Parts> parts_;
   std::vector<Parted> parted_;
 };

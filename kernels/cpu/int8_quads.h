@@ -1,4 +1,4 @@
-// int8 K and V met with integer products (AVX512_VNNI), for few query rows: four rows to a vector, as in quads.h.
+// int8 K and V met with integer products (AVX512_VNNI), for decode: four rows to a vector, as in quads.h.
 //
 // What is multiplied with K, a query times K's scales, becomes 15 bits, high * 128 + low, of each row's largest; what
 // is multiplied with V, a weight times V's scale, becomes 16 bits, high * 256 + low, of each chunk's and row's largest.
@@ -6,7 +6,7 @@
 #pragma once
 
 #include "fetch.h"
-#include "kinds.h"
+#include "traits.h"
 
 #if defined(__AVX512VNNI__)
 namespace {

@@ -17,9 +17,9 @@ struct Item {
   float *out, *lse;                // of the sequence's first token, query head 0: [tokens, H, D] and [tokens, H]
 };
 
-// Most query rows (tokens x group) of one KV head that the engine for few rows can take.
-constexpr int64_t FEW_ROWS = 16;
-// Most query rows of one KV head in an item of the engine for many rows.
+// Most query rows (tokens x group) of one KV head that the decode engine can take.
+constexpr int64_t MAX_DECODE_ROWS = 16;
+// Most query rows of one KV head in an item of the prefill engine.
 constexpr int64_t ROW_TILE = 64;
 // Keys whose scores are held at a time.
 constexpr int64_t CHUNK_TOKENS = 64;
@@ -27,9 +27,9 @@ constexpr int64_t CHUNK_TOKENS = 64;
 struct Isa {
   const char* name;
   // `next` is the item that the same thread goes on with, or null.
-  void (*few_rows)(const DistkvAttention&, const Item&, const Item* next, char* scratch);
-  void (*many_rows)(const DistkvAttention&, const Item&, char* scratch);
-  int64_t (*most_few_rows)(const DistkvAttention&);  // from here on the engine for many rows is faster
+  void (*decode)(const DistkvAttention&, const Item&, const Item* next, char* scratch);
+  void (*prefill)(const DistkvAttention&, const Item&, char* scratch);
+  int64_t (*max_decode_rows)(const DistkvAttention&);  // from here on the prefill engine is faster
   size_t (*scratch_bytes)(const DistkvAttention&);
   // Rows [begin, end) of the merge; part p's out and lse are p * stride rows further on.
   void (*merge)(const float* outs, const float* lses, int64_t parts, int64_t stride, int64_t begin, int64_t end,

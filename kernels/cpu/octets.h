@@ -2,12 +2,12 @@
 //
 // Lanes 2r and 2r + 1 (32 bits each) hold 4 dims of query row r; 4 dims of a key go to all pairs of lanes. Loading does
 // that by itself for 64 bits; for the 128 bits of quads.h it takes a shuffle, on a port that products need. Per key
-// only two lanes are left to sum up, and weights come out in pairs of keys, as few_values takes them.
+// only two lanes are left to sum up, and weights come out in pairs of keys, as decode_values takes them.
 #pragma once
 
 #include "fetch.h"
-#include "few_tiles.h"
-#include "kinds.h"
+#include "decode_tiles.h"
+#include "traits.h"
 
 namespace {
 
@@ -99,7 +99,7 @@ inline void octets_of(const uint16_t* q, const uint16_t* k, int64_t head_dim, in
   octet_scores_of<Q, 0>(q, k, head_dim, num_keys, ahead, s);
 }
 
-// few_weights for an octet: tops and sums are one vector each, a row's top in both its lanes. Steps `again` once for
+// decode_weights for an octet: tops and sums are one vector each, a row's top in both its lanes. Steps `again` once for
 // eight keys.
 template <bool ALL>
 inline void octet_weights_of(const float* s, const OctetSeen& seen, int64_t num_keys, float scale, float* tops,

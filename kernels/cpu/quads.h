@@ -5,7 +5,7 @@
 #pragma once
 
 #include "fetch.h"
-#include "kinds.h"
+#include "traits.h"
 
 namespace {
 

@@ -3,7 +3,7 @@
 
 #include "fetch.h"
 #include "isa.h"
-#include "kinds.h"
+#include "traits.h"
 
 namespace {
 

@@ -1,9 +1,10 @@
 """DistAttention: attention over rBlocks computed where they lie, merged exactly by log-sum-exp."""
 
-from megatron_distkv.attention.context_parallel import ContextShard, context_attention
 from megatron_distkv.attention.creditor import Creditor
+from megatron_distkv.attention.creditor_channel import CreditorChannel
 from megatron_distkv.attention.deadlines import Deadlines
 from megatron_distkv.attention.debtor import Debtor
+from megatron_distkv.attention.dense_attention import DenseAttention
 from megatron_distkv.attention.dist_attention import DistAttention
 from megatron_distkv.attention.fixed_order.fixed_attention import FixedAttention
 from megatron_distkv.attention.forward_context import ForwardContext, forward_context
@@ -14,18 +15,21 @@ from megatron_distkv.attention.metadata import AttentionMetadata, RemoteShare, S
 from megatron_distkv.attention.open_index import OpenSlice
 from megatron_distkv.attention.open_rblocks import NewKeys, OpenRBlocks
 from megatron_distkv.attention.partial import Merges, Partial
+from megatron_distkv.attention.query_limiter import QueryLimiter
 from megatron_distkv.attention.rotary import RotaryConfig
-from megatron_distkv.attention.shard_order import ShardOrder
-from megatron_distkv.attention.split_channel import Line, Part, SplitChannel
-from megatron_distkv.attention.step_share import StepShare
+from megatron_distkv.attention.sequence_attention import SequenceAttention
+from megatron_distkv.attention.split_channel import Part, SplitChannel
 from megatron_distkv.attention.verification import Verification
+
+Line = CreditorChannel  # as rmanager calls it
 
 __all__ = [
     "AttentionMetadata",
-    "ContextShard",
     "Creditor",
+    "CreditorChannel",
     "Deadlines",
     "Debtor",
+    "DenseAttention",
     "DistAttention",
     "FixedAttention",
     "ForwardContext",
@@ -39,14 +43,13 @@ __all__ = [
     "OpenSlice",
     "Part",
     "Partial",
+    "QueryLimiter",
     "RemoteShare",
     "RotaryConfig",
+    "SequenceAttention",
     "SequenceSlice",
-    "ShardOrder",
     "SplitChannel",
-    "StepShare",
     "Verification",
     "build_metadata",
-    "context_attention",
     "forward_context",
 ]

@@ -11,8 +11,8 @@ from megatron_distkv.attention.debtor import wire_dtype
 from megatron_distkv.attention.fixed_order.leaves import FixedIndex, index_in_fixed_order
 from megatron_distkv.attention.head_share import HeadShare, attend_heads
 from megatron_distkv.attention.loan_table import Access, LoanTable
+from megatron_distkv.attention.query_limiter import QueryLimiter
 from megatron_distkv.attention.shares import ShareIndex, index_shares, measure_query_us
-from megatron_distkv.attention.step_share import StepShare
 from megatron_distkv.errors import DistkvError
 from megatron_distkv.log import get_logger
 from megatron_distkv.messages import (
@@ -51,7 +51,7 @@ class Creditor:
         num_query_heads: int,
         model_dtype: torch.dtype,
         scale: float,
-        share: StepShare | None = None,
+        limiter: QueryLimiter | None = None,
         *,
         rank: int = 0,
         num_ranks: int = 1,
@@ -63,7 +63,7 @@ class Creditor:
         """
         self._holds = HeadShare(rank, num_ranks, pool_BLK2ND.shape[2] * num_ranks)
         self._group = num_query_heads // pool_BLK2ND.shape[2]
-        self._share = share or StepShare()
+        self._limiter = limiter or QueryLimiter()
         self._pool = pool_BLK2ND
         self._head_dim = head_dim or pool_BLK2ND.shape[-1]
         self._kv = readable(pool_BLK2ND, self._head_dim)
@@ -96,12 +96,12 @@ class Creditor:
         heads = self._heads_of(hello)
         shape = (prepared.index.num_rows, (heads.stop - heads.start) * self._group, self._head_dim)
         (q_THD,) = read_tensors(request.payload, [TensorSpec(shape, self._model_dtype)])
-        with self._share.turn() as held_back_s:
+        with self._limiter.turn() as throttled_s:
             out, lse = attend_heads(q_THD, self._kv, header.layer, prepared.index, self._scale, heads)
         if self._loans.version != prepared.version and not self._may_query(hello, prepared.shares):
             return _acknowledge(Refusal.UNKNOWN_LOAN)  # a loan ended while we computed: the rBlocks may be another's
         dtype = torch.float32 if header.num_partials else wire_dtype(self._model_dtype)
-        return Answer(msgspec.msgpack.encode(Acknowledge(None, held_back_s)), [out.to(dtype), lse])
+        return Answer(msgspec.msgpack.encode(Acknowledge(None, throttled_s)), [out.to(dtype), lse])
 
     def store(self, hello: Hello, request: Request) -> Answer:
         """Take in migrated rBlocks (contract: messages.StoreHeader)."""

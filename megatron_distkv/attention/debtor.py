@@ -1,12 +1,12 @@
 """The asking side: one message per creditor and layer for the whole batch, answered while local work goes on."""
 
 import time
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Mapping
 
 import msgspec
 import torch
 
+from megatron_distkv.attention.creditor_channel import CreditorChannel
 from megatron_distkv.attention.deadlines import Deadlines
 from megatron_distkv.attention.host_memory import HostMemory
 from megatron_distkv.attention.metadata import RemoteShare
@@ -17,15 +17,6 @@ from megatron_distkv.errors import DistkvError, PeerLost
 from megatron_distkv.messages import Acknowledge, MessageKind, QueryHeader, Scoring, decode
 from megatron_distkv.rblock import HOST
 from megatron_distkv.transport import Reply, TensorSpec, read_tensors
-
-
-class Exchange(Protocol):
-    """What a debtor needs of a transport channel."""
-
-    def post(self, kind: int, header: bytes, payload: Sequence[torch.Tensor] = ()) -> None: ...
-    def wait(self, deadline_s: float) -> Reply: ...
-    def is_answered(self, within_s: float) -> bool: ...
-    def give_up(self, reason: str) -> PeerLost: ...
 
 
 def wire_dtype(model_dtype: torch.dtype) -> torch.dtype:
@@ -41,7 +32,7 @@ class Debtor:
 
     def __init__(
         self,
-        channels: Mapping[str, Exchange],
+        channels: Mapping[str, CreditorChannel],
         deadline_s: float,
         host: HostMemory | None = None,
         verification: Verification | None = None,

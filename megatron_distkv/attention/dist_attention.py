@@ -5,13 +5,12 @@ from typing import Any
 
 import torch
 
-from megatron_distkv.attention.context_parallel import ContextShard, context_attention
-from megatron_distkv.attention.dense import dense_attention
+from megatron_distkv.attention.dense_attention import DenseAttention
 from megatron_distkv.attention.fixed_order.fixed_attention import OwnKeys
 from megatron_distkv.attention.forward_context import ForwardContext, current_context
 from megatron_distkv.attention.open_rblocks import NewKeys
-from megatron_distkv.attention.rotary import RotaryConfig, RotaryTable, rotary_table, sequence_table
-from megatron_distkv.errors import ConfigError
+from megatron_distkv.attention.rotary import RotaryConfig, RotaryTable, rotary_table
+from megatron_distkv.attention.sequence_attention import SequenceAttention
 from megatron_distkv.messages import Scoring
 from megatron_distkv.ops import apply_rope, micro_attention_out, store_kv
 
@@ -19,8 +18,8 @@ from megatron_distkv.ops import apply_rope, micro_attention_out, store_kv
 class DistAttention(torch.nn.Module):
     """Built by Megatron's SelfAttention with these keywords; `rotary`, `window` and `soft_cap` are bound by our spec.
 
-    Inside a forward context: packed tokens of many requests, over rBlocks here and at creditors. Outside: dense causal
-    attention with autograd, over whole sequences or, with a `shard`, over this rank's share of them.
+    Inside a forward context: packed tokens of many requests, over rBlocks here and at creditors. Outside: causal
+    attention with autograd as `sequence_attention` computes it, dense unless training sets another one.
     """
 
     def __init__(
@@ -43,25 +42,20 @@ class DistAttention(torch.nn.Module):
             raise ValueError(f"DistAttention is self-attention, not {attention_type!r}")
         self.layer = layer_number - 1
         self.rotary = rotary
-        self._shard: ContextShard | None = None
+        self._sequence_attention: SequenceAttention = DenseAttention()
         self.head_dim: int = config.kv_channels
         self.scale = softmax_scale if softmax_scale is not None else self.head_dim**-0.5
         self.scoring = Scoring(softmax_scale, window, soft_cap)
 
     @property
-    def shard(self) -> ContextShard | None:
-        """This rank's share of the sequences of training; None: all of them."""
-        return self._shard
+    def sequence_attention(self) -> SequenceAttention:
+        return self._sequence_attention
 
-    @shard.setter
-    def shard(self, shard: ContextShard | None) -> None:
-        """Raises ConfigError, before anything is computed, for a layer that context parallelism does not know."""
-        if shard is not None and (self.scoring.window is not None or self.scoring.soft_cap is not None):
-            raise ConfigError(
-                f"context parallelism knows no sliding window ({self.scoring.window}) and no soft-cap"
-                f" ({self.scoring.soft_cap}) yet: train this model with context_parallel 1"
-            )
-        self._shard = shard
+    @sequence_attention.setter
+    def sequence_attention(self, attention: SequenceAttention) -> None:
+        """Raises ConfigError, before anything is computed, where it does not know how this layer scores."""
+        attention.check_scoring(self.scoring)
+        self._sequence_attention = attention
 
     def forward(
         self,
@@ -78,7 +72,7 @@ class DistAttention(torch.nn.Module):
             raise NotImplementedError("DistAttention takes no attention bias and no packed_seq_params")
         context = current_context()
         if context is None:
-            return self._dense(query, key, value)
+            return self._whole(query, key, value)
         out_THD = self._paged(query.squeeze(1), key.squeeze(1), value.squeeze(1), context)
         return out_THD.to(query.dtype).reshape(query.shape[0], 1, -1)
 
@@ -141,26 +135,22 @@ class DistAttention(torch.nn.Module):
         )
         return out_THD, lse_TH
 
-    def _dense(self, q_SBHD: torch.Tensor, k_SBKD: torch.Tensor, v_SBKD: torch.Tensor) -> torch.Tensor:
+    def _whole(self, q_SBHD: torch.Tensor, k_SBKD: torch.Tensor, v_SBKD: torch.Tensor) -> torch.Tensor:
         num_tokens, batch = q_SBHD.shape[:2]
+        attention = self._sequence_attention
         if self.rotary.rotated_dims(self.head_dim):
-            table = self._table(num_tokens, q_SBHD.device)
+            table = _sequence_table(attention, num_tokens, self.rotary, self.head_dim, q_SBHD.device)
             q_SBHD, k_SBKD = _rotate(q_SBHD, table), _rotate(k_SBKD, table)
-        if self.shard is None:
-            out_SBHD = dense_attention(q_SBHD, k_SBKD, v_SBKD, self.scale, self.scoring)
-        else:
-            out_SBHD = context_attention(q_SBHD, k_SBKD, v_SBKD, self.shard, self.scale)
+        out_SBHD = attention.attend(q_SBHD, k_SBKD, v_SBKD, self.scale, self.scoring)
         return out_SBHD.reshape(num_tokens, batch, -1)
-
-    def _table(self, num_tokens: int, device: torch.device) -> RotaryTable:
-        if self.shard is None:
-            return sequence_table(num_tokens, self.rotary, self.head_dim, device)
-        return _shard_table(self.shard, self.rotary, self.head_dim, device)
 
 
 @lru_cache(maxsize=8)
-def _shard_table(shard: ContextShard, rotary: RotaryConfig, head_dim: int, device: torch.device) -> RotaryTable:
-    return rotary_table(shard.order.positions(shard.rank).to(device), rotary, head_dim)
+def _sequence_table(
+    attention: SequenceAttention, num_tokens: int, rotary: RotaryConfig, head_dim: int, device: torch.device
+) -> RotaryTable:
+    """The same for all layers of a forward pass that are rotated alike."""
+    return rotary_table(attention.positions(num_tokens).to(device), rotary, head_dim)
 
 
 def _rotate(x_SBHD: torch.Tensor, table: RotaryTable) -> torch.Tensor:

@@ -25,7 +25,7 @@ _current: ForwardContext | None = None
 
 
 def current_context() -> ForwardContext | None:
-    """None outside of serving: attention is then dense and causal (training)."""
+    """None outside of serving: attention is then over whole sequences (training)."""
     return _current
 
 

@@ -70,9 +70,3 @@ def _yarn_ramp(rotated: int, base: float, scaling: RopeScaling) -> torch.Tensor:
     low, high = max(low, 0), min(high, rotated - 1)
     dims = torch.arange(rotated // 2, dtype=torch.float64)
     return 1 - ((dims - low) / max(high - low, 0.001)).clamp(0, 1)
-
-
-@lru_cache(maxsize=8)
-def sequence_table(num_tokens: int, rotary: RotaryConfig, head_dim: int, device: torch.device) -> RotaryTable:
-    """Angles of positions `0 .. num_tokens`, for training on whole sequences."""
-    return rotary_table(torch.arange(num_tokens, device=device), rotary, head_dim)

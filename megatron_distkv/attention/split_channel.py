@@ -2,11 +2,12 @@
 
 import time
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import msgspec
 import torch
 
+from megatron_distkv.attention.creditor_channel import CreditorChannel
 from megatron_distkv.attention.debtor import wire_dtype
 from megatron_distkv.errors import PeerLost
 from megatron_distkv.messages import Acknowledge, FetchHeader, MessageKind, QueryHeader, decode
@@ -16,23 +17,10 @@ from megatron_distkv.transport import Reply, TensorSpec, pack_tensors, read_tens
 _RBLOCK_HEADS, _ROW_HEADS = 2, 1
 
 
-class Line(Protocol):
-    """A channel to one rank."""
-
-    @property
-    def is_open(self) -> bool: ...
-    def post(self, kind: int, header: bytes, payload: Sequence[torch.Tensor] = ()) -> None: ...
-    def wait(self, deadline_s: float) -> Reply: ...
-    def is_answered(self, within_s: float) -> bool: ...
-    def give_up(self, reason: str) -> PeerLost: ...
-    def call(self, kind: int, header: bytes, payload: Sequence[torch.Tensor] = (), *, deadline_s: float) -> Reply: ...
-    def close(self) -> None: ...
-
-
 class Part(NamedTuple):
     """The creditor's rank behind `channel` holds these of this rank's KV heads."""
 
-    channel: Line
+    channel: CreditorChannel
     kv_heads: slice
 
 

@@ -3,12 +3,13 @@
 import random
 from collections.abc import Iterator, Sequence
 from enum import StrEnum
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import msgspec
 import torch
 
 from megatron_distkv import metrics
+from megatron_distkv.attention.creditor_channel import CreditorChannel
 from megatron_distkv.attention.fixed_order.leaves import KV, index_in_fixed_order
 from megatron_distkv.attention.partial import Partial
 from megatron_distkv.attention.sent_rblocks import SentRBlocks
@@ -18,7 +19,7 @@ from megatron_distkv.log import get_logger
 from megatron_distkv.messages import Acknowledge, FetchHeader, MessageKind, QueryShare, Scoring, decode
 from megatron_distkv.ops import Int8RBlocks, merge, readable
 from megatron_distkv.ops.int8_kv import LARGEST
-from megatron_distkv.transport import Reply, TensorSpec, read_tensors
+from megatron_distkv.transport import TensorSpec, read_tensors
 
 logger = get_logger(__name__)
 # How far a true answer may be from ours, as a share of the largest value: rounding on the wire, and of other kernels.
@@ -30,13 +31,6 @@ class Wrong(StrEnum):
 
     RBLOCKS = "rblocks"  # other bytes than were sent
     PARTIAL = "partial"  # another result than that of the bytes, or no numbers at all
-
-
-class Asker(Protocol):
-    """What a check needs of the channel to a creditor."""
-
-    def post(self, kind: int, header: bytes, payload: Sequence[torch.Tensor] = ()) -> None: ...
-    def wait(self, deadline_s: float) -> Reply: ...
 
 
 class Question(NamedTuple):
@@ -91,27 +85,27 @@ class Verification:
         if changed:
             raise self._alarm(creditor, Wrong.RBLOCKS, f"rBlocks {changed} are not as they were sent")
 
-    def verified(self, asker: Asker, question: Question, partial: Partial) -> Partial:
+    def verified(self, channel: CreditorChannel, question: Question, partial: Partial) -> Partial:
         """The partial, good for longer than the mailbox; raises PeerWrong when it cannot be true, PeerLost."""
         self.check_numbers(question.creditor, question.q_RHD, partial.out_RHD, partial.lse_RH)
         if not self._one_in or random.randrange(self._one_in):
             return partial
         partial = partial._replace(out_RHD=partial.out_RHD.clone())
-        out_RHD, lse_RH = self._compute(asker, question)
+        out_RHD, lse_RH = self._compute(channel, question)
         share = TOLERANCE[question.wire_dtype]
         if not (_is_close(partial.out_RHD, out_RHD, share) and _is_close(partial.lse_RH, lse_RH, share)):
             raise self._alarm(question.creditor, Wrong.PARTIAL, f"it answers layer {question.layer} wrongly")
         return partial
 
     def verified_in_fixed_order(
-        self, asker: Asker, question: Question, out: torch.Tensor, lse: torch.Tensor
+        self, channel: CreditorChannel, question: Question, out: torch.Tensor, lse: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The same for an answer in fixed order: not a bit may differ. No key need be seen there."""
         self.check_numbers(question.creditor, question.q_RHD, out, _without_infinity(lse))
         if not self._one_in or random.randrange(self._one_in):
             return out, lse
         out, lse = out.clone(), lse.clone()
-        expected = self._compute_in_fixed_order(asker, question)
+        expected = self._compute_in_fixed_order(channel, question)
         if not (_is_same(out, expected[0]) and _is_same(lse, expected[1])):
             raise self._alarm(question.creditor, Wrong.PARTIAL, f"it answers layer {question.layer} in other bits")
         return out, lse
@@ -123,13 +117,13 @@ class Verification:
         if creditor not in self._got_no_numbers and q_RHD.isfinite().all():
             raise self._alarm(creditor, Wrong.PARTIAL, "it answers with NaN or infinity")
 
-    def _compute(self, asker: Asker, question: Question) -> tuple[torch.Tensor, torch.Tensor]:
+    def _compute(self, channel: CreditorChannel, question: Question) -> tuple[torch.Tensor, torch.Tensor]:
         outs, lses, first = [], [], 0
         for share in question.shares:
             q_THD = question.q_RHD[first : first + share.num_queries]
             parts = [
                 self._attend(q_THD, copy, question, share, block_ids)
-                for block_ids, copy in self._copies(asker, question.creditor, share.block_ids)
+                for block_ids, copy in self._copies(channel, question.creditor, share.block_ids)
             ]
             out, lse = merge(torch.stack([part[0] for part in parts]), torch.stack([part[1] for part in parts]))
             outs.append(out)
@@ -137,12 +131,14 @@ class Verification:
             first += share.num_queries
         return torch.cat(outs), torch.cat(lses)
 
-    def _compute_in_fixed_order(self, asker: Asker, question: Question) -> tuple[torch.Tensor, torch.Tensor]:
+    def _compute_in_fixed_order(
+        self, channel: CreditorChannel, question: Question
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """From copies of one layer of all rBlocks that are asked about."""
         places: dict[int, int] = {}
         layers: list[torch.Tensor] = []
         wanted = list(dict.fromkeys(block_id for share in question.shares for block_id in share.block_ids))
-        for block_ids, copy in self._copies(asker, question.creditor, wanted):
+        for block_ids, copy in self._copies(channel, question.creditor, wanted):
             places.update({block_id: place for place, block_id in enumerate(block_ids, start=len(places))})
             layers.append(copy[:, question.layer : question.layer + 1].clone())
         kv = readable(torch.cat(layers), self._head_dim)
@@ -155,14 +151,14 @@ class Verification:
         return attend_shares(question.q_RHD, kv, 0, index, self._scale)
 
     def _copies(
-        self, asker: Asker, creditor: str, block_ids: Sequence[int]
+        self, channel: CreditorChannel, creditor: str, block_ids: Sequence[int]
     ) -> Iterator[tuple[Sequence[int], torch.Tensor]]:
         """The rBlocks, a message at a time, with their ids there; each valid until the next."""
         for loan_id, ids in self._sent.by_loan(creditor, block_ids).items():
             for start in range(0, len(ids), self._rblocks_per_message):
                 some = ids[start : start + self._rblocks_per_message]
-                asker.post(MessageKind.FETCH, msgspec.msgpack.encode(FetchHeader(loan_id, some)))
-                reply = asker.wait(self._deadline_s)
+                channel.post(MessageKind.FETCH, msgspec.msgpack.encode(FetchHeader(loan_id, some)))
+                reply = channel.wait(self._deadline_s)
                 refusal = decode(reply.header, Acknowledge).refusal
                 if refusal is not None:
                     raise PeerLost(creditor, f"refused a copy: {refusal.value}")

@@ -9,7 +9,7 @@ from megatron_distkv.attention import (
     FixedAttention,
     ForwardContext,
     OpenRBlocks,
-    StepShare,
+    QueryLimiter,
     Verification,
     build_metadata,
     forward_context,
@@ -43,14 +43,14 @@ class ModelRunner:
         migration: Migration,
         debtor: Debtor,
         verification: Verification,
-        share: StepShare,
+        limiter: QueryLimiter,
         fixed: FixedAttention | None = None,
         open_rblocks: OpenRBlocks | None = None,
     ) -> None:
         """`fixed`: attention in fixed order, instead of the debtor's. `open_rblocks`: of a pool in int8."""
         self._fixed = fixed
         self._open_rblocks = open_rblocks
-        self._share = share
+        self._limiter = limiter
         self._gpt = gpt
         self._pool = pool
         self._peers = peers
@@ -77,7 +77,7 @@ class ModelRunner:
             self._fixed.begin_step(plan.step, plan.slices, places)
         debtor = self._debtor if metadata.remote else None
         context = ForwardContext(metadata, self._pool.tensor_BLK2ND, debtor, self._fixed, self._open_rblocks)
-        with forward_context(context), self._share.own_work():
+        with forward_context(context), self._limiter.own_work():
             logits_RV = self._gpt(torch.tensor(plan.token_ids), torch.tensor(plan.logit_rows, dtype=torch.int64))
         return StepResult(
             logits_RV, {**lost, **self._debtor.lost}, self._debtor.waited_s, held_back_s=self._debtor.held_back_s

@@ -9,7 +9,7 @@ from megatron_distkv.attention import (
     Debtor,
     FixedAttention,
     LoanTable,
-    StepShare,
+    QueryLimiter,
     Verification,
 )
 from megatron_distkv.clock import SystemClock
@@ -66,9 +66,9 @@ def build_rank(config: InstanceConfig, parallel: TensorParallel) -> Rank:
         logger.info("KV cache: %s", memory_in_words(shape, config))
     identity, secret = Identity(InstanceId(config.instance_id)), read_secret(config.ledger.secret_file)
     peers = _peers(config, parallel.rank, identity, secret, memory)
-    share, loan_table = StepShare(config.lending.max_step_share), LoanTable()
-    runner = _runner(config, gpt, memory, peers, share)
-    creditor = _creditor(memory, loan_table, share, parallel)
+    limiter, loan_table = QueryLimiter(config.lending.max_step_share), LoanTable()
+    runner = _runner(config, gpt, memory, peers, limiter)
+    creditor = _creditor(memory, loan_table, limiter, parallel)
     costs = _warm_up(memory, creditor)
     return Rank(config, model, parallel, shape, costs, weights, identity, peers, loan_table, creditor, runner, secret)
 
@@ -95,7 +95,7 @@ def _peers(config: InstanceConfig, rank: int, identity: Identity, secret: bytes,
     return Peers(config.ledger.pool, identity, lost, rank, sizes, deadline_s, secret, tls, memory.shape)
 
 
-def _runner(config: InstanceConfig, gpt: GPT, memory: RankMemory, peers: Peers, share: StepShare) -> ModelRunner:
+def _runner(config: InstanceConfig, gpt: GPT, memory: RankMemory, peers: Peers, limiter: QueryLimiter) -> ModelRunner:
     """All that this rank does in a step of its own."""
     limits, pool, host = config.lending, memory.pool, memory.host
     tensor, per_message, deadline_s = pool.tensor_BLK2ND, rblocks_per_message(config, memory), limits.deadline_s
@@ -105,10 +105,10 @@ def _runner(config: InstanceConfig, gpt: GPT, memory: RankMemory, peers: Peers, 
     debtor = Debtor(peers, deadline_s, host, verification, deadlines)
     migration = Migration(tensor, peers, per_message, deadline_s, host, verification)
     fixed = FixedAttention(debtor, pool.rblock_size, most_answers(config)) if config.deterministic else None
-    return ModelRunner(gpt, pool, peers, migration, debtor, verification, share, fixed, memory.open_rblocks)
+    return ModelRunner(gpt, pool, peers, migration, debtor, verification, limiter, fixed, memory.open_rblocks)
 
 
-def _creditor(memory: RankMemory, loan_table: LoanTable, share: StepShare, parallel: TensorParallel) -> Creditor:
+def _creditor(memory: RankMemory, loan_table: LoanTable, limiter: QueryLimiter, parallel: TensorParallel) -> Creditor:
     shape = memory.shape
     return Creditor(
         memory.pool.tensor_BLK2ND,
@@ -116,7 +116,7 @@ def _creditor(memory: RankMemory, loan_table: LoanTable, share: StepShare, paral
         shape.query_heads_per_rank,
         torch_dtype(shape),
         memory.scale,
-        share,
+        limiter,
         rank=parallel.rank,
         num_ranks=parallel.size,
         head_dim=shape.head_dim,

@@ -18,7 +18,7 @@ import torch
 
 from megatron_distkv.errors import ConfigError
 from megatron_distkv.kernels import cpu, flash_attn, flashinfer
-from megatron_distkv.kernels.own import best_for, has_triton
+from megatron_distkv.kernels.native import best_for, has_triton
 
 _CPU_IS_BUILT = cpu.is_built()
 _chosen = "auto"

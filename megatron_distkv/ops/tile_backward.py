@@ -20,7 +20,7 @@ def tile_backward(
 
     `out` and `lse` (natural log) are those over all keys, not over the tile's: shares then add up exactly. A causal
     tile has S = X, the same tokens; another is seen in full. S query tokens, X key tokens, B sequences.
-    The C++ kernels have none: torch's own op serves CPUs (attention/tile_attention.py).
+    The C++ kernels have none: torch's own op serves CPUs (context_parallel/tile_attention.py).
     """
     tensors = (d_out_SBHD, q_SBHD, k_XBKD, v_XBKD)
     backend = kernels(*tensors)

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_distkv.attention import ContextShard
+from megatron_distkv.context_parallel import ContextShard
 from megatron_distkv.training.batch import MicroBatch
 from megatron_distkv.training.packing import PackedDocuments
 from megatron_distkv.training.passkey import Bytes

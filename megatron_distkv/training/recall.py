@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_distkv.attention import ContextShard
+from megatron_distkv.context_parallel import ContextShard
 from megatron_distkv.model.parallel import gather_vocabulary
 from megatron_distkv.training.passkey import NUM_DIGITS, Bytes, Prompt, prompt
 
@@ -26,8 +26,8 @@ def recall(
     num_right = 0
     for depth in np.linspace(0.05, 0.95, num_prompts):
         num_wrong = wrong_digits(gpt, prompt(rng, held_out, length, float(depth)), shard)
-        if shard is not None and shard.group is not None:
-            dist.all_reduce(num_wrong, group=shard.group)
+        if shard is not None and shard.cp_group is not None:
+            dist.all_reduce(num_wrong, group=shard.cp_group)
         num_right += int(num_wrong == 0)
     return num_right / num_prompts
 
@@ -40,7 +40,7 @@ def num_inputs(length: int) -> int:
 def wrong_digits(gpt: Model, asked: Prompt, shard: ContextShard | None) -> torch.Tensor:
     """How many of the digits that this rank's tokens are to predict are not the likeliest, int64 without dims."""
     ids_T = torch.tensor([*asked.token_ids, *asked.digits])
-    tokens = torch.arange(len(ids_T) - 1) if shard is None else shard.order.tokens(shard.rank)
+    tokens = torch.arange(len(ids_T) - 1) if shard is None else shard.tokens
     logits_TV = gpt(ids_T[tokens][None], None, None)[0]
     is_before_digit_T = tokens >= len(asked.token_ids) - 1
     if not is_before_digit_T.any():

@@ -7,8 +7,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_distkv.attention import ContextShard, DistAttention, ShardOrder
+from megatron_distkv.attention import DenseAttention, DistAttention
 from megatron_distkv.config.train import TrainConfig
+from megatron_distkv.context_parallel import ContextShard, RingAttention, ZigzagLayout
 from megatron_distkv.model import build_gpt, find_checkpoint, init_tensor_parallel, load_weights
 from megatron_distkv.training.batch import MicroBatch
 from megatron_distkv.training.checkpoint import find_run, load_states, save_run
@@ -84,22 +85,22 @@ class Trainer:
         """This rank's tokens' share of the step's loss: all ranks' sum, over all micro-batches, is the loss."""
         num_tokens = batch.inputs_BT.shape[1]
         shard = self.set_attention(num_tokens, batch.document_starts, batch.temperature)
-        tokens = slice(None) if shard.order.size == 1 else shard.order.tokens(shard.rank)
+        tokens = slice(None) if shard.layout.cp_size == 1 else shard.tokens
         inputs, labels, weights = (x[:, tokens] for x in (batch.inputs_BT, batch.labels_BT, batch.weights_BT))
         nll_BT = self.engine(inputs, None, None, labels=labels)
         return (nll_BT.float() * weights).sum()
 
     def set_attention(self, num_tokens: int, document_starts: tuple[int, ...], temperature: float) -> ContextShard:
         """How the next forward pass, and its backward pass, attend; returns this rank's share of the sequence."""
-        order = ShardOrder(num_tokens, self.config.context_parallel, document_starts)
-        shard = ContextShard(order)
-        if order.size > 1:
+        layout = ZigzagLayout(num_tokens, self.config.context_parallel, document_starts)
+        shard = ContextShard(layout)
+        if layout.cp_size > 1:
             rank, group = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_group()
-            shard = ContextShard(order, rank, group)
-        is_plain = order.size == 1 and len(document_starts) == 1
+            shard = ContextShard(layout, rank, group)
+        is_plain = layout.cp_size == 1 and len(document_starts) == 1
         for attention in self._attentions:
             attention.scale = self._scale * temperature
-            attention.shard = None if is_plain else shard
+            attention.sequence_attention = DenseAttention() if is_plain else RingAttention(shard)
         return shard
 
     def _train_step(self, step: int) -> dict[str, float]:
@@ -145,4 +146,4 @@ class Trainer:
         finally:
             self.set_attention(1, (0,), 1.0)
             for attention in self._attentions:
-                attention.shard = None
+                attention.sequence_attention = DenseAttention()

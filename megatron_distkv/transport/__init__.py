@@ -1,4 +1,7 @@
-"""Tensors between two processes, over shared memory on one host, over TCP or TLS else. Every wait has a deadline."""
+"""Tensors between two processes: over shared memory on one host, else over TCP, TLS or NIXL.
+
+Every wait has a deadline.
+"""
 
 from megatron_distkv.transport.address import Address, is_elsewhere, parse_address, this_host
 from megatron_distkv.transport.channel import Channel, Reply, connect

@@ -13,19 +13,17 @@ import pytest
 import torch
 
 from megatron_distkv.attention import (
-    ContextShard,
     Creditor,
     Debtor,
     DistAttention,
     ForwardContext,
     LoanTable,
     RotaryConfig,
-    ShardOrder,
     Verification,
     build_metadata,
     forward_context,
 )
-from megatron_distkv.errors import ConfigError, DistkvError, IntegrityError
+from megatron_distkv.errors import DistkvError, IntegrityError
 from megatron_distkv.messages import MessageKind, QueryHeader, QueryShare, Scoring, StoreHeader, decode
 from megatron_distkv.rblock import InstanceId, LoanId, LocalSpan, RemoteSpan, Span
 from megatron_distkv.transport import PROTOCOL_VERSION, Answer, Channel, Hello, Listener, Request, TensorSpec, connect
@@ -275,13 +273,6 @@ def test_without_a_context_it_is_dense_and_differentiable(rotary: RotaryConfig, 
         assert relative_error(out[:, b].view(9, H, D), expected) < 1e-5
     out.sum().backward()
     assert all(x.grad is not None and x.grad.abs().sum() > 0 for x in (q, v))
-
-
-@pytest.mark.parametrize("scoring", [{"window": 4}, {"soft_cap": 2.0}])
-def test_context_parallelism_without_a_window_says_so(scoring: dict[str, Any]) -> None:
-    layer = attention(**scoring)
-    with pytest.raises(ConfigError, match="train this model with context_parallel 1"):
-        layer.shard = ContextShard(ShardOrder(9, 1))
 
 
 def prepared_question(lenders: dict[str, Lender], debtor_name: str = "me") -> tuple[Debtor, torch.Tensor, list]:

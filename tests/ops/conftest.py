@@ -17,7 +17,7 @@ SERVED_BY_LIBRARIES = (
     "test_every_head_size",
     "test_large_scores",
     "test_nothing_is_written",
-    "test_past_rblocks",
+    "test_full_blocks",
 )
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

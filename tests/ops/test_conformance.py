@@ -44,7 +44,7 @@ def test_full_rblocks_without_a_mask(dtype: torch.dtype) -> None:
     batch.check(out, lse)
 
 
-def test_past_rblocks_in_any_order_beside_tails() -> None:
+def test_full_blocks_in_any_order_beside_tails() -> None:
     # Given sequences with much past, with none, with nothing but past and without queries, rBlocks in reverse order
     sequences = [Sequence(200, 3), Sequence(9, 9), Sequence(64, 1), Sequence(32, 0), Sequence(47, 20)]
     batch = Batch(Case(torch.float32, 2, 4, 64, 16, sequences))

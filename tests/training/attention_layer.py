@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_distkv.attention import ContextShard, ShardOrder
 from megatron_distkv.config.train import TrainConfig
+from megatron_distkv.context_parallel import ContextShard, RingAttention, ZigzagLayout
 from megatron_distkv.model import build_gpt, init_tensor_parallel
 from megatron_distkv.model.gpt import TORCH_DTYPES
 from megatron_distkv.training.deepspeed_engine import init_distributed
@@ -37,12 +37,12 @@ def run_attention(config: TrainConfig, output: Path, _: str | None) -> None:
     gpt = build_gpt(config.model, parallel, init_std=0.1)
     layer = gpt.decoder.layers[0].self_attention
     shard = _shard(config.context_parallel)
-    layer.core_attention.shard = shard
+    layer.core_attention.sequence_attention = RingAttention(shard)
 
     # Data-parallel ranks share rows, a context group tokens.
     size = parallel_state.get_data_parallel_world_size()
     rows = torch.arange(parallel_state.get_data_parallel_rank(), NUM_ROWS, size)
-    tokens = shard.order.tokens(shard.rank)
+    tokens = shard.tokens
     x, d_out = (each[tokens][:, rows] for each in given(config.model.hidden_size, TORCH_DTYPES[config.model.dtype]))
     out, _bias = layer(x.requires_grad_(), None)
     out.backward(d_out)
@@ -60,7 +60,7 @@ def run_attention(config: TrainConfig, output: Path, _: str | None) -> None:
 
 
 def _shard(size: int) -> ContextShard:
-    order = ShardOrder(NUM_TOKENS, size, STARTS)
+    layout = ZigzagLayout(NUM_TOKENS, size, STARTS)
     if size == 1:
-        return ContextShard(order)
-    return ContextShard(order, parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_group())
+        return ContextShard(layout)
+    return ContextShard(layout, parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_group())

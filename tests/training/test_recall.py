@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_distkv.attention import ContextShard, ShardOrder
+from megatron_distkv.context_parallel import ContextShard, ZigzagLayout
 from megatron_distkv.model import init_tensor_parallel
 from megatron_distkv.training.passkey import VOCAB_SIZE, Prompt, load_prose, prompt
 from megatron_distkv.training.recall import num_inputs, recall, wrong_digits
@@ -33,7 +33,7 @@ def one_rank() -> None:
 def test_shards_find_the_same_wrong_digits(size: int) -> None:
     # Given a model that knows one prompt's answer, and a length at which digits lie on two ranks of sixteen
     asked, other = (prompt(np.random.default_rng(seed), HELD_OUT, LENGTH, 0.5) for seed in (0, 1))
-    shards = [ContextShard(ShardOrder(num_inputs(LENGTH), size), rank) for rank in range(size)]
+    shards = [ContextShard(ZigzagLayout(num_inputs(LENGTH), size), rank) for rank in range(size)]
     for number, expected in ((asked, 0), (other, int(wrong_digits(that_knows(asked), other, None)))):
         found = [int(wrong_digits(that_knows(asked), number, shard)) for shard in shards]
         assert sum(found) == expected

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from megatron_distkv.attention import ContextShard, DistAttention, ShardOrder, context_attention
+from megatron_distkv.attention import DistAttention
 from megatron_distkv.config.model import ModelConfig
+from megatron_distkv.context_parallel import ContextShard, RingAttention, ZigzagLayout, ring_attention
 
 SEED = 0
 
@@ -30,8 +31,8 @@ class Case:
     num_layers: int
 
     @property
-    def order(self) -> ShardOrder:
-        return ShardOrder(self.num_tokens, self.size)
+    def layout(self) -> ZigzagLayout:
+        return ZigzagLayout(self.num_tokens, self.size)
 
 
 class Measured(NamedTuple):
@@ -69,8 +70,8 @@ Work = Callable[[], list[torch.Tensor]]
 
 
 def _prepared(prepare: Callable[[Case, ContextShard], Work], case: Case, rank: int, num_tokens: int) -> Work:
-    order = ShardOrder(num_tokens, case.size)
-    return prepare(case, ContextShard(order, rank, dist.group.WORLD))
+    layout = ZigzagLayout(num_tokens, case.size)
+    return prepare(case, ContextShard(layout, rank, dist.group.WORLD))
 
 
 def _answers(sums: list[torch.Tensor]) -> list[float]:
@@ -97,12 +98,12 @@ def _training_step(case: Case, shard: ContextShard) -> Work:
     gpt = build_gpt(model, parallel, init_std=0.05)
     for module in gpt.modules():
         if isinstance(module, DistAttention):
-            module.shard = shard
-    ids = torch.randint(272, (1, shard.order.num_tokens + 1), generator=torch.Generator().manual_seed(SEED))
-    tokens = shard.order.tokens(shard.rank)
+            module.sequence_attention = RingAttention(shard)
+    ids = torch.randint(272, (1, shard.layout.num_tokens + 1), generator=torch.Generator().manual_seed(SEED))
+    tokens = shard.tokens
 
     def work() -> list[torch.Tensor]:
-        loss = gpt(ids[:, tokens], None, None, labels=ids[:, tokens + 1]).sum() / shard.order.num_tokens
+        loss = gpt(ids[:, tokens], None, None, labels=ids[:, tokens + 1]).sum() / shard.layout.num_tokens
         loss.backward()
         return [loss, *(p.grad for p in gpt.parameters() if p.grad is not None)]
 
@@ -111,7 +112,7 @@ def _training_step(case: Case, shard: ContextShard) -> Work:
 
 def _leaves(case: Case, shard: ContextShard) -> list[torch.Tensor]:
     """This rank's q, k, v and gradient of out, `[S, 1, heads, D]`; drawn rank after rank, the whole is never here."""
-    tokens = shard.order.tokens(shard.rank)
+    tokens = shard.tokens
     shapes = [(case.heads, 0), (case.kv_heads, 1), (case.kv_heads, 2), (case.heads, 3)]
     # A cheap function of place and head, so that all numbers of ranks see the same sequence
     return [
@@ -125,7 +126,7 @@ def _attention(case: Case, shard: ContextShard) -> Work:
     leaves = [x.requires_grad_() for x in (q, k, v)]
 
     def work() -> list[torch.Tensor]:
-        out = context_attention(*leaves, shard, case.head_dim**-0.5)
+        out = ring_attention(*leaves, shard, case.head_dim**-0.5)
         out.backward(d_out)
         return _summed(out, *(leaf.grad for leaf in leaves))
 
@@ -154,10 +155,10 @@ def _torch_ring(case: Case, shard: ContextShard) -> Work:
     def work() -> list[torch.Tensor]:
         wide_k, wide_v = (x.repeat_interleave(group, 1) for x in (k, v))
         out, lse, *_ = ring._templated_ring_attention(
-            shard.group, 2, flash, q, wide_k, wide_v, is_causal=True, dropout_p=0.0, scale=scale
+            shard.cp_group, 2, flash, q, wide_k, wide_v, is_causal=True, dropout_p=0.0, scale=scale
         )
         gradients = ring._templated_ring_attention_backward(
-            shard.group, 2, backward, d_out, "grad_out", q, wide_k, wide_v, out, lse, True
+            shard.cp_group, 2, backward, d_out, "grad_out", q, wide_k, wide_v, out, lse, True
         )[:3]
         d_k, d_v = (x.unflatten(1, (-1, group)).sum(2) for x in gradients[1:])
         return _summed(*(x.permute(2, 0, 1, 3) for x in (out, gradients[0], d_k, d_v)))

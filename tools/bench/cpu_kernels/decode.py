@@ -7,7 +7,7 @@ import torch
 from tools.bench.ceilings import Work, read_probe
 from tools.bench.cpu_kernels.figure import DTYPE_NAMES, TOLERANCES, Amount, Figure, Run
 from tools.bench.rblock_sequence import LAYER, Sequence, Shape, cache_bytes
-from tools.bench.wanted import attention_in_float64, check
+from tools.bench.reference_attention import attention_in_float64, check
 
 USUAL, CONTEXT = Shape(8, 4, 128, torch.bfloat16), 32768
 CASES = [

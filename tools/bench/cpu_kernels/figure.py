@@ -8,8 +8,8 @@ import torch
 from megatron_distkv.ops import backend_in_use, instruction_set
 from tools.bench.ceilings import Work, in_turn, median_ratio
 from tools.bench.rblock_sequence import pool_pages
+from tools.bench.reference_attention import check
 from tools.bench.vllm_peer import VllmPeer
-from tools.bench.wanted import check
 
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 TOLERANCES = {torch.bfloat16: 4e-3, torch.float32: 1e-5}

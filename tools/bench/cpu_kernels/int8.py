@@ -8,7 +8,7 @@ import torch
 from tools.bench.ceilings import Work, matrix_product, read_probe
 from tools.bench.cpu_kernels.figure import CHECKED, Amount, Figure, Run
 from tools.bench.rblock_sequence import LAYER, Sequence, Shape, cache_bytes
-from tools.bench.wanted import attention_in_float64
+from tools.bench.reference_attention import attention_in_float64
 
 TOLERANCE = 1e-2
 Pool = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

@@ -10,7 +10,7 @@ from megatron_distkv.ops import apply_rope, gather_rblocks, merge, merge_out, st
 from tools.bench.ceilings import Work
 from tools.bench.cpu_kernels.figure import Amount, Figure, Run
 from tools.bench.rblock_sequence import LAYER, SIZE, Sequence, Shape, cache_bytes
-from tools.bench.wanted import check
+from tools.bench.reference_attention import check
 
 NUM_PARTIALS, NUM_TOKENS, NUM_HEADS, KV_HEADS, HEAD_DIM = 8, 2048, 32, 8, 128
 

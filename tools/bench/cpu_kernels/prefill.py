@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from tools.bench.ceilings import Work, matrix_product
 from tools.bench.cpu_kernels.figure import CHECKED, DTYPE_NAMES, TOLERANCES, Amount, Figure, Run
 from tools.bench.rblock_sequence import Sequence, Shape
-from tools.bench.wanted import attention_in_float64, check
+from tools.bench.reference_attention import attention_in_float64, check
 
 CASES = ((torch.bfloat16, 2048), (torch.bfloat16, 8192), (torch.float32, 2048))
 KV_HEADS, GROUP, HEAD_DIM = 2, 4, 128

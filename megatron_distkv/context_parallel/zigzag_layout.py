@@ -1,6 +1,7 @@
-"""Which tokens of a sequence lie on which rank of a context group: zig-zag, so that causal work is even.
+"""Which tokens of a sequence lie on which rank of a context group: zigzag, so that causal work is even.
 
-C ranks cut the sequence into 2C chunks as equal as they can be; rank r holds chunks r and 2C - 1 - r, in this order:
+C ranks cut the sequence into 2C chunks as equal as they can be; rank r holds chunks r and 2C - 1 - r, in this order
+(Megatron's `get_batch_on_this_cp_rank`, but of any length):
 
     C = 2    | rank 0 | rank 1 | rank 1 | rank 0 |
 """
@@ -27,11 +28,11 @@ class Segment(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ShardOrder:
-    """`num_tokens` over `size` ranks. Packed documents begin at `document_starts`; none sees another."""
+class ZigzagLayout:
+    """`num_tokens` over `cp_size` ranks. Packed documents begin at `document_starts`; none sees another."""
 
     num_tokens: int
-    size: int
+    cp_size: int
     document_starts: tuple[int, ...] = (0,)
 
     def __post_init__(self) -> None:
@@ -40,9 +41,9 @@ class ShardOrder:
             raise ValueError(f"document_starts must begin with 0 and rise below {self.num_tokens}, got {starts}")
 
     @lru_cache(maxsize=256)  # noqa: B019  small, frozen, and few
-    def segments(self, rank: int) -> tuple[Segment, ...]:
+    def segments(self, cp_rank: int) -> tuple[Segment, ...]:
         segments, row = [], 0
-        for first, last in self._pieces(rank):
+        for first, last in self._chunks(cp_rank):
             starts = self.document_starts
             inner = starts[bisect_right(starts, first) : bisect_left(starts, last)]
             for start, stop in zip([first, *inner], [*inner, last], strict=True):
@@ -51,21 +52,22 @@ class ShardOrder:
                 row += stop - start
         return tuple(segments)
 
-    def tokens(self, rank: int) -> torch.Tensor:
+    def tokens(self, cp_rank: int) -> torch.Tensor:
         """Each row's place in the whole sequence, int64."""
-        parts = [torch.arange(segment.start, segment.stop) for segment in self.segments(rank)]
+        parts = [torch.arange(segment.start, segment.stop) for segment in self.segments(cp_rank)]
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
 
-    def positions(self, rank: int) -> torch.Tensor:
+    def positions(self, cp_rank: int) -> torch.Tensor:
         """Each row's place in its own document, int64."""
-        begins = [(s, self.document_starts[s.document]) for s in self.segments(rank)]
+        begins = [(s, self.document_starts[s.document]) for s in self.segments(cp_rank)]
         parts = [torch.arange(segment.start - begin, segment.stop - begin) for segment, begin in begins]
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
 
-    def _pieces(self, rank: int) -> list[tuple[int, int]]:
-        cuts = [number * self.num_tokens // (2 * self.size) for number in range(2 * self.size + 1)]
-        low, high = rank, 2 * self.size - 1 - rank
+    def _chunks(self, cp_rank: int) -> list[tuple[int, int]]:
+        num_chunks = 2 * self.cp_size
+        cuts = [number * self.num_tokens // num_chunks for number in range(num_chunks + 1)]
+        low, high = cp_rank, num_chunks - 1 - cp_rank
         if low + 1 == high:  # the two in the middle touch
             return [(cuts[low], cuts[high + 1])] if cuts[low] < cuts[high + 1] else []
-        pieces = [(cuts[chunk], cuts[chunk + 1]) for chunk in (low, high)]
-        return [piece for piece in pieces if piece[0] < piece[1]]
+        chunks = [(cuts[chunk], cuts[chunk + 1]) for chunk in (low, high)]
+        return [chunk for chunk in chunks if chunk[0] < chunk[1]]

@@ -1,14 +1,14 @@
-// What few_rows.h does with one chunk of keys: scores, weights and values of up to eight query rows, for every kind.
+// What decode.h does with one chunk of keys: scores, weights and values of up to eight query rows, for every kind.
 #pragma once
 
 #include "fetch.h"
-#include "kinds.h"
+#include "traits.h"
 
 namespace {
 
 // s[r][t] = q[r] . k[t] for R query rows; `ahead` leads to what to prefetch.
 template <class X, int R, bool PREFETCH>
-inline void few_scores(const typename X::Query* q, int64_t padded, const typename X::Element* k, int64_t head_dim,
+inline void decode_scores(const typename X::Query* q, int64_t padded, const typename X::Element* k, int64_t head_dim,
                        int64_t num_keys, const Ahead& ahead, float* s) {
   constexpr int J = W / R;  // tokens at a time: W accumulators, which one transposition sums up
   const int64_t whole = head_dim / X::CHUNK * X::CHUNK, rest = head_dim - whole;
@@ -60,7 +60,7 @@ inline void few_scores(const typename X::Query* q, int64_t padded, const typenam
 // acc[r][d] = acc[r][d] * shrink[r] + sum over tokens of p[r][t] v[t][d], for C chunks of dims from `d` on.
 // With `rest`, C is 1 and only the first `rest` dims of the chunk exist.
 template <class X, int R, int C>
-KEEP_REGISTERS void few_values(const typename X::Weight* p, const typename X::Element* v, int64_t head_dim,
+KEEP_REGISTERS void decode_values(const typename X::Weight* p, const typename X::Element* v, int64_t head_dim,
                                int64_t num_keys, int64_t d, int64_t rest, Fetch& fetch, const float* shrink, float* acc,
                                int64_t padded) {
   constexpr int N = C * X::PARTS;
@@ -99,7 +99,7 @@ KEEP_REGISTERS void few_values(const typename X::Weight* p, const typename X::El
 
 // These R rows fetch their part of what `rows_left` rows, these among them, have to fetch.
 template <class X, int R>
-inline void few_all_values(const typename X::Weight* p, const typename X::Element* v, int64_t head_dim,
+inline void decode_all_values(const typename X::Weight* p, const typename X::Element* v, int64_t head_dim,
                            int64_t num_keys, int64_t rows_left, Fetch& fetch, const float* shrink, float* acc,
                            int64_t padded) {
   constexpr int ACCUMULATORS = W == 4 ? 8 : W;
@@ -110,10 +110,10 @@ inline void few_all_values(const typename X::Weight* p, const typename X::Elemen
   fetch.spread_over(walks * ((num_keys + X::STEP - 1) / X::STEP) * rows_left / R);
   int64_t d = 0;
   for (; d < wide; d += C * X::CHUNK)
-    few_values<X, R, C>(p, v, head_dim, num_keys, d, 0, fetch, shrink, acc, padded);
+    decode_values<X, R, C>(p, v, head_dim, num_keys, d, 0, fetch, shrink, acc, padded);
   for (; d < whole; d += X::CHUNK)
-    few_values<X, R, 1>(p, v, head_dim, num_keys, d, 0, fetch, shrink, acc, padded);
-  if (d < head_dim) few_values<X, R, 1>(p, v, head_dim, num_keys, d, head_dim - d, fetch, shrink, acc, padded);
+    decode_values<X, R, 1>(p, v, head_dim, num_keys, d, 0, fetch, shrink, acc, padded);
+  if (d < head_dim) decode_values<X, R, 1>(p, v, head_dim, num_keys, d, head_dim - d, fetch, shrink, acc, padded);
 }
 
 // How much a weight may grow, as a power of two, before its row's top is raised: a branch taken in every other chunk
@@ -123,7 +123,7 @@ constexpr float HEADROOM = 8;
 // Scores of one row to weights 2^(score - top), at most 2^HEADROOM; keeps the row's top and its sums (one per lane),
 // gives what to shrink acc by. ALL: every key is seen, and they fill whole vectors.
 template <class X, bool ALL>
-inline void few_weights_of(const float* s, Seen seen, int64_t num_keys, float scale, float* top, float* sums,
+inline void decode_weights_of(const float* s, Seen seen, int64_t num_keys, float scale, float* top, float* sums,
                            float* shrink, typename X::Weight* p) {
   constexpr int64_t MOST = CHUNK_TOKENS / W;
   const vi lanes = lane_numbers(), begin = vi{} + (int32_t)seen.begin, end = vi{} + (int32_t)seen.end;
@@ -158,11 +158,11 @@ inline void few_weights_of(const float* s, Seen seen, int64_t num_keys, float sc
 }
 
 template <class X>
-inline void few_weights(const float* s, Seen seen, int64_t num_keys, float scale, float* top, float* sums,
+inline void decode_weights(const float* s, Seen seen, int64_t num_keys, float scale, float* top, float* sums,
                         float* shrink, typename X::Weight* p) {
   if (num_keys == CHUNK_TOKENS && seen.begin == 0 && seen.end == CHUNK_TOKENS)
-    return few_weights_of<X, true>(s, seen, CHUNK_TOKENS, scale, top, sums, shrink, p);
-  few_weights_of<X, false>(s, seen, num_keys, scale, top, sums, shrink, p);
+    return decode_weights_of<X, true>(s, seen, CHUNK_TOKENS, scale, top, sums, shrink, p);
+  decode_weights_of<X, false>(s, seen, num_keys, scale, top, sums, shrink, p);
 }
 
 }  // namespace

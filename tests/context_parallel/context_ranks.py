@@ -10,8 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from megatron_distkv.attention.context_parallel import ContextShard, context_attention
-from megatron_distkv.attention.shard_order import ShardOrder
+from megatron_distkv.context_parallel import ContextShard, ZigzagLayout, ring_attention
 
 SCALE = 0.3
 NUM_RANKS = 4
@@ -30,8 +29,8 @@ class Case:
     seed: int = 0
 
     @property
-    def order(self) -> ShardOrder:
-        return ShardOrder(self.num_tokens, self.size, self.document_starts)
+    def layout(self) -> ZigzagLayout:
+        return ZigzagLayout(self.num_tokens, self.size, self.document_starts)
 
     def tensors(self) -> list[torch.Tensor]:
         """q, k, v and the gradient of out, whole."""
@@ -74,7 +73,7 @@ class Ranks:
             answer = end.recv()
             assert not isinstance(answer, str), answer
             for tensor, part in zip(whole, answer, strict=True):
-                tensor[case.order.tokens(rank)] = torch.from_numpy(part).to(tensor.dtype)
+                tensor[case.layout.tokens(rank)] = torch.from_numpy(part).to(tensor.dtype)
         return Result(*whole)
 
     def close(self) -> None:
@@ -93,16 +92,16 @@ def _serve(rank: int, store: str, end: Connection) -> None:
     groups = {size: dist.new_group(list(range(size))) for size in range(2, NUM_RANKS + 1)}
     while (case := end.recv()) is not None:
         try:
-            shard = ContextShard(case.order, rank, groups.get(case.size))
+            shard = ContextShard(case.layout, rank, groups.get(case.size))
             end.send([tensor.double().numpy() for tensor in run_shard(case, shard)])
         except Exception as error:
             end.send(f"rank {rank}: {error!r}")
 
 
 def run_shard(case: Case, shard: ContextShard) -> Result:
-    q, k, v, d_out = (tensor[case.order.tokens(shard.rank)] for tensor in case.tensors())
+    q, k, v, d_out = (tensor[shard.tokens] for tensor in case.tensors())
     leaves = [tensor.requires_grad_() for tensor in (q, k, v)]
-    out = context_attention(*leaves, shard, SCALE)
+    out = ring_attention(*leaves, shard, SCALE)
     out.backward(d_out)
     gradients = [leaf.grad for leaf in leaves]
     assert all(gradient is not None for gradient in gradients)

@@ -7,15 +7,15 @@
 #pragma once
 
 #include "isa.h"
-#include "many_tiles.h"
-#include "many_units.h"
+#include "prefill_tiles.h"
+#include "prefill_units.h"
 
 namespace {
 
 using distkv::ROW_TILE;
 
 template <class X, class E, int NV>
-struct ManyRows {
+struct Prefill {
   using Element = typename E::Type;
   static constexpr bool IS_INT8 = sizeof(Element) == 1;
   static constexpr int LANES = NV * W;
@@ -35,7 +35,7 @@ struct ManyRows {
   // Only for int8: of the rBlock and KV head at hand, and of the chunk's first key.
   const float *k_scales = nullptr, *rblock_v_scales = nullptr, *v_scales = nullptr;
 
-  ManyRows(const DistkvAttention& attention, const Item& work, char* scratch) : a(attention), item(work) {
+  Prefill(const DistkvAttention& attention, const Item& work, char* scratch) : a(attention), item(work) {
     acc = (float*)scratch;
     tops = acc + LANES * padded;
     sums = tops + LANES;
@@ -121,8 +121,8 @@ struct ManyRows {
     const uint32_t* keys = key_units<X, E>(k, n, a.head_dim, k_scales, wide_keys);
     int64_t t = 0;
     for (; t + KEYS <= n; t += KEYS)
-      many_scores<X, KEYS, NV>(keys + t * units, units, queries, units, scores + t * LANES);
-    for (; t < n; ++t) many_scores<X, 1, NV>(keys + t * units, units, queries, units, scores + t * LANES);
+      prefill_scores<X, KEYS, NV>(keys + t * units, units, queries, units, scores + t * LANES);
+    for (; t < n; ++t) prefill_scores<X, 1, NV>(keys + t * units, units, queries, units, scores + t * LANES);
   }
 
   // scores -> weights 2^(score - top), row by row of lanes; keeps tops and sums, leaves what to shrink acc by.
@@ -180,9 +180,11 @@ struct ManyRows {
     constexpr int C = W == 16 ? 4 : 2;
     int64_t d = 0;
     for (; d + C * W <= padded; d += C * W)
-      many_values<X, M, C>(weights + r, LANES, values + d, padded, num_units, shrinks + r, acc + r * padded + d, padded);
+      prefill_values<X, M, C>(weights + r, LANES, values + d, padded, num_units, shrinks + r, acc + r * padded + d,
+                              padded);
     for (; d < padded; d += W)
-      many_values<X, M, 1>(weights + r, LANES, values + d, padded, num_units, shrinks + r, acc + r * padded + d, padded);
+      prefill_values<X, M, 1>(weights + r, LANES, values + d, padded, num_units, shrinks + r, acc + r * padded + d,
+                              padded);
   }
 };
 

@@ -120,7 +120,7 @@ struct Pairs {
   }
 };
 
-// int8 K and V as Pairs: such a number is exact in bf16. Only for many rows, which share what is widened.
+// int8 K and V as Pairs: such a number is exact in bf16. Only for prefill, whose rows share what is widened.
 struct WidePairs : Pairs {
   using Element = int8_t;
   static constexpr bool IS_INT8 = true;

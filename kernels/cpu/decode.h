@@ -4,21 +4,21 @@
 // and of V (octets.h: up to sixteen); what lies further on this walk is prefetched meanwhile (walk.h, fetch.h).
 #pragma once
 
-#include "few_tiles.h"
+#include "decode_tiles.h"
 #include "int8_quads.h"
 #include "isa.h"
-#include "kinds.h"
+#include "traits.h"
 #include "octets.h"
 #include "quads.h"
 #include "walk.h"
 
 namespace {
 
-using distkv::FEW_ROWS;
+using distkv::MAX_DECODE_ROWS;
 using distkv::Item;
 
 template <class X>
-struct FewRows {
+struct Decode {
   using Element = typename X::Element;
 
   const DistkvAttention& a;
@@ -43,7 +43,7 @@ struct FewRows {
   int8_t* query_bytes;
   uint8_t* weight_bytes;                // high, then low
 
-  FewRows(const DistkvAttention& attention, const Item& work, const Item* next, char* scratch)
+  Decode(const DistkvAttention& attention, const Item& work, const Item* next, char* scratch)
       : a(attention), item(work), walk{attention, work, next} {
     const int64_t heads = item.head_end - item.head_begin, all = heads * held;
     acc = (float*)scratch;
@@ -51,15 +51,15 @@ struct FewRows {
     worths = tops + all;
     sums = tops + all * (X::IS_OCTETS || X::IS_DOTS ? 2 : 1);
     scores = sums + all * W;
-    shrinks = scores + FEW_ROWS * CHUNK_TOKENS;
-    weights = (typename X::Weight*)(shrinks + FEW_ROWS);
-    queries = (typename X::Query*)((float*)weights + FEW_ROWS * CHUNK_TOKENS);
+    shrinks = scores + MAX_DECODE_ROWS * CHUNK_TOKENS;
+    weights = (typename X::Weight*)(shrinks + MAX_DECODE_ROWS);
+    queries = (typename X::Query*)((float*)weights + MAX_DECODE_ROWS * CHUNK_TOKENS);
     scaled = (float*)queries + all * padded;
-    units = scaled + FEW_ROWS * padded;
-    offsets = (int32_t*)(units + 4 * FEW_ROWS);
-    query_bytes = (int8_t*)(offsets + 4 * FEW_ROWS);
-    weight_bytes = (uint8_t*)(query_bytes + 2 * FEW_ROWS * padded);
-    if (X::IS_INT8) memset(scaled, 0, FEW_ROWS * padded * sizeof(float));
+    units = scaled + MAX_DECODE_ROWS * padded;
+    offsets = (int32_t*)(units + 4 * MAX_DECODE_ROWS);
+    query_bytes = (int8_t*)(offsets + 4 * MAX_DECODE_ROWS);
+    weight_bytes = (uint8_t*)(query_bytes + 2 * MAX_DECODE_ROWS * padded);
+    if (X::IS_INT8) memset(scaled, 0, MAX_DECODE_ROWS * padded * sizeof(float));
     memset(acc, 0, all * padded * sizeof(float));
     memset(sums, 0, all * W * sizeof(float));
     memset((void*)queries, 0, all * padded * sizeof(typename X::Query));
@@ -99,7 +99,7 @@ struct FewRows {
   }
 
   void over_block(int64_t b) {
-    Seen seen[FEW_ROWS];
+    Seen seen[MAX_DECODE_ROWS];
     int64_t first = a.rblock_size, most = 0;
     for (int64_t r = 0; r < rows; ++r) {
       seen[r] = seen_of_rblock(a, position_of(a, item, item.row_begin + r), a.block_starts[b]);
@@ -149,7 +149,7 @@ struct FewRows {
   }
 
   void weigh(int64_t state, int64_t n, int64_t from, const Seen* seen, Fetch& fetch) {
-    Seen here[FEW_ROWS] = {};
+    Seen here[MAX_DECODE_ROWS] = {};
     for (int64_t r = 0; r < rows; ++r) here[r] = seen[r].within(from, n);
     // Asks once more for the chunk's values, while nothing else is loaded: whatever was dropped is then on its
     // way before it is waited for.
@@ -165,7 +165,7 @@ struct FewRows {
     for (int64_t r = 0; r < held; ++r) {
       if (times_to_ask<X>(rows) == 3) fetch.template lines<3>(smaller(16, 64 / held));
       else again.template step<1>();
-      few_weights<X>(scores + r * CHUNK_TOKENS, here[r], n, score_scale(a), tops + state + r, sums + (state + r) * W,
+      decode_weights<X>(scores + r * CHUNK_TOKENS, here[r], n, score_scale(a), tops + state + r, sums + (state + r) * W,
                      shrinks + r, weights + r * CHUNK_TOKENS);
     }
   }
@@ -178,7 +178,7 @@ struct FewRows {
       constexpr int R = decltype(tile)::ROWS;
       const typename X::Weight* p = X::weights_of(weights, r);
       float* out = acc + (state + r) * padded;
-      few_all_values<X, R>(p, v, a.head_dim, n, larger(R, rows - r), fetch, shrinks + r, out, padded);
+      decode_all_values<X, R>(p, v, a.head_dim, n, larger(R, rows - r), fetch, shrinks + r, out, padded);
     });
   }
 
@@ -190,8 +190,8 @@ struct FewRows {
   Int8Queries bytes() const { return {query_bytes, offsets, units}; }
 
   void add_int8_values(int64_t state, const int8_t* v, int64_t n, Fetch& fetch) {
-    uint8_t *high = weight_bytes, *low = high + FEW_ROWS * CHUNK_TOKENS;
-    float worth[FEW_ROWS];
+    uint8_t *high = weight_bytes, *low = high + MAX_DECODE_ROWS * CHUNK_TOKENS;
+    float worth[MAX_DECODE_ROWS];
     for (int64_t r = 0; r < held; ++r)
       worth[r] = pack_weights((float*)weights + r * CHUNK_TOKENS, token_scales, n, high + r * CHUNK_TOKENS,
                               low + r * CHUNK_TOKENS);
@@ -213,8 +213,8 @@ struct FewRows {
     for_tiles([&](auto tile, int64_t r) {
       constexpr int R = decltype(tile)::ROWS;
       float* s = scores + r * CHUNK_TOKENS;
-      if (r == 0) few_scores<X, R, true>(q, padded, k, a.head_dim, n, ahead, s);
-      else few_scores<X, R, false>(q + r * padded, padded, k, a.head_dim, n, ahead, s);
+      if (r == 0) decode_scores<X, R, true>(q, padded, k, a.head_dim, n, ahead, s);
+      else decode_scores<X, R, false>(q + r * padded, padded, k, a.head_dim, n, ahead, s);
     });
   }
 

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from megatron_distkv.attention.step_share import BURST_S, MAX_WAIT_S, STILL_BUSY_S, StepShare
+from megatron_distkv.attention.query_limiter import BURST_S, MAX_WAIT_S, STILL_BUSY_S, QueryLimiter
 
 
 class Clock:
@@ -15,10 +15,10 @@ class Clock:
         return self.now_s
 
 
-def answer(share: StepShare, clock: Clock, seconds: float) -> float:
-    with share.turn() as held_back_s:
+def answer(share: QueryLimiter, clock: Clock, seconds: float) -> float:
+    with share.turn() as throttled_s:
         clock.now_s += seconds
-    return held_back_s
+    return throttled_s
 
 
 class Waiting(threading.Condition):
@@ -37,8 +37,8 @@ def clock() -> Clock:
     return Clock()
 
 
-def make(share: float, clock: Clock) -> StepShare:
-    made = StepShare(share, clock)
+def make(share: float, clock: Clock) -> QueryLimiter:
+    made = QueryLimiter(share, clock)
     made._changed = Waiting()
     made._changed.clock = clock
     return made
@@ -48,15 +48,15 @@ def make(share: float, clock: Clock) -> StepShare:
 def test_queries_take_their_share_of_a_busy_creditors_time(bound: float, clock: Clock) -> None:
     # Given a creditor that always computes, and a debtor that asks again at once
     share = make(bound, clock)
-    began_s, answered_s, held_back_s = clock.now_s, 0.0, 0.0
+    began_s, answered_s, throttled_s = clock.now_s, 0.0, 0.0
     with share.own_work():
         for _ in range(500):
-            held_back_s += answer(share, clock, 0.004)
+            throttled_s += answer(share, clock, 0.004)
             answered_s += 0.004
     # Then its queries got their share of the time, and the rest is what it was told
     elapsed_s = clock.now_s - began_s
     assert answered_s / elapsed_s == pytest.approx(bound, rel=0.05)
-    assert held_back_s == pytest.approx(elapsed_s - answered_s)
+    assert throttled_s == pytest.approx(elapsed_s - answered_s)
 
 
 def test_an_idle_creditor_holds_nothing_back(clock: Clock) -> None:

@@ -7,16 +7,16 @@ from contextlib import contextmanager
 
 # Between two steps that follow each other an instance counts as busy for this long.
 STILL_BUSY_S = 0.05
-# What debtors may have used up ahead, in seconds of the creditor's time: so that short bursts are not held back.
+# What debtors may have used up ahead, in seconds of the creditor's time: so that short bursts are not throttled.
 BURST_S = 0.02
-# A query is never held back for longer: debtors' deadlines run.
+# A query is never throttled for longer: debtors' deadlines run.
 MAX_WAIT_S = 0.25
 
 
-class StepShare:
+class QueryLimiter:
     """`share` of the time that own steps take, on average; all of it (1.0, or no own work) is no bound.
 
-    A bucket: it fills with `share` seconds a second, answers empty it, and while it is empty queries wait.
+    A token bucket: it fills with `share` seconds a second, answers empty it, and while it is empty queries wait.
     """
 
     def __init__(self, share: float = 1.0, clock: Callable[[], float] = time.monotonic) -> None:
@@ -46,11 +46,11 @@ class StepShare:
 
     @contextmanager
     def turn(self) -> Iterator[float]:
-        """Answer a query inside; gives for how long that was held back, in seconds."""
-        held_back_s = self._wait()
+        """Answer a query inside; gives for how long that was throttled, in seconds."""
+        throttled_s = self._wait()
         began_s = self._clock()
         try:
-            yield held_back_s
+            yield throttled_s
         finally:
             with self._changed:
                 self._left_s -= self._clock() - began_s

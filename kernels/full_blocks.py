@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 import torch
 
-from .own import best_for
+from .native import best_for
 
 Partial = tuple[torch.Tensor, torch.Tensor]  # out `[T, H, D]` and natural LSE `[T, H]`
 
 
-class Past(NamedTuple):
+class FullBlocks(NamedTuple):
     """S sequences, each with queries and full rBlocks, over one layer of the pool (a view)."""
 
     q_THD: torch.Tensor
@@ -32,7 +32,7 @@ class Past(NamedTuple):
         return k, v
 
 
-Library = Callable[[Past], Partial]  # its results in any dtype
+Library = Callable[[FullBlocks], Partial]  # its results in any dtype
 
 
 def served_by(choose: Callable[[torch.Tensor, torch.Tensor], Library | None]) -> Callable[..., Partial]:
@@ -129,7 +129,7 @@ def _of_past(
     is_asked_S, num_queries_S = num_blocks_S > 0, cu_queries.diff()
     asked_T = torch.repeat_interleave(is_asked_S, num_queries_S).nonzero().squeeze(1)
     cu = (_cumulated(x[is_asked_S]) for x in (num_blocks_S, num_queries_S))
-    found = library(Past(q_THD[asked_T], pool_BK2ND, block_ids_M, *cu, scale))
+    found = library(FullBlocks(q_THD[asked_T], pool_BK2ND, block_ids_M, *cu, scale))
     out_THD = torch.zeros(q_THD.shape, dtype=torch.float32, device=q_THD.device)
     lse_TH = out_THD.new_full(q_THD.shape[:2], float("-inf"))
     out_THD[asked_T], lse_TH[asked_T] = (x.float() for x in found)

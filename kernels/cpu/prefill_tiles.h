@@ -1,7 +1,7 @@
-// What many_rows.h does with one chunk of keys, in units of 32 bits: scores, weights and values of query rows in lanes.
+// What prefill.h does with one chunk of keys, in units of 32 bits: scores, weights and values of query rows in lanes.
 #pragma once
 
-#include "kinds.h"
+#include "traits.h"
 
 namespace {
 
@@ -17,7 +17,7 @@ inline vf multiply_add_units(vf a, vf b, vf sum) {
 
 // s[m][lanes] = k[m] . q[lanes] for M keys, NV vectors of query rows.
 template <class X, int M, int NV>
-inline void many_scores(const uint32_t* k, int64_t key_stride, const uint32_t* q, int64_t units, float* s) {
+inline void prefill_scores(const uint32_t* k, int64_t key_stride, const uint32_t* q, int64_t units, float* s) {
   vf sums[M * NV];
 #pragma GCC unroll 16
   for (int i = 0; i < M * NV; ++i) sums[i] = vf{};
@@ -38,7 +38,7 @@ inline void many_scores(const uint32_t* k, int64_t key_stride, const uint32_t* q
 
 // acc[m][dims] = acc[m][dims] * shrink[m] + sum over units of keys of p[unit][m] v[unit][dims], C vectors of dims.
 template <class X, int M, int C>
-inline void many_values(const uint32_t* p, int64_t lanes, const uint32_t* v, int64_t unit_stride, int64_t units,
+inline void prefill_values(const uint32_t* p, int64_t lanes, const uint32_t* v, int64_t unit_stride, int64_t units,
                         const float* shrink, float* acc, int64_t padded) {
   vf sums[M * C];
 #pragma GCC unroll 4

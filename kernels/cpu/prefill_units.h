@@ -1,10 +1,10 @@
-// K and V of one chunk of keys in units of 32 bits, as many_tiles.h multiplies them.
+// K and V of one chunk of keys in units of 32 bits, as prefill_tiles.h multiplies them.
 //
 // bf16 keys lie in units in the pool already. Of int8, K is multiplied by its scales and then rounded, V is exact: its
 // scales go into the weights.
 #pragma once
 
-#include "kinds.h"
+#include "traits.h"
 
 namespace {
 

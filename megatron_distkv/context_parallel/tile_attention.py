@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_distkv.ops import tile_backward
+from megatron_distkv import ops
 
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
@@ -21,7 +21,7 @@ class Gradients(NamedTuple):
     v_XBKD: torch.Tensor
 
 
-def attend(
+def tile_forward(
     q_SBHD: torch.Tensor, k_XBKD: torch.Tensor, v_XBKD: torch.Tensor, scale: float, is_causal: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out `[S, B, H, D]` and lse `[S, B, H]` (fp32 at least), natural log. Every query must see a key."""
@@ -31,13 +31,13 @@ def attend(
         k, v = (x.repeat_interleave(group, 1) for x in (k, v))
     else:
         q = _fold(q, group)
-    out, lse = (_flash if _has_flash(q) else _plain)(q, k, v, 0.0, is_causal, scale=scale)
+    out, lse = (_flash_forward if _has_flash(q) else _eager_forward)(q, k, v, 0.0, is_causal, scale=scale)
     if not is_causal:
         out, lse = _unfold(out, group), _unfold(lse.unsqueeze(-1), group).squeeze(-1)
     return out.permute(2, 0, 1, 3), lse.permute(2, 0, 1)
 
 
-def attend_backward(
+def tile_backward(
     d_out_SBHD: torch.Tensor,
     q_SBHD: torch.Tensor,
     k_XBKD: torch.Tensor,
@@ -49,7 +49,7 @@ def attend_backward(
 ) -> Gradients:
     """This tile's share of the gradients; `out` and `lse` are those over all keys, not over the tile's."""
     if not _has_flash(q_SBHD):
-        return Gradients(*tile_backward(d_out_SBHD, q_SBHD, k_XBKD, v_XBKD, out_SBHD, lse_SBH, scale, is_causal))
+        return Gradients(*ops.tile_backward(d_out_SBHD, q_SBHD, k_XBKD, v_XBKD, out_SBHD, lse_SBH, scale, is_causal))
     q, k, v, out, d_out = (x.permute(1, 2, 0, 3) for x in (q_SBHD, k_XBKD, v_XBKD, out_SBHD, d_out_SBHD))
     lse = lse_SBH.permute(1, 2, 0)
     kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
@@ -78,7 +78,7 @@ def _unfold(x_BKRD: torch.Tensor, group: int) -> torch.Tensor:
     return x_BKRD.unflatten(2, (group, -1)).flatten(1, 2)
 
 
-def _plain(
+def _eager_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float, is_causal: bool, *, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same as the flash kernel, with scores of the whole tile in memory."""
