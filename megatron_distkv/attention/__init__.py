@@ -21,8 +21,6 @@ from megatron_distkv.attention.sequence_attention import SequenceAttention
 from megatron_distkv.attention.split_channel import Part, SplitChannel
 from megatron_distkv.attention.verification import Verification
 
-Line = CreditorChannel  # as rmanager calls it
-
 __all__ = [
     "AttentionMetadata",
     "Creditor",
@@ -35,7 +33,6 @@ __all__ = [
     "ForwardContext",
     "HeadShare",
     "HostMemory",
-    "Line",
     "LoanTable",
     "Merges",
     "NewKeys",

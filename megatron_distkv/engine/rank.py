@@ -53,6 +53,7 @@ class Rank:
     peers: Peers
     loan_table: LoanTable
     creditor: Creditor
+    limiter: QueryLimiter
     runner: ModelRunner
     secret: bytes
 
@@ -70,7 +71,9 @@ def build_rank(config: InstanceConfig, parallel: TensorParallel) -> Rank:
     runner = _runner(config, gpt, memory, peers, limiter)
     creditor = _creditor(memory, loan_table, limiter, parallel)
     costs = _warm_up(memory, creditor)
-    return Rank(config, model, parallel, shape, costs, weights, identity, peers, loan_table, creditor, runner, secret)
+    return Rank(
+        config, model, parallel, shape, costs, weights, identity, peers, loan_table, creditor, limiter, runner, secret
+    )
 
 
 def _load(config: InstanceConfig, parallel: TensorParallel) -> tuple[ModelConfig, GPT, str]:

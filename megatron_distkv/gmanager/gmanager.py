@@ -5,7 +5,7 @@ import threading
 from megatron_distkv.errors import LedgerUnavailable
 from megatron_distkv.gmanager.debt_graph import debt_graph, find_cycle
 from megatron_distkv.gmanager.planner import plan
-from megatron_distkv.ledger import DebtLedger
+from megatron_distkv.ledger import DebtLedger, PoolReader
 from megatron_distkv.log import get_logger
 from megatron_distkv.pool import picture_of
 
@@ -17,6 +17,7 @@ LEASE_IN_INTERVALS = 5
 class GManager:
     def __init__(self, ledger: DebtLedger, candidate: str, interval_s: float) -> None:
         self._ledger = ledger
+        self._reader = PoolReader(ledger.changes)
         self._candidate = candidate
         self._interval_s = interval_s
         self._ledger_is_away = False
@@ -35,7 +36,7 @@ class GManager:
             return 0
         for instance in self._ledger.expire():
             logger.warning("%s is dead: its lease has ended, its debts are void", instance)
-        picture = picture_of(self._ledger.snapshot())
+        picture = picture_of(self._reader.snapshot())
         cycle = find_cycle(debt_graph(picture.loans))
         if cycle is not None:
             logger.error("instances owe each other in a circle: %s", " -> ".join(cycle))

@@ -60,7 +60,7 @@ class Picture:
 def picture_of(snapshot: PoolSnapshot) -> Picture:
     """Members that cannot be read are left out, and named in `unreadable`."""
     members: dict[InstanceId, Member] = {}
-    unreadable: dict[InstanceId, str] = {}
+    unreadable: dict[InstanceId, str] = dict(snapshot.unreadable)
     for record in snapshot.instances:
         try:
             members[record.instance] = read_member(record)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from megatron_distkv.clock import Clock
 from megatron_distkv.errors import LedgerUnavailable
-from megatron_distkv.ledger import DebtLedger
+from megatron_distkv.ledger import DebtLedger, PoolReader
 from megatron_distkv.log import get_logger
 from megatron_distkv.pool.picture import Picture, picture_of
 from megatron_distkv.rblock import InstanceId
@@ -19,7 +19,7 @@ class PoolView:
     """
 
     def __init__(self, ledger: DebtLedger, clock: Clock) -> None:
-        self._ledger = ledger
+        self._reader = PoolReader(lambda since: ledger.changes(since, with_loans=True, with_placements=True))
         self._clock = clock
         self.picture: Picture | None = None
         self.ledger_is_away = False
@@ -34,7 +34,7 @@ class PoolView:
     def look(self) -> None:
         """Never raises: a record that cannot be read is left out, and said once."""
         try:
-            self.picture = picture_of(self._ledger.snapshot())
+            self.picture = picture_of(self._reader.snapshot())
             self.ledger_is_away = False
         except LedgerUnavailable as error:
             if not self.ledger_is_away:

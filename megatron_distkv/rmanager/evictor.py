@@ -79,8 +79,8 @@ class Evictor:
         missing = min(count - self.num_free, self.moves_left)
         for request in self._tables.longest_first() if missing > 0 else ():
             missing -= self.evict(request, missing)
-            if missing <= 0:
-                return
+            if missing <= 0 or self._loans.num_wished(RequestOwner(request.request_id)):
+                return  # what is on its way for this one is no reason to move others
 
     def make_room_ahead(self) -> None:
         """Where a request will outgrow this instance, before there is need; a full pool of others gains nothing."""
@@ -89,7 +89,8 @@ class Evictor:
 
     def wish_ahead(self, num_tokens: int) -> None:
         """Borrow now what running requests lack within their next `num_tokens` tokens: a loan takes as long to come."""
-        coming = self.num_free + self._host.num_free + self._loans.num_coming
+        host_free = 0 if self._candidates.host_memory_is_slow() else self._host.num_free
+        coming = self.num_free + host_free + self._loans.num_coming
         missing = self._tables.growth_within(num_tokens) - coming
         for request in self._tables.longest_first() if missing > 0 else ():
             owner = RequestOwner(request.request_id)

@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from megatron_distkv.attention import Line
+from megatron_distkv.attention import CreditorChannel
 from megatron_distkv.kvcache.rblock_shape import RBlockShape
 from megatron_distkv.ledger import Creditor
 from megatron_distkv.messages import MessageKind
@@ -35,7 +35,7 @@ class LinkProbe:
             line.close()
 
 
-def measure_link(line: Line, shape: RBlockShape, deadline_s: float) -> LinkCost:
+def measure_link(line: CreditorChannel, shape: RBlockShape, deadline_s: float) -> LinkCost:
     """What follows for one rank of `shape`; raises DistkvError."""
     nothing, load = torch.empty(0), torch.zeros(LOAD_BYTES, dtype=torch.uint8)
     return link_cost(
@@ -46,7 +46,7 @@ def measure_link(line: Line, shape: RBlockShape, deadline_s: float) -> LinkCost:
     )
 
 
-def _best_s(line: Line, payload: torch.Tensor, times: int, deadline_s: float) -> float:
+def _best_s(line: CreditorChannel, payload: torch.Tensor, times: int, deadline_s: float) -> float:
     began_s, best_s = time.perf_counter(), float("inf")
     for _ in range(times):
         asked_s = time.perf_counter()

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from megatron_distkv.attention import HeadShare, Line, Part, SplitChannel
+from megatron_distkv.attention import CreditorChannel, HeadShare, Part, SplitChannel
 from megatron_distkv.errors import PeerLost
 from megatron_distkv.kvcache.rblock_pool import rank_pool
 from megatron_distkv.kvcache.rblock_shape import RBlockShape
@@ -27,7 +27,7 @@ class MailboxSizes:
 _NO_ROOM = MailboxSizes(4096, 4096)
 
 
-class Peers(Mapping[str, Line]):
+class Peers(Mapping[str, CreditorChannel]):
     """Open channels by peer, each to one life of it. Only the engine's thread uses them.
 
     A peer of another tensor parallelism is reached at all of its ranks that hold some of this rank's heads.
@@ -56,10 +56,10 @@ class Peers(Mapping[str, Line]):
         self._deadline_s = deadline_s
         self.lost = lost
         """Peers that were lost a short while ago: one that hangs must not cost a deadline at every attempt."""
-        self._channels: dict[str, Line] = {}
+        self._channels: dict[str, CreditorChannel] = {}
         self._lives: dict[str, Peer] = {}  # whose channels they are
 
-    def reach(self, peer: Peer) -> Line:
+    def reach(self, peer: Peer) -> CreditorChannel:
         """The channel to this life of `peer`, opened if there is none; raises PeerLost, at once in quarantine."""
         name = peer.instance
         if self.lost.holds(name):
@@ -88,7 +88,7 @@ class Peers(Mapping[str, Line]):
             return False
         return True
 
-    def _open(self, peer: str, address: str) -> Line:
+    def _open(self, peer: str, address: str) -> CreditorChannel:
         parts: list[Part] = []
         try:
             for rank, kv_heads in self._ranks_of(address):
@@ -149,7 +149,7 @@ class Peers(Mapping[str, Line]):
         for peer in list(self._channels):
             self._drop(peer)
 
-    def __getitem__(self, peer: str) -> Line:
+    def __getitem__(self, peer: str) -> CreditorChannel:
         return self._channels[peer]
 
     def __iter__(self) -> Iterator[str]:

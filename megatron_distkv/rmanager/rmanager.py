@@ -6,6 +6,7 @@ move to own host memory, then to creditors, a bounded number per step, so that a
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import NamedTuple
 
 from megatron_distkv.clock import Clock
 from megatron_distkv.config.instance import LendingConfig
@@ -23,6 +24,16 @@ from megatron_distkv.rmanager.request_tables import RequestTables
 
 # No loan is asked for further ahead of its need, however far away the ledger is.
 MAX_TOKENS_AHEAD = 1024
+# A planned move is as old as the picture that it was planned from: what cannot be done by then is left.
+PLAN_HOLDS_S = 5.0
+
+
+class PlannedMove(NamedTuple):
+    """`count` of a request's rBlocks are to go to `creditor`, until then."""
+
+    count: int
+    creditor: str
+    until_s: float
 
 
 class RManager:
@@ -66,6 +77,7 @@ class RManager:
         self._backpressure = Backpressure()
         self._fetch_back = FetchBack(loans, links, cooldown, self._tables, config.recall_patience_s, clock)
         self._step_s = 0.0  # mean of late
+        self._planned: dict[str, PlannedMove] = {}  # by request
 
     def table(self, request: Request) -> BlockTable:
         return self._tables.of(request.request_id)
@@ -109,6 +121,7 @@ class RManager:
         """Take what has come of wishes."""
         self._loans.take_results()
         self._evictor.begin_step(self._config.max_moved_rblocks_per_step)
+        self._carry_out_plans()
 
     def grow(self, request: Request, wanted: int) -> int:
         """Make room for the first `wanted` tokens of `next_range`; returns for how many there is room (0: none)."""
@@ -165,11 +178,20 @@ class RManager:
         self._evictor.end_step()
         self._fetch_back.end_step()
 
-    def move_to(self, request_id: str, count: int, creditor: str) -> int:
-        """Carry out a move that was planned, as far as it is possible now; returns how many rBlocks go."""
-        if request_id not in self._tables.by_request:
-            return 0
-        return self._evictor.evict(self._tables.request(request_id), count, creditor)
+    def move_to(self, request_id: str, count: int, creditor: str) -> None:
+        """Carry out a move that was planned, as far as it is possible within a few steps."""
+        self._planned[request_id] = PlannedMove(count, creditor, self._clock.monotonic_s() + PLAN_HOLDS_S)
+
+    def _carry_out_plans(self) -> None:
+        now_s = self._clock.monotonic_s()
+        for request_id, move in list(self._planned.items()):
+            if request_id not in self._tables.by_request or now_s > move.until_s:
+                del self._planned[request_id]
+                continue
+            left = move.count - self._evictor.evict(self._tables.request(request_id), move.count, move.creditor)
+            self._planned[request_id] = move._replace(count=left)
+            if left <= 0:
+                del self._planned[request_id]
 
     # ------------------------------------------------------------------ endings
 

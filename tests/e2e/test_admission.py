@@ -14,10 +14,10 @@ from megatron_distkv.launch.local_cluster import LocalCluster
 from openai import BadRequestError, OpenAI, RateLimitError
 
 from megatron_distkv.cli.pool_arguments import LEDGER_VARIABLE
-from megatron_distkv.ledger.records import LENDER, ROLE
 from megatron_distkv.rblock import InstanceId, LoanId
 from tests.e2e.conftest import NUM_RBLOCKS, OWN_TOKENS, RBLOCK_SIZE, Reference
 from tests.e2e.test_api import GREEDY, as_text, random_prompt, wait_for_no_debts
+from tests.pool.members import info
 
 # More than half of the pool: two of them do not fit at one time.
 LONG = int(1.7 * OWN_TOKENS)
@@ -61,7 +61,7 @@ def wait_until_queued(api: OpenAI, count: int) -> None:
 def little_room(cluster: LocalCluster, *gateways: OpenAI) -> Iterator[None]:
     """Somebody has reserved all that may be lent, and gateways know it."""
     ledger, guest = cluster.ledger, InstanceId("guest")
-    epoch = ledger.register(guest, "unix:nowhere", 0, 0, 60, info={ROLE: LENDER}).epoch
+    epoch = ledger.register(guest, "unix:nowhere", 0, 0, 60, info=info(role="lender")).epoch
     for record in ledger.snapshot().live:
         if record.takes_requests:
             ledger.borrow(

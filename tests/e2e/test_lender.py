@@ -13,7 +13,7 @@ import pytest
 from megatron_distkv.launch.local_cluster import LocalCluster
 
 from megatron_distkv.cli.main import main
-from megatron_distkv.ledger import render_debts
+from megatron_distkv.pool import picture_of, render_debts
 from tests.e2e.conftest import (
     NUM_RBLOCKS,
     OWN_TOKENS,
@@ -54,7 +54,7 @@ def test_a_prompt_longer_than_all_instances_together(lent_to: LocalCluster, refe
         wait_for_no_debts(cluster)
         # And nobody takes the lender for an instance
         assert httpx.get(cluster.base_url.removesuffix("/v1") + "/health").json()["instances"] == cluster.instance_ids
-        assert render_debts(cluster.ledger.snapshot()).count("memory only") == 1
+        assert render_debts(picture_of(cluster.ledger.snapshot())).count("memory only") == 1
 
 
 def test_a_lender_killed_in_mid_request_costs_what_it_held(lent_to: LocalCluster, reference: Reference) -> None:

@@ -41,9 +41,9 @@ def test_kv_lies_in_another_instances_host_memory(ends: str, make_config: MakeCo
         while len(request.output_token_ids) < 4:
             a.instance.step()
         held = a.instance.rmanager.table(request).remote_by_creditor()
-        lender = b.instance._host_lender
+        lender = b.instance.parts.departure.host_lender
         assert lender is not None
-        assert held.get("b.host", 0) == lender.allocator.num_lent > 0
+        assert 0 < held.get("b.host", 0) <= lender.allocator.num_lent  # a little is borrowed ahead
         # When it is told to leave, or is lost, in the middle of it, and others have memory, too
         stack.enter_context(LLM(make_config("d", **rooms(server.url, 40))))
         if ends == "drained":

@@ -1,21 +1,21 @@
 """An instance's own host memory: used before anything is borrowed, the same tokens, and everything comes back."""
 
-import time
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
 from megatron_distkv.engine.llm import LLM
 from megatron_distkv.errors import UserError
-from megatron_distkv.ledger import HOST_QUERY_US, render_debts
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
+from megatron_distkv.pool import picture_of, render_debts
 from megatron_distkv.rblock import HOST
 from megatron_distkv.request import Request
-from megatron_distkv.rmanager import ways
 from megatron_distkv.sampling_params import SamplingParams
 from tests.conftest import MakeConfig
+from tests.soon import wait_until
 
 GREEDY = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
 
@@ -75,7 +75,6 @@ def test_many_requests_share_host_memory(make_config: MakeConfig, enough: LLM) -
 def test_it_comes_after_creditors_where_it_is_much_slower(
     make_config: MakeConfig, server: EmbeddedServer, enough: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ways, "LOOK_INTERVAL_S", 0.05)
     (prompt,) = random_prompts(260)
     ledger = {"url": server.url, "heartbeat_interval_s": 0.1, "lease_s": 1.0}
     b_has = {"kv_cache": {"num_rblocks": 14, "rblock_size": 8}}
@@ -84,8 +83,9 @@ def test_it_comes_after_creditors_where_it_is_much_slower(
         LLM(make_config("b", ledger=ledger, **b_has)) as b,
     ):
         # Given an instance whose host memory has measured badly, and a creditor with a little memory
-        a.instance.parts.membership.describe(**{HOST_QUERY_US: "1e9"})
-        time.sleep(0.3)  # longer than the instance's view of the pool lasts
+        membership = a.instance.parts.membership
+        membership.info = msgspec.structs.replace(membership.info, host_query_us=1e9)
+        wait_until(lambda: a.instance.parts.candidates.host_memory_is_slow())
         # When a prompt is longer than the pool
         request = Request("long", prompt, GREEDY)
         a.instance.add(request)
@@ -113,14 +113,14 @@ def test_it_is_full_before_anything_is_borrowed_and_outlives_a_lost_creditor(
         # Given a request that needs its instance's pool, host memory and a creditor
         while not request.output_token_ids:
             a.instance.step()
-            if a.instance.status(0).borrowed_rblocks:
+            if set(a.instance.rmanager.table(request).remote_by_creditor()) - {HOST}:
                 assert a.instance.status(0).used_host_rblocks == 6
         held = a.instance.rmanager.table(request).remote_by_creditor()
         assert held[HOST] == 6
         assert list(held) == [HOST, "b"]
         # And the ledger shows it
-        a.instance.parts.heartbeat.beat()
-        assert "6 of 6 used in host memory" in render_debts(a.instance.parts.ledger.snapshot())
+        a.instance.parts.membership.beat()
+        assert "6 of 6 used in host memory" in render_debts(picture_of(a.instance.parts.ledger.snapshot()))
         # When the creditor is lost, then only what lay there is computed again
         b.instance.parts.doors.close()
         while not a.instance.scheduler.is_idle:

@@ -14,8 +14,9 @@ from megatron_distkv.engine.lender import Lender, num_rblocks_to_lend, shape_of_
 from megatron_distkv.engine.llm import LLM
 from megatron_distkv.errors import SupersededError, UserError
 from megatron_distkv.kvcache.rblock_shape import RBlockShape
-from megatron_distkv.ledger import open_ledger, render_debts
+from megatron_distkv.ledger import open_ledger
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
+from megatron_distkv.pool import picture_of, render_debts
 from megatron_distkv.request import Request
 from megatron_distkv.sampling_params import SamplingParams
 from tests.conftest import MakeConfig
@@ -84,7 +85,7 @@ def test_a_prompt_that_only_fits_thanks_to_the_lender(a: LLM, start: Start, make
 
     # Then most of it lies with the lender, and the ledger shows who lends what to whom
     assert a.instance.rmanager.table(request).remote_by_creditor()["lender"] > 16
-    printed = render_debts(ledger.snapshot())
+    printed = render_debts(picture_of(ledger.snapshot()))
     assert "up, memory only" in printed
     assert "a owes lender" in printed
     while not a.instance.scheduler.is_idle:

@@ -38,5 +38,6 @@ def test_the_rest_of_the_batch_keeps_its_own_tokens(make_config: MakeConfig, ser
 
         # Then all have their tokens
         assert requests[0].num_preemptions == 0
-        assert requests[0].num_recomputed_tokens == at_b * 8
+        # What lay there, and what that step had moved there; not the rest of the prompt
+        assert at_b * 8 <= requests[0].num_recomputed_tokens < 150
         assert [request.output_token_ids for request in requests] == expected

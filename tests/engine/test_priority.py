@@ -1,11 +1,9 @@
 """Who is preempted, and who is admitted first: lower numbers are more important, as in vLLM."""
 
-from types import SimpleNamespace
-
 import msgspec
 import pytest
 
-from megatron_distkv.engine import scheduler
+from megatron_distkv.clock import SystemClock
 from megatron_distkv.engine.instance import Instance
 from megatron_distkv.engine.llm import LLM
 from megatron_distkv.request import Request, RequestStatus
@@ -15,22 +13,14 @@ from tests.conftest import MakeConfig
 GREEDY = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
 
 
-class Clock:
+class HastyClock(SystemClock):
     """Every look at it takes a tenth of a second."""
 
-    def __init__(self) -> None:
-        self.now_s = 0.0
+    now_s = 0.0
 
-    def monotonic(self) -> float:
+    def monotonic_s(self) -> float:
         self.now_s += 0.1
         return self.now_s
-
-
-@pytest.fixture(autouse=True)
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(scheduler, "time", SimpleNamespace(monotonic=clock.monotonic))
-    return clock
 
 
 def request(name: str, priority: int, arrival_s: float, length: int = 40) -> Request:
@@ -56,7 +46,7 @@ def test_the_least_important_is_preempted_and_of_equals_the_latest(
     # Given three requests that fit now, and not with all of their output
     names = ("first", "second", "third")
     requests = [request(names[i], priority, float(i)) for i, priority in enumerate(priorities)]
-    with LLM(make_config(num_rblocks=24)) as llm:
+    with LLM(make_config(num_rblocks=24), HastyClock()) as llm:
         for one in requests:
             llm.instance.add(one)
         run(llm.instance, requests)
@@ -67,7 +57,7 @@ def test_the_least_important_is_preempted_and_of_equals_the_latest(
 def test_an_important_request_does_not_wait_for_a_less_important_one(make_config: MakeConfig, limit: str) -> None:
     # Given an instance that is full, of memory or of requests
     places = {"scheduler": {"max_running_requests": 1}} if limit == "places" else {}
-    with LLM(make_config(num_rblocks=12 if limit == "memory" else 64, **places)) as llm:
+    with LLM(make_config(num_rblocks=12 if limit == "memory" else 64, **places), HastyClock()) as llm:
         low, equal, high = request("low", 5, 0.0), request("equal", 5, 1.0), request("high", 0, 2.0)
         llm.instance.add(low)
         llm.instance.step()

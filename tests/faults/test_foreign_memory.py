@@ -13,6 +13,7 @@ from megatron_distkv.errors import PeerLost
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
 from megatron_distkv.messages import Acknowledge, MessageKind, QueryHeader, QueryShare, Refusal, StoreHeader
 from megatron_distkv.metrics import REGISTRY
+from megatron_distkv.pool import RequestOwner
 from megatron_distkv.request import Request
 from megatron_distkv.sampling_params import SamplingParams
 from megatron_distkv.transport import Channel, connect, read_secret, write_new_secret
@@ -51,7 +52,7 @@ def debt(make_config: MakeConfig, server: EmbeddedServer) -> Iterator[Debt]:
         debtor.instance.add(request)
         while not request.output_token_ids:
             debtor.instance.step()
-        (loan, *_) = debtor.instance.parts.loans.loans_of("long")
+        (loan, *_) = debtor.instance.parts.loans.of(RequestOwner("long"))
         spans = debtor.instance.rmanager.table(request).remote_spans()
         block_ids = [block for span in spans if span.loan_id == loan.loan_id for block in span.block_ids]
         yield Debt(debtor, creditor, loan, block_ids, read_secret(run_dir / "secret"))
@@ -64,7 +65,7 @@ def debt(make_config: MakeConfig, server: EmbeddedServer) -> Iterator[Debt]:
 def channel(debt: Debt, name: str) -> Channel:
     epoch = debt.debtor.instance.parts.rank.identity.epoch
     return connect(
-        debt.loan.address.format(rank=0),
+        debt.loan.peer.address.format(rank=0),
         hello(instance_id=name, epoch=epoch, pool="default", request_bytes=1 << 20),
         peer="b",
         timeout_s=5,
@@ -99,8 +100,8 @@ def test_another_debtors_rblocks_are_neither_read_nor_written(debt: Debt) -> Non
     queries, stores = num_refused("query", "foreign"), num_refused("store", "foreign")
 
     # When it asks for the debtor's rBlocks, and writes to them
-    assert query(debt, thief, debt.loan.loan_id, debt.block_ids[:1]) == (Refusal.UNKNOWN_LOAN, 0)
-    assert store(debt, thief, debt.loan.loan_id, debt.block_ids[:1]) is Refusal.UNKNOWN_LOAN
+    assert query(debt, thief, debt.loan.key, debt.block_ids[:1]) == (Refusal.UNKNOWN_LOAN, 0)
+    assert store(debt, thief, debt.loan.key, debt.block_ids[:1]) is Refusal.UNKNOWN_LOAN
 
     # Then it is refused and counted, and the memory is as it was
     assert (num_refused("query", "foreign"), num_refused("store", "foreign")) == (queries + 1, stores + 1)
@@ -111,7 +112,7 @@ def test_another_debtors_rblocks_are_neither_read_nor_written(debt: Debt) -> Non
 def test_a_false_name_does_not_help_without_the_loans_unguessable_end(debt: Debt) -> None:
     # Given somebody who calls himself the debtor, and counts loans as the debtor does
     thief, before = channel(debt, "a"), debt.pool.clone()
-    guess = debt.loan.loan_id.rpartition(".")[0]
+    guess = debt.loan.key.rpartition(".")[0]
     refused = num_refused("query", "ended")
     for loan_id in (guess, f"{guess}.", f"{guess}.{'0' * 32}"):
         assert query(debt, thief, loan_id, debt.block_ids[:1]) == (Refusal.UNKNOWN_LOAN, 0)
@@ -130,8 +131,8 @@ def test_a_false_name_does_not_help_without_the_loans_unguessable_end(debt: Debt
 def test_a_debtor_does_not_get_beyond_its_loan(debt: Debt) -> None:
     me, before = channel(debt, "a"), debt.pool.clone()
     others = sorted(set(range(len(debt.pool))) - set(debt.block_ids) - set(debt.loan.unused))[:2]
-    assert query(debt, me, debt.loan.loan_id, others) == (Refusal.UNKNOWN_LOAN, 0)
-    assert store(debt, me, debt.loan.loan_id, [debt.block_ids[0], others[0]]) is Refusal.UNKNOWN_LOAN
+    assert query(debt, me, debt.loan.key, others) == (Refusal.UNKNOWN_LOAN, 0)
+    assert store(debt, me, debt.loan.key, [debt.block_ids[0], others[0]]) is Refusal.UNKNOWN_LOAN
     assert torch.equal(debt.pool, before)
     me.close()
 
@@ -142,7 +143,7 @@ def test_a_stranger_gets_no_channel_to_a_real_instance(debt: Debt) -> None:
 
 
 def test_loans_cannot_be_told_from_their_number(debt: Debt) -> None:
-    ends = {debt.loan.loan_id.rpartition(".")[2]} | {
+    ends = {debt.loan.key.rpartition(".")[2]} | {
         debt.debtor.instance.parts.loans._next_loan_id().rpartition(".")[2] for _ in range(20)
     }
     assert len(ends) == 21

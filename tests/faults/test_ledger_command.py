@@ -13,6 +13,7 @@ from megatron_distkv.ledger import open_ledger
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
 from megatron_distkv.ledger.redis_ledger import RedisLedger
 from tests.conftest import MakeConfig
+from tests.pool.members import info
 
 
 class Running(NamedTuple):
@@ -48,7 +49,7 @@ def test_a_record_that_counts_wrongly_is_named(running: Running, capsys: pytest.
 
 
 def test_an_instance_that_is_not_there_is_named(running: Running, capsys: pytest.CaptureFixture[str]) -> None:
-    running.ledger.register("ghost", "unix:x", 4, 0, 60.0, info={"requests": "/nowhere"})  # type: ignore[arg-type]
+    running.ledger.register("ghost", "unix:x", 4, 0, 60.0, info=info(requests="/nowhere"))  # type: ignore[arg-type]
     assert main([*running.arguments, "--check"]) == 1
     assert "ghost does not answer" in capsys.readouterr().out
 

@@ -6,7 +6,8 @@ import pytest
 
 from megatron_distkv.engine.llm import LLM
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
-from megatron_distkv.rblock import LoanId, loan_name
+from megatron_distkv.pool import RequestOwner
+from megatron_distkv.rblock import LoanId, loan_key, loan_name
 from megatron_distkv.request import Request
 from megatron_distkv.sampling_params import SamplingParams
 from tests.conftest import MakeConfig
@@ -25,9 +26,9 @@ def test_no_log_tells_a_loans_unguessable_end(
         a.instance.add(request)
         while not request.output_token_ids:
             a.instance.step()
-        loan_id = LoanId(a.instance.parts.loans.loans_of("long")[0].loan_id)
+        loan_id = LoanId(a.instance.parts.loans.of(RequestOwner("long"))[0].loan_id)
         me = a.instance.parts.rank.identity
-        a.instance.parts.ledger.release(loan_id, me.instance, me.epoch)
+        a.instance.parts.ledger.release(loan_key(loan_id), me.instance, me.epoch)
         b.instance.parts.lending.reconcile()
         # When the debtor hears of it
         while not a.instance.scheduler.is_idle:

@@ -5,8 +5,10 @@ from typing import Any
 from megatron_distkv.gmanager import GManager
 from megatron_distkv.gmanager.debt_graph import debt_graph, find_cycle
 from megatron_distkv.gmanager.planner import plan
-from megatron_distkv.ledger import LENDER, ROLE, InstanceReport, Loan, LoanState, MemoryLedger, RequestPlacementEntry
+from megatron_distkv.ledger import InstanceReport, Loan, LoanState, MemoryLedger, RequestPlacementEntry
+from megatron_distkv.pool import picture_of
 from megatron_distkv.rblock import InstanceId, LoanId
+from tests.pool.members import info
 
 A, B, C = (InstanceId(name) for name in "abc")
 
@@ -17,7 +19,7 @@ class Pool:
     def __init__(self) -> None:
         self.now_ms = 1_000
         self.ledger = MemoryLedger(clock_ms=lambda: self.now_ms)
-        self.epochs = {x: self.ledger.register(x, x, 100, 10, 10.0).epoch for x in (A, B, C)}
+        self.epochs = {x: self.ledger.register(x, x, 100, 10, 10.0, info=info()).epoch for x in (A, B, C)}
 
     def report(self, instance: InstanceId, used: int, running: int = 1, waiting: int = 0, **sizes: int) -> Any:
         placed = tuple(RequestPlacementEntry(name, instance, size, True) for name, size in sizes.items())
@@ -32,26 +34,26 @@ def test_the_longest_request_of_a_full_instance_moves_to_the_freest() -> None:
     pool.report(B, 40)
     pool.report(C, 0, running=0)
     # When planned, then half of the longest goes to the freest
-    (move,) = plan(pool.ledger.snapshot())
+    (move,) = plan(picture_of(pool.ledger.snapshot()))
     assert (move.request_id, move.source, move.destination, move.num_rblocks) == ("long", A, C, 40)
 
 
 def test_a_memory_only_lender_takes_what_is_to_move() -> None:
     pool = Pool()
-    pool.ledger.register(InstanceId("lender"), "lender", 400, 0, 10.0, info={ROLE: LENDER})
+    pool.ledger.register(InstanceId("lender"), "lender", 400, 0, 10.0, info=info(role="lender"))
     pool.report(A, 95, running=2, waiting=3, long=80)
-    (move,) = plan(pool.ledger.snapshot())
+    (move,) = plan(picture_of(pool.ledger.snapshot()))
     assert (move.source, move.destination) == (A, "lender")
 
 
 def test_nothing_moves_without_need_or_without_room() -> None:
     pool = Pool()
     pool.report(A, 95, waiting=0, long=95)
-    assert plan(pool.ledger.snapshot()) == []
+    assert plan(picture_of(pool.ledger.snapshot())) == []
     pool.report(A, 95, waiting=2, long=95)
     pool.report(B, 89)
     pool.report(C, 0, waiting=1)
-    assert plan(pool.ledger.snapshot()) == []
+    assert plan(picture_of(pool.ledger.snapshot())) == []
 
 
 def test_one_leader_publishes_and_the_debtor_hears_of_it_once() -> None:

@@ -58,11 +58,11 @@ class Pool:
         self.enough = enough
 
     def debts_in_ledger(self) -> set[Debt]:
-        return {Debt(x.loan_id, x.debtor, x.creditor, x.num_rblocks) for x in self.ledger.snapshot().loans}
+        return {Debt(x.key, x.debtor, x.creditor, x.num_rblocks) for x in self.ledger.snapshot().loans}
 
     def debts_held_by_debtors(self) -> set[Debt]:
         return {
-            Debt(loan.loan_id, name, loan.creditor, loan.num_rblocks)
+            Debt(loan.key, name, loan.creditor, loan.num_rblocks)
             for name, instance in self.instances.items()
             for loans in instance.parts.loans._loans.values()
             for loan in loans

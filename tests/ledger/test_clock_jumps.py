@@ -31,7 +31,7 @@ def test_a_jump_ends_no_lease_and_keeps_none(kind: str, jump_ms: int, server: Em
         now_ms[0] += passed_ms
         assert ledger.heartbeat(A, a, REPORT, LEASE_S).known
         assert {record.instance for record in ledger.snapshot().live} == {A, B}
-        assert [loan.loan_id for loan in ledger.snapshot().loans] == ["1"]
+        assert [loan.key for loan in ledger.snapshot().loans] == ["1"]
 
     # And b, which has said nothing since, is dead when its lease is over, and its loan void
     for passed_ms in (4_000, 4_000):

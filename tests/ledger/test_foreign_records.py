@@ -208,7 +208,7 @@ def test_one_odd_record_spoils_no_other_and_heals(odd_server: EmbeddedServer, ke
     healed = pool.ledger.snapshot()
     assert (healed.unreadable, [record.instance for record in healed.instances]) == ({}, ["a", "b", "c", "d"])
     assert check_snapshot(healed) == []
-    assert "l2" in {loan.loan_id for loan in healed.loans}
+    assert "l2" in {loan.key for loan in healed.loans}
     pool.close()
 
 

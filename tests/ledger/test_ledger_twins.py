@@ -128,7 +128,7 @@ class LedgerTwins(RuleBasedStateMachine):
 
     @rule(asked=st.lists(loan_ids))
     def known_loans(self, asked: list[LoanId]) -> None:
-        there = {loan.loan_id for loan in self.memory.snapshot().loans}
+        there = {loan.key for loan in self.memory.snapshot().loans}
         assert self.both("known_loans", asked) == there & set(asked)
 
     @rule(reading=st.integers(0, 99), limit=st.integers(1, 5), pages=st.integers(1, 9))
@@ -157,7 +157,7 @@ class LedgerTwins(RuleBasedStateMachine):
     @rule(loan=loan_ids, debtor=who, creditor=who, num=amounts, d_off=stale, c_off=stale)
     def borrow(self, loan: LoanId, debtor: InstanceId, creditor: InstanceId, num: int, d_off: int, c_off: int) -> None:
         free_before = {r.instance: r.free_to_lend for r in self.memory.snapshot().instances}
-        known = loan in {x.loan_id for x in self.memory.snapshot().loans}
+        known = loan in {x.key for x in self.memory.snapshot().loans}
         args = (loan, debtor, self.epoch(debtor, d_off), creditor, self.epoch(creditor, c_off), num, PENDING_S)
         refusal = self.both("borrow", *args)
         if refusal is None:
@@ -179,7 +179,7 @@ class LedgerTwins(RuleBasedStateMachine):
 
     @rule(loan=loan_ids, instance=who, off=stale)
     def release(self, loan: LoanId, instance: InstanceId, off: int) -> None:
-        sides = {s for x in self.memory.snapshot().loans if x.loan_id == loan for s in (x.debtor, x.creditor)}
+        sides = {s for x in self.memory.snapshot().loans if x.key == loan for s in (x.debtor, x.creditor)}
         given_back = self.both("release", loan, instance, self.epoch(instance, off))
         assert given_back == 0 or (instance in sides and off == 0)
 
@@ -191,19 +191,19 @@ class LedgerTwins(RuleBasedStateMachine):
     @rule(loan=loan_ids, debtor=who, creditor=who, num=amounts, off=stale)
     def restore(self, loan: LoanId, debtor: InstanceId, creditor: InstanceId, num: int, off: int) -> None:
         """`restore` trusts the creditor, who repeats what was granted; this one may be invented."""
-        known = {x.loan_id for x in self.memory.snapshot().loans}
+        known = {x.key for x in self.memory.snapshot().loans}
         refusal = self.both("restore", loan, debtor, self.epoch(debtor), creditor, self.epoch(creditor, off), num)
         if refusal is None and loan not in known:
             self.invented.add(loan)
 
     @rule(loan=loan_ids, new=loan_ids, heir=who, creditor=who, off=stale)
     def transfer(self, loan: LoanId, new: LoanId, heir: InstanceId, creditor: InstanceId, off: int) -> None:
-        loans = {x.loan_id: x for x in self.memory.snapshot().loans}
+        loans = {x.key: x for x in self.memory.snapshot().loans}
         args = (loan, new, heir, self.epoch(heir, off), creditor, self.epoch(creditor))
         if self.both("transfer", *args) is None:
             assert self.both("transfer", *args) is None, "a repeated message changes nothing"
             if new not in loans:
-                now = {x.loan_id: x for x in self.memory.snapshot().loans}
+                now = {x.key: x for x in self.memory.snapshot().loans}
                 assert off == 0
                 assert loan not in now
                 assert (now[new].debtor, now[new].creditor) == (heir, loans[loan].creditor)
@@ -265,10 +265,10 @@ class LedgerTwins(RuleBasedStateMachine):
         live = {record.instance for record in before.live}
         expected = [x for x in before.loans if x.debtor in live and x.creditor in live]
         for loan in expected:
-            terms = (loan.loan_id, loan.debtor, loan.debtor_epoch, loan.creditor, loan.creditor_epoch)
+            terms = (loan.key, loan.debtor, loan.debtor_epoch, loan.creditor, loan.creditor_epoch)
             assert self.both("restore", *terms, loan.num_rblocks) is None
         rebuilt = self.memory.snapshot()
-        assert [(x.loan_id, x.num_rblocks) for x in rebuilt.loans] == [(x.loan_id, x.num_rblocks) for x in expected]
+        assert [(x.key, x.num_rblocks) for x in rebuilt.loans] == [(x.key, x.num_rblocks) for x in expected]
 
     @invariant()
     def twins_hold_the_same(self) -> None:
@@ -286,7 +286,7 @@ class LedgerTwins(RuleBasedStateMachine):
 
     @invariant()
     def debts_have_no_cycle(self) -> None:
-        loans = (x for x in self.redis.snapshot().loans if x.loan_id not in self.invented)
+        loans = (x for x in self.redis.snapshot().loans if x.key not in self.invented)
         edges = {(x.debtor, x.creditor) for x in loans}
         alive = {x for edge in edges for x in edge}
         while leaves := {node for node in alive if not any(a == node and b in alive for a, b in edges)}:
@@ -297,7 +297,7 @@ class LedgerTwins(RuleBasedStateMachine):
     def pending_never_outlives_its_deadline(self) -> None:
         self.memory.expire(64)
         self.redis.expire(64)
-        pending = {x.loan_id for x in self.memory.snapshot().loans if x.state is LoanState.PENDING}
+        pending = {x.key for x in self.memory.snapshot().loans if x.state is LoanState.PENDING}
         now_ms = self.memory.snapshot().taken_at_ms
         assert all(self.reserved_at_ms[loan] + PENDING_S * 1000 > now_ms for loan in pending)
 

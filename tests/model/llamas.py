@@ -7,7 +7,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
-def save_llama(directory: Path, *, dtype: torch.dtype = torch.float32, shard: str = "5GB", **changes: Any) -> Path:
+def save_llama(
+    directory: Path, *, dtype: torch.dtype = torch.float32, shard: str = "5GB", seed: int = 0, **changes: Any
+) -> Path:
     """Big weights, so that attention and RoPE really matter."""
     values: dict[str, Any] = {
         "vocab_size": 131, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -15,7 +17,7 @@ def save_llama(directory: Path, *, dtype: torch.dtype = torch.float32, shard: st
         "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0}, "tie_word_embeddings": False,
         "max_position_embeddings": 2048, "eos_token_id": 2,
     }  # fmt: skip
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(**{**values, **changes}))
     with torch.no_grad():
         for parameter in model.parameters():

@@ -44,10 +44,10 @@ def test_a_busy_creditors_debtor_brings_kv_home_where_there_is_room(
                 a.instance.step()
 
         run(lambda: len(request.output_token_ids) >= 2)
-        run(lambda: a.instance.rmanager.move_to("r", 3, "b") == 3)
-        run(lambda: a.instance.status(0).borrowed_rblocks > 0)
+        a.instance.rmanager.move_to("r", 3, "b")
+        run(lambda: a.instance.rmanager.table(request).remote_by_creditor().get("b", 0) >= 3)
         # When b computes for itself without end
-        with b.instance.parts.rank.creditor._share.own_work():
+        with b.instance.parts.rank.limiter.own_work():
             run(lambda: len(request.output_token_ids) >= (50 if has_room else 25))
         # Then what lay there has come home, or waits; and the tokens are the same
         assert (a.instance.status(0).borrowed_rblocks == 0) == has_room

@@ -30,9 +30,7 @@ def fails(*_: object) -> None:
     raise RuntimeError("one of its ranks is gone")
 
 
-@pytest.mark.parametrize(
-    "what", ["lending.lend", "lending.release", "rank.creditor.store", "rank.creditor.query"]
-)
+@pytest.mark.parametrize("what", ["lending.lend", "lending.release", "rank.creditor.store", "rank.creditor.query"])
 def test_its_debtor_goes_on(
     what: str, pool: dict[str, LLM], make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -127,7 +127,7 @@ def unsettled(cluster: LocalCluster) -> list[str]:
     end_s = time.monotonic() + SETTLED_WITHIN_S
     while True:
         snapshot = cluster.ledger.snapshot()
-        wrong = [f"loan {loan.loan_id}" for loan in snapshot.loans]
+        wrong = [f"loan {loan.key}" for loan in snapshot.loans]
         wrong += [
             f"{x.instance} uses {x.local_used}, lends {x.lent}" for x in snapshot.instances if x.local_used or x.lent
         ]

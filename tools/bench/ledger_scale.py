@@ -118,7 +118,7 @@ class Pool:
             and {x.instance: snapshot.placements.get(x.instance, ()) for x in snapshot.instances} == reported
             and {x.instance: x.local_used for x in snapshot.instances}
             == {x.instance: x.report.local_used_rblocks for x in self.members}
-            and {loan.loan_id for loan in snapshot.loans} == self.loans
+            and {loan.key for loan in snapshot.loans} == self.loans
             and sum(record.lent for record in snapshot.instances) == len(self.loans)
         )
         for reader in self.readers:

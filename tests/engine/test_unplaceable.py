@@ -6,7 +6,7 @@ from contextlib import ExitStack
 import pytest
 import torch
 
-from megatron_distkv.engine import scheduler, stranded
+from megatron_distkv.engine import scheduler, unplaceable
 from megatron_distkv.engine.instance import Instance
 from megatron_distkv.engine.llm import LLM
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
@@ -22,7 +22,7 @@ PROMPT = torch.randint(3, 131, (150,), generator=torch.Generator().manual_seed(3
 @pytest.fixture(autouse=True)
 def little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scheduler, "GIVE_UP_AFTER_S", 0.1)
-    monkeypatch.setattr(stranded, "PATIENCE_S", 1.0)
+    monkeypatch.setattr(unplaceable, "PATIENCE_S", 1.0)
 
 
 def start(make_config: MakeConfig, server: EmbeddedServer, name: str) -> LLM:

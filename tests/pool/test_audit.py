@@ -6,18 +6,11 @@ from dataclasses import replace
 import msgspec
 import pytest
 
-from megatron_distkv.ledger import (
-    HOST_RBLOCKS,
-    InstanceReport,
-    MemoryLedger,
-    PoolSnapshot,
-    RequestPlacementEntry,
-    check_instance,
-    check_snapshot,
-    render_history,
-)
+from megatron_distkv.ledger import InstanceReport, MemoryLedger, RequestPlacementEntry, render_history
 from megatron_distkv.messages import InstanceStatus
-from megatron_distkv.rblock import HOST, InstanceId, LoanId
+from megatron_distkv.pool import Picture, check_instance, check_picture, picture_of
+from megatron_distkv.rblock import HOST, InstanceId, LoanId, loan_key
+from tests.pool.members import info
 
 A, B = InstanceId("a"), InstanceId("b")
 
@@ -25,8 +18,8 @@ A, B = InstanceId("a"), InstanceId("b")
 def lent() -> MemoryLedger:
     """a owes b four rBlocks, of which a request of a uses three."""
     ledger = MemoryLedger(clock_ms=lambda: 1_763_700_000_000)
-    epochs = {name: ledger.register(name, "unix:x", 16, 2, 60.0).epoch for name in (A, B)}
-    loan = LoanId("a.1.1.0123456789abcdef")
+    epochs = {name: ledger.register(name, "unix:x", 16, 2, 60.0, info=info()).epoch for name in (A, B)}
+    loan = loan_key(LoanId("a.1.1.0123456789abcdef"))
     assert ledger.borrow(loan, A, epochs[A], B, epochs[B], 4, 60.0) is None
     assert ledger.accept(loan, B, epochs[B]) is None
     ledger.heartbeat(A, epochs[A], InstanceReport(16, placements=(RequestPlacementEntry("r", B, 3, False),)), 60.0)
@@ -34,26 +27,26 @@ def lent() -> MemoryLedger:
 
 
 def test_books_in_order_have_nothing_to_say() -> None:
-    assert check_snapshot(lent().snapshot()) == []
+    assert check_picture(picture_of(lent().snapshot())) == []
 
 
 def test_host_memory_is_no_debt() -> None:
     # Given an instance with two rBlocks of host memory, and requests that use two, or three
     for count, found in ((2, []), (3, ["a has 3 rBlocks in host memory, of 2"])):
         ledger = MemoryLedger()
-        epoch = ledger.register(A, "unix:x", 16, 2, 60.0, info={HOST_RBLOCKS: "2"}).epoch
+        epoch = ledger.register(A, "unix:x", 16, 2, 60.0, info=info(host_rblocks=2)).epoch
         placements = (RequestPlacementEntry("r", HOST, count, False),)
         ledger.heartbeat(A, epoch, InstanceReport(16, placements=placements), 60.0)
-        assert check_snapshot(ledger.snapshot()) == found
+        assert check_picture(picture_of(ledger.snapshot())) == found
 
 
-def with_record(snapshot: PoolSnapshot, name: InstanceId, **changes: object) -> PoolSnapshot:
-    records = tuple(replace(x, **changes) if x.instance == name else x for x in snapshot.instances)  # type: ignore[arg-type]
-    return replace(snapshot, instances=records)
+def with_record(picture: Picture, name: InstanceId, **changes: object) -> Picture:
+    member = replace(picture.members[name], **changes)  # type: ignore[arg-type]
+    return replace(picture, members={**picture.members, name: member})
 
 
-def with_loan(snapshot: PoolSnapshot, **changes: object) -> PoolSnapshot:
-    return replace(snapshot, loans=tuple(replace(x, **changes) for x in snapshot.loans))  # type: ignore[arg-type]
+def with_loan(picture: Picture, **changes: object) -> Picture:
+    return replace(picture, loans=tuple(replace(x, **changes) for x in picture.loans))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -70,13 +63,13 @@ def with_loan(snapshot: PoolSnapshot, **changes: object) -> PoolSnapshot:
         (lambda s: with_loan(s, num_rblocks=0), "loan a.1.1 of a from b is of 0 rBlocks"),
     ],
 )
-def test_each_way_to_be_wrong_is_named(spoil: Callable[[PoolSnapshot], PoolSnapshot], sentence: str) -> None:
-    found = check_snapshot(spoil(lent().snapshot()))
+def test_each_way_to_be_wrong_is_named(spoil: Callable[[Picture], Picture], sentence: str) -> None:
+    found = check_picture(spoil(picture_of(lent().snapshot())))
     assert any(said.startswith(sentence) for said in found), found
 
 
 def test_an_instance_that_says_otherwise_is_named() -> None:
-    record = lent().snapshot().find(B)
+    record = picture_of(lent().snapshot()).find(B)
     assert record is not None
     honest = InstanceStatus(
         query_id=0, instance_id="b", num_running=0, num_waiting=0, free_rblocks=12, used_rblocks=0, lent_rblocks=4,
@@ -95,7 +88,7 @@ def replace_status(status: InstanceStatus, **changes: int) -> InstanceStatus:
 def test_history_is_a_line_per_event_with_the_sum_owed_and_without_the_secret_of_a_loan() -> None:
     ledger = lent()
     (loan,) = ledger.snapshot().loans
-    ledger.release(loan.loan_id, A, loan.debtor_epoch)
+    ledger.release(loan.key, A, loan.debtor_epoch)
     ledger.deregister(B, loan.creditor_epoch)
     lines = render_history(ledger.events(100)).splitlines()
     assert [" ".join(line[20:].split()) for line in lines[3:]] == [

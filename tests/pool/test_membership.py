@@ -4,26 +4,27 @@ import os
 import signal
 import threading
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-from megatron_distkv.engine.membership import Membership
 
+from megatron_distkv.clock import SystemClock
 from megatron_distkv.config.instance import InstanceConfig, LedgerConfig
-from megatron_distkv.engine import membership
 from megatron_distkv.engine.llm import LLM
 from megatron_distkv.errors import UserError
-from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
 from megatron_distkv.kvcache.rblock_shape import RBlockShape
-from megatron_distkv.ledger import MemoryLedger
+from megatron_distkv.ledger import DebtLedger, MemoryLedger
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
 from megatron_distkv.ledger.redis_ledger import RedisLedger
+from megatron_distkv.pool import Identity, MemberInfo, Membership, membership
 from megatron_distkv.rblock import InstanceId
 from megatron_distkv.request import Request
-from megatron_distkv.rmanager import Identity
 from megatron_distkv.sampling_params import SamplingParams
 from tests.conftest import MakeConfig
+from tests.model.llamas import save_llama
+from tests.pool.members import SHAPE
 
 
 @pytest.mark.parametrize(
@@ -49,17 +50,32 @@ def test_rblocks_of_another_shape_cannot_join(
         assert [record.instance for record in a.instance.parts.ledger.snapshot().instances] == ["a"]
 
 
+def member(name: str, ledger: DebtLedger, info: MemberInfo, pool: str = "default") -> Membership:
+    return Membership(ledger, Identity(InstanceId(name)), LedgerConfig(pool=pool), "", 4, 0, info, SystemClock())
+
+
+def test_other_weights_of_the_same_shape_cannot_join(
+    make_config: MakeConfig, server: EmbeddedServer, tmp_path: Path
+) -> None:
+    # Given a pool that serves one checkpoint
+    with LLM(make_config("a", url=server.url)) as a:
+        # When one with the same shape and other weights wants to join, then it is told why not
+        other = make_config("b", url=server.url).model_copy(update={"model": save_llama(tmp_path / "other", seed=7)})
+        with pytest.raises(UserError, match=r"b cannot join .*: the weights in .*other are not those that a"):
+            LLM(other)
+        # And a lender, which has none, can
+        assert [record.instance for record in a.instance.parts.ledger.snapshot().instances] == ["a"]
+        member("lender", a.instance.parts.ledger, MemberInfo(shape=a.instance.parts.rank.shape, role="lender")).join()
+
+
 @pytest.mark.parametrize("order", ["ab", "ba"])
 def test_of_two_shapes_that_join_at_the_same_moment_one_is_refused(order: str) -> None:
     # Given two members with rBlocks of different sizes that have both looked at the pool and found nobody
     ledger, shape = MemoryLedger(), RBlockShape(2, 4, 2, 8, 8, "fp32", 1)
     members = {
-        name: Membership(
-            ledger, Identity(InstanceId(name)), LedgerConfig(), "", RBlockAllocator(4, 4),
-            msgspec.structs.replace(shape, rblock_size=size), {},
-        )
+        name: member(name, ledger, MemberInfo(shape=msgspec.structs.replace(shape, rblock_size=size)))
         for name, size in (("a", 8), ("b", 16))
-    }  # fmt: skip
+    }
     first, second = order
     # When both register, then the first stays, and the second is told why not
     members[first].join()
@@ -84,9 +100,8 @@ def test_who_joins_waits_for_a_ledger_that_is_silent_for_a_while(
     again.start()
     try:
         # When a member joins, then it waits
-        shape, allocator = RBlockShape(2, 4, 2, 8, 8, "fp32", 1), RBlockAllocator(4, 4)
-        with nullcontext() if comes_back else pytest.raises(UserError, match="a cannot join pool 'silent': snapshot"):
-            Membership(ledger, Identity(InstanceId("a")), LedgerConfig(pool="silent"), "", allocator, shape, {}).join()
+        with nullcontext() if comes_back else pytest.raises(UserError, match="a cannot join pool 'silent': "):
+            member("a", ledger, MemberInfo(shape=SHAPE), pool="silent").join()
             assert [record.instance for record in ledger.snapshot().instances] == ["a"]
     finally:
         again.join()
@@ -105,8 +120,9 @@ def test_a_new_member_is_used_within_two_of_its_reports(make_config: MakeConfig,
         rarely = {"url": server.url, "heartbeat_interval_s": 2.0, "lease_s": 10.0}
         with LLM(make_config("b", ledger=rarely)) as b:
             reports: list[None] = []
-            beat = b.instance.parts.heartbeat.beat
-            b.instance.parts.heartbeat.beat = lambda: (reports.append(None), beat())  # type: ignore[method-assign,assign]
+            membership = b.instance.parts.membership
+            report = membership.report
+            membership.report = lambda: (reports.append(None), report())[1]
             while request.finish_reason is None:
                 a.instance.step()
             # Then it lends before it has reported three times
