@@ -85,7 +85,7 @@ def test_who_joins_waits_for_a_ledger_that_is_silent_for_a_while(
     try:
         # When a member joins, then it waits
         shape, allocator = RBlockShape(2, 4, 2, 8, 8, "fp32", 1), RBlockAllocator(4, 4)
-        with nullcontext() if comes_back else pytest.raises(UserError, match="a cannot join pool 'silent': snapshot"):
+        with nullcontext() if comes_back else pytest.raises(UserError, match="a cannot join pool 'silent': changes"):
             Membership(ledger, Identity(InstanceId("a")), LedgerConfig(pool="silent"), "", allocator, shape, {}).join()
             assert [record.instance for record in ledger.snapshot().instances] == ["a"]
     finally:

@@ -1,10 +1,11 @@
 -- debtor, num_rblocks, limit, skip -> {{instance, epoch, address, free, info}, ...} freest first
 local wanted, limit, skip = number(ARGV[3]), number(ARGV[4]), number(ARGV[5])
 local found, covered, passed, position = {}, 0, 0, 0
-expire(EXPIRE_PER_CALL)
+expire_a_few()
+mend_indices()
 while #found < limit and covered < wanted do
   local rows = call('ZREVRANGE', P .. ':free', position, position + skip + limit, 'WITHSCORES')
-  if #rows == 0 then break end
+  if #rows == 0 or number(rows[2]) <= 0 then break end
   for i = 1, #rows, 2 do
     local id, free = rows[i], number(rows[i + 1])
     if id ~= ARGV[2] and free > 0 and number(call('ZSCORE', P .. ':leases', id)) > now then
