@@ -119,7 +119,7 @@ class Parts:
     def start(self) -> None:
         """Join the pool, and stay in it. Raises UserError."""
         self.membership.report = lambda: self.reporting.report
-        self.membership.follow_ups = (self.ended_loans.tell, self.lending.reconcile)
+        self.membership.follow_ups = (lambda _: self.ended_loans.tell(), self.lending.reconcile)
         self.membership.when_forgotten = self.lending.begin_restore
         self.membership.join()
         self.membership.beat()

@@ -140,10 +140,10 @@ class Handover:
         """Nobody has room for all of it: let others than the freest hold some, as loans that go along with it."""
         left = self._left(Passage(request, successor, adoption_id=""), whole=True)
         excess = len(left) + 1 - successor.free
-        for creditor in self._live():
-            if excess > 0 and creditor.instance not in (successor.instance, self._identity.instance):
-                excess -= self._rmanager.move_to(request.request_id, excess, creditor.instance)
-                self._retry_at_s = float("-inf")  # before it has grown again
+        others = [x for x in self._live() if x.instance not in (successor.instance, self._identity.instance)]
+        freest = max((x for x in others if x.free_to_lend > 0), key=lambda x: x.free_to_lend, default=None)
+        if excess > 0 and freest is not None:
+            self._rmanager.move_to(request.request_id, min(excess, freest.free_to_lend), freest.instance)
 
     def _left(self, passage: Passage, *, whole: bool) -> dict[int, RBlockHere]:
         """What is not at the successor yet; without `whole` only the rBlocks that never change any more."""

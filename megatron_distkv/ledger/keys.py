@@ -1,23 +1,23 @@
 """The schema. All keys of a pool share one hash tag, so that they live in one slot and one script may touch them all.
 
-    {pool}:server             string   run id of the server that wrote the rest; another one drops it (all but events)
-    {pool}:generation         string   names this life of the data
-    {pool}:epoch              string   the last epoch given out; seeded from the server's clock (ms)
-    {pool}:clock              hash     the pool's own time (ms): wall, now, lease of the last report
-    {pool}:version            hash     last: version of the last change; horizon: the last that may be forgotten
+    {pool}:state              hash     server: run id of the one that wrote the rest; another one drops it
+                                       generation: names this life of the data
+                                       epoch: the last one given out; begins at the server's clock (ms)
+                                       wall, now, lease: the pool's own time, and the lease of the last report (ms)
+                                       version, horizon: of the last change, and of the last that may be forgotten
+                                       counted_at (ms), offered, caps, members: sums of all members
     {pool}:changed            zset     member -> version of the last change of its record, placements or credits
     {pool}:left               zset     who left lately -> version of that; the last thousand
     {pool}:leases             zset     instance -> end of its lease (ms)
-    {pool}:free               zset     creditor -> rBlocks it would lend now; only those that may lend
-    {pool}:caps               zset     instance -> rBlocks it lends at most; only those that are up
-    {pool}:sums               hash     at (ms), offered, caps, members: of all members, counted from time to time
+    {pool}:free               zset     instance -> rBlocks it would lend now
+    {pool}:caps               zset     instance -> rBlocks it lends at most; 0 where it is not up
     {pool}:instance:ID        hash     epoch address total reserved info (JSON), and the seal of these; local_used lent
                                        borrowed state num_running num_waiting max_request_tokens placements (JSON)
+                                       moves (planned, a line each: request|destination|num_rblocks)
     {pool}:loan:ID            hash     debtor debtor_epoch creditor creditor_epoch num_rblocks state recalled
     {pool}:debts:ID           set      loans of which ID is the debtor
     {pool}:credits:ID         set      loans of which ID is the creditor
     {pool}:pending            zset     reserved loans -> deadline for the creditor's answer (ms)
-    {pool}:moves:ID           list     planned moves for ID, "request|destination|num_rblocks"
     {pool}:leader             hash     candidate, until (ms)
     {pool}:events             stream   what happened, the last few thousand
 

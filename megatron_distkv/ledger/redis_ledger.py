@@ -140,7 +140,7 @@ class RedisLedger:
             num_members=num_members,
             interval_s=heartbeat_interval_s(num_members),
             recalls=tuple(Recall(LoanKey(loan), instance, int(num)) for loan, num in _pairs(recalls)),
-            moves=tuple(_read_moves(instance, moves)),
+            moves=tuple(_read_moves(instance, moves.splitlines())),
         )
 
     @reading

@@ -37,7 +37,8 @@ class Membership:
     """`beat` is for a thread of its own; `orders` collects recalls and planned moves for the engine's.
 
     `address`: where other members reach it. `total`, `reserved`: rBlocks of its pool, and those never lent.
-    `follow_ups`: what else goes with every heartbeat that the ledger answered; each may raise LedgerUnavailable.
+    `follow_ups`: what else goes with every heartbeat that the ledger answered, given the rBlocks that this member lends
+    by that answer; each may raise LedgerUnavailable.
     `when_forgotten`: the ledger has lost its data, and this member has registered again.
     """
 
@@ -69,7 +70,7 @@ class Membership:
         self.totals = PoolTotals()
         self.orders: queue.SimpleQueue[Recall | Move] = queue.SimpleQueue()
         self.report: Callable[[], InstanceReport] = lambda: InstanceReport(0)
-        self.follow_ups: Sequence[Callable[[], None]] = ()
+        self.follow_ups: Sequence[Callable[[int], None]] = ()
         self.when_forgotten: Callable[[float], None] = lambda lease_s: None
         self._patiently(self._require_same_model)
 
@@ -183,7 +184,7 @@ class Membership:
             self._register()
             self.when_forgotten(self._lease_s)
         for follow_up in self.follow_ups:
-            follow_up()
+            follow_up(reply.lent)
 
     def _take(self, reply: HeartbeatReply) -> None:
         self.totals = PoolTotals(reply.lendable_now, reply.lending_caps)

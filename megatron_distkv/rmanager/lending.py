@@ -168,12 +168,15 @@ class Lending:
 
     # ------------------------------------------------------------------ beside the ledger, with every heartbeat
 
-    def reconcile(self) -> None:
+    def reconcile(self, num_lent_in_ledger: int) -> None:
         """Make this table and the ledger's equal again; raises LedgerUnavailable.
 
+        `num_lent_in_ledger`: rBlocks, by the heartbeat's answer. Where neither lends anything, nothing is asked.
         Our own list is read first: whatever is in it was reserved in the ledger before, so a loan that the ledger no
         longer names has ended there (its debtor died, or could not reach us).
         """
+        if not num_lent_in_ledger and not self._lent and not self._restore_until_s:
+            return
         self._restore_pending()
         with self._lock:
             mine = {loan_key(loan_id): loan_id for loan_id in self._lent.keys() - self._restore_until_s.keys()}

@@ -29,7 +29,7 @@ def test_no_log_tells_a_loans_unguessable_end(
         loan_id = LoanId(a.instance.parts.loans.of(RequestOwner("long"))[0].loan_id)
         me = a.instance.parts.rank.identity
         a.instance.parts.ledger.release(loan_key(loan_id), me.instance, me.epoch)
-        b.instance.parts.lending.reconcile()
+        b.instance.parts.lending.reconcile(1)
         # When the debtor hears of it
         while not a.instance.scheduler.is_idle:
             a.instance.step()

@@ -27,20 +27,26 @@ local function wall_clock()
   return t[1] * 1000 + math.floor(t[2] / 1000)
 end
 
+-- What is one for the whole pool lies in one hash, and is read at once.
+local STATE = P .. ':state'
+local known = call('HMGET', STATE, 'wall', 'now', 'lease', 'generation', 'version', 'horizon', 'epoch', 'counted_at',
+  'offered', 'caps', 'members')
+local wall, last_lease_ms = wall_clock(), number(known[3])
+
 -- The pool's own time follows the server's clock, but does not jump with it: it never goes back, and from one operation
 -- to the next it goes on by half a lease at most, so that no clock that is put right ends the leases of the living.
-local function pool_clock(wall)
-  local seen = call('HMGET', P .. ':clock', 'wall', 'now', 'lease')
-  local passed = seen[1] and math.max(0, wall - number(seen[1])) or 0
-  if seen[3] then passed = math.min(passed, math.floor(number(seen[3]) / 2)) end
-  local now = seen[2] and number(seen[2]) + passed or wall
-  call('HSET', P .. ':clock', 'wall', text(wall), 'now', text(now))
-  return now, number(seen[3])
+local function pool_clock()
+  local passed = known[1] and math.max(0, wall - number(known[1])) or 0
+  if known[3] then passed = math.min(passed, math.floor(last_lease_ms / 2)) end
+  local time = known[2] and number(known[2]) + passed or wall
+  if wall ~= number(known[1]) then call('HSET', STATE, 'wall', text(wall), 'now', text(time)) end
+  return time, not known[2] or passed > 0
 end
 
-local wall = wall_clock()
-local now, last_lease_ms = pool_clock(wall)
-local function note_lease(lease_ms) call('HSET', P .. ':clock', 'lease', lease_ms) end
+local now, is_later = pool_clock()
+local function note_lease(lease_ms)
+  if known[3] ~= lease_ms then call('HSET', STATE, 'lease', lease_ms) end
+end
 local function instance_key(id) return P .. ':instance:' .. id end
 local function loan_key(id) return P .. ':loan:' .. id end
 
@@ -50,22 +56,18 @@ end
 
 -- Which changes there have been: each change of a member gets the next version. Versions begin at the clock (us), so that
 -- no life of the data repeats another's. The horizon is the last change that is no longer known: a member that left then.
-local function versions()
-  local v = call('HMGET', P .. ':version', 'last', 'horizon')
-  local last, horizon = number(v[1]), number(v[2])
-  return last, horizon > 0 and horizon or last
-end
+local version, horizon = number(known[5]), known[6] and number(known[6]) or number(known[5])
 
 local function highest(key) return number(call('ZREVRANGE', key, 0, 0, 'WITHSCORES')[2]) end
 
 local function next_version()
-  local last, horizon = versions()
-  if last == 0 then
-    last = math.max(wall * 1000, highest(P .. ':changed'), highest(P .. ':left'))
-    horizon = last
+  if version == 0 then
+    version = math.max(wall * 1000, highest(P .. ':changed'), highest(P .. ':left'))
+    horizon = version
   end
-  call('HSET', P .. ':version', 'last', text(last + 1), 'horizon', text(horizon))
-  return last + 1
+  version = version + 1
+  call('HSET', STATE, 'version', text(version), 'horizon', text(horizon))
+  return version
 end
 
 local function touch(id) call('ZADD', P .. ':changed', text(next_version()), id) end
@@ -76,19 +78,23 @@ local function bury_in_versions(id)
   if call('ZCARD', P .. ':left') <= MAX_TOMBSTONES then return end
   local oldest = call('ZRANGE', P .. ':left', 0, 0, 'WITHSCORES')
   call('ZREM', P .. ':left', oldest[1])
-  call('HSET', P .. ':version', 'horizon', text(number(oldest[2])))
+  horizon = number(oldest[2])
+  call('HSET', STATE, 'horizon', text(horizon))
 end
 
 -- The one place where "may lend" and "how much" are decided: keeps {pool}:free and {pool}:caps in step with the record.
 -- `r`: total, reserved, local_used, lent, borrowed, state. Returns rBlocks free to lend, offered now, lent at most.
-local function index(id, r)
-  r = r or call('HMGET', instance_key(id), 'total', 'reserved', 'local_used', 'lent', 'borrowed', 'state')
+local function lendable(r)
   local cap = number(r[1]) - number(r[2])
   local free = cap - number(r[3]) - number(r[4])
-  local offered = r[6] == 'up' and number(r[5]) == 0 and free > 0 and free or 0
-  if offered > 0 then call('ZADD', P .. ':free', text(offered), id) else call('ZREM', P .. ':free', id) end
-  if r[6] == 'up' then call('ZADD', P .. ':caps', text(cap), id) else call('ZREM', P .. ':caps', id) end
-  return free, offered, r[6] == 'up' and cap or 0
+  if r[6] ~= 'up' then return free, 0, 0 end
+  return free, number(r[5]) == 0 and free > 0 and free or 0, cap
+end
+local function index(id, r)
+  local _, offered, cap = lendable(
+    r or call('HMGET', instance_key(id), 'total', 'reserved', 'local_used', 'lent', 'borrowed', 'state'))
+  call('ZADD', P .. ':free', text(offered), id)
+  call('ZADD', P .. ':caps', text(cap), id)
 end
 
 local function is_live(id, epoch)
@@ -97,22 +103,25 @@ end
 
 -- What only a registration says of a member, sealed: where somebody else has written, the member registers again.
 local function seal_of(id, epoch, address, total, reserved, info)
-  return redis.sha1hex(table.concat({P, id, epoch, address, total, reserved, info}, '\n'))
+  return table.concat({P, id, epoch, address, total, reserved, #info}, '|')
+end
+local function has_seal(id, epoch, address, total, reserved, info, seal)
+  return seal and epoch and address and total and reserved and info
+    and seal_of(id, epoch, address, total, reserved, info) == seal
 end
 local function is_sealed(id)
-  local r = call('HMGET', instance_key(id), 'epoch', 'address', 'total', 'reserved', 'info', 'seal')
-  for i = 1, 6 do if not r[i] then return false end end
-  return seal_of(id, r[1], r[2], r[3], r[4], r[5]) == r[6]
+  return has_seal(id, unpack(call('HMGET', instance_key(id), 'epoch', 'address', 'total', 'reserved', 'info', 'seal')))
 end
 
 -- nil where there is none, or none that can be read.
 local function read_loan(id)
-  local r = call('HMGET', loan_key(id), 'debtor', 'debtor_epoch', 'creditor', 'creditor_epoch', 'num_rblocks', 'state')
+  local r = call('HMGET', loan_key(id), 'debtor', 'debtor_epoch', 'creditor', 'creditor_epoch', 'num_rblocks', 'state', 'recalled')
   for i = 1, 6 do if not r[i] then return nil end end
   local num = number(r[5])
   if num < 1 or num % 1 ~= 0 or number(r[2]) < 1 or number(r[4]) < 1 then return nil end
   if r[6] ~= 'pending' and r[6] ~= 'active' then return nil end
-  return {debtor = r[1], debtor_epoch = r[2], creditor = r[3], creditor_epoch = r[4], num = num, state = r[6]}
+  return {debtor = r[1], debtor_epoch = r[2], creditor = r[3], creditor_epoch = r[4], num = num, state = r[6],
+    is_recalled = r[7]}
 end
 
 local SIDES = {
@@ -219,7 +228,7 @@ local function loans_with_both_sides(set, id)
 end
 
 local function forget(id)
-  call('DEL', instance_key(id), P .. ':debts:' .. id, P .. ':credits:' .. id, P .. ':moves:' .. id)
+  call('DEL', instance_key(id), P .. ':debts:' .. id, P .. ':credits:' .. id)
 end
 
 -- Death of an instance: its debts are void, the credits of others return, and nothing of it stays.
@@ -239,36 +248,48 @@ local function expire(limit)
   for _, id in ipairs(call('ZRANGEBYSCORE', P .. ':pending', '-inf', now, 'LIMIT', 0, limit)) do drop_loan(id, 'overdue') end
   return dead
 end
+-- On the way of other operations, a few; not twice in the same ms.
+local function expire_a_few()
+  if is_later then expire(EXPIRE_PER_CALL) end
+end
 
 local function life_of_server() return string.match(redis.call('INFO', 'server'), 'run_id:(%w+)') end
 
 -- The name of this life of the data. Whoever begins one says on which server.
 local function generation()
-  local known = call('GET', P .. ':generation')
-  if known then return known end
-  call('SET', P .. ':generation', 'g' .. text(wall))
-  call('SET', P .. ':server', life_of_server())
-  local last = versions()
-  if last > 0 then call('HSET', P .. ':version', 'horizon', text(last)) end
-  return 'g' .. text(wall)
+  if known[4] then return known[4] end
+  known[4], horizon = 'g' .. text(wall), version
+  call('HSET', STATE, 'generation', known[4], 'server', life_of_server(), 'horizon', text(horizon))
+  return known[4]
 end
 
--- Whoever lost one of its two indices gets it back: unseen, it would be told to nobody; without a lease, never end.
--- And what somebody else has put in front of the others is no member's.
+-- All members are in each index, and nobody else is. Who lost one gets it back: unseen, it would be told to nobody;
+-- without a lease, never end.
 local function mend_indices()
-  for _, key in ipairs({':free', ':caps'}) do
-    for _, id in ipairs(call('ZREVRANGE', P .. key, 0, EXPIRE_PER_CALL - 1)) do
-      if not call('ZSCORE', P .. ':leases', id) then call('ZREM', P .. key, id) end
+  local members = call('ZCARD', P .. ':leases')
+  for _, key in ipairs({':changed', ':free', ':caps'}) do
+    if call('ZCARD', P .. key) ~= members then
+      for _, id in ipairs(call('ZRANGE', P .. ':leases', 0, -1)) do
+        if not call('ZSCORE', P .. key, id) then
+          if call('HEXISTS', instance_key(id), 'epoch') == 0 then
+            call('ZREM', P .. ':leases', id)
+          elseif key == ':changed' then
+            touch(id)
+          else
+            index(id)
+          end
+        end
+      end
+      for _, id in ipairs(call('ZRANGE', P .. key, 0, -1)) do
+        if not call('ZSCORE', P .. ':leases', id) then
+          if call('HEXISTS', instance_key(id), 'epoch') == 0 then
+            call('ZREM', P .. key, id)
+          else
+            call('ZADD', P .. ':leases', text(now + last_lease_ms), id)
+          end
+        end
+      end
     end
-  end
-  if call('ZCARD', P .. ':leases') == call('ZCARD', P .. ':changed') then return end
-  for _, id in ipairs(call('ZRANGE', P .. ':leases', 0, -1)) do
-    if not call('ZSCORE', P .. ':changed', id) then
-      if call('HEXISTS', instance_key(id), 'epoch') == 1 then touch(id) else call('ZREM', P .. ':leases', id) end
-    end
-  end
-  for _, id in ipairs(call('ZRANGE', P .. ':changed', 0, -1)) do
-    if not call('ZSCORE', P .. ':leases', id) then call('ZADD', P .. ':leases', text(now + last_lease_ms), id) end
   end
 end
 
@@ -281,12 +302,13 @@ end
 -- What all members together offer now, lend at most, and how many they are. Counted anew from time to time, and never
 -- kept by differences: those would stay wrong where a key is lost.
 local function pool_sums()
-  local s = call('HMGET', P .. ':sums', 'at', 'offered', 'caps', 'members')
-  local age_ms, members = now - number(s[1]), number(s[4])
-  if s[1] and age_ms >= 0 and age_ms <= members * SUMS_AGE_MS_PER_MEMBER then return number(s[2]), number(s[3]), members end
+  local age_ms, members = now - number(known[8]), number(known[11])
+  if known[8] and age_ms >= 0 and age_ms <= members * SUMS_AGE_MS_PER_MEMBER then
+    return number(known[9]), number(known[10]), members
+  end
   mend_indices()
   local offered, caps = sum_of(P .. ':free'), sum_of(P .. ':caps')
   members = call('ZCARD', P .. ':leases')
-  call('HSET', P .. ':sums', 'at', text(now), 'offered', text(offered), 'caps', text(caps), 'members', members)
+  call('HSET', STATE, 'counted_at', text(now), 'offered', text(offered), 'caps', text(caps), 'members', members)
   return offered, caps, members
 end

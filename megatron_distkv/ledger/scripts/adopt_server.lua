@@ -2,9 +2,7 @@
 -- Data that another life of the server wrote (a restart from disk, a replica that took over) may lack its last writes:
 -- they are dropped as if all were lost, and the instances say again what they hold. Only the events stay. No connection
 -- outlives the server's life, so nobody asks or changes anything before this is done.
-local known = call('GET', P .. ':server')
-if not known and not call('GET', P .. ':generation') then return 0 end
-if known == life_of_server() then return 0 end
+if not known[4] or call('HGET', STATE, 'server') == life_of_server() then return 0 end
 for _, index in ipairs({':leases', ':changed'}) do
   for _, id in ipairs(call('ZRANGE', P .. index, 0, -1)) do
     for _, set in ipairs({':debts:', ':credits:'}) do
@@ -13,7 +11,6 @@ for _, index in ipairs({':leases', ':changed'}) do
     forget(id)
   end
 end
-for _, key in ipairs({':server', ':generation', ':epoch', ':version', ':changed', ':left', ':leases', ':free', ':caps',
-    ':sums', ':pending', ':leader'}) do call('DEL', P .. key) end
+for _, key in ipairs({':state', ':changed', ':left', ':leases', ':free', ':caps', ':pending', ':leader'}) do call('DEL', P .. key) end
 note('rebuild')
 return 1

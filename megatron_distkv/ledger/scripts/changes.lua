@@ -2,20 +2,17 @@
 --   read that began at that version
 -- -> {generation, now, is_whole, start, position, has_more, {row, ...}}; a row is {instance} of a member that left, or
 --   {instance, lease_end_ms, {field, ...}, {loan, ...}, placements, is the record sealed (1 | 0)}; nil where something is missing
-expire(EXPIRE_PER_CALL)
+expire_a_few()
 local start, position, limit = number(ARGV[2]), number(ARGV[3]), number(ARGV[4])
-local last, horizon = versions()
-if last == 0 and call('ZCARD', P .. ':changed') > 0 then  -- they were lost
-  next_version()
-  last, horizon = versions()
-end
+if version == 0 and call('ZCARD', P .. ':changed') > 0 then next_version() end  -- it was lost
+local last = version
 -- Who left between the beginning of a read and now must be known still.
 local known_from = start > 0 and start or position
 local is_whole = position <= 0 or known_from < horizon or math.max(known_from, position) > last
 if is_whole then start, position = last, 0 end
 
-local function since(key, version)
-  return call('ZRANGEBYSCORE', P .. key, '(' .. text(version), '+inf', 'WITHSCORES', 'LIMIT', 0, limit + 1)
+local function since(key, since_version)
+  return call('ZRANGEBYSCORE', P .. key, '(' .. text(since_version), '+inf', 'WITHSCORES', 'LIMIT', 0, limit + 1)
 end
 local changed, left, c, l, page = since(':changed', position), since(':left', math.max(position, start)), 1, 1, {}
 while #page < limit and (changed[c] or left[l]) do
@@ -45,4 +42,4 @@ for i, row in ipairs(page) do
         'num_running', 'num_waiting', 'max_request_tokens', 'info'), loans, placements, is_sealed(id) and 1 or 0}
   end
 end
-return {call('GET', P .. ':generation') or '', text(now), is_whole and 1 or 0, text(start), text(position), has_more, page}
+return {known[4] or '', text(now), is_whole and 1 or 0, text(start), text(position), has_more, page}

@@ -2,6 +2,7 @@
 local leader = call('HMGET', P .. ':leader', 'candidate', 'until')
 if leader[1] ~= ARGV[2] or number(leader[2]) <= now then return 0 end
 for i = 3, #ARGV, 2 do
-  if call('HEXISTS', instance_key(ARGV[i]), 'epoch') == 1 then call('RPUSH', P .. ':moves:' .. ARGV[i], ARGV[i + 1]) end
+  local r = call('HMGET', instance_key(ARGV[i]), 'epoch', 'moves')
+  if r[1] then call('HSET', instance_key(ARGV[i]), 'moves', (r[2] or '') .. ARGV[i + 1] .. '\n') end
 end
 return 1

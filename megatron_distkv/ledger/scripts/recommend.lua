@@ -1,21 +1,21 @@
 -- debtor, num_rblocks, limit, skip -> {{instance, epoch, address, free, info}, ...} freest first
-local wanted, limit, skip = number(ARGV[3]), number(ARGV[4]), number(ARGV[5])
-local found, covered, passed, position = {}, 0, 0, 0
-expire(EXPIRE_PER_CALL)
+-- What is skipped is not looked at: where one of those has just died, a page begins one too late for who reads on.
+local wanted, limit, position = number(ARGV[3]), number(ARGV[4]), number(ARGV[5])
+local found, covered = {}, 0
+expire_a_few()
+mend_indices()
+local own_rank = call('ZREVRANK', P .. ':free', ARGV[2])
+if own_rank and own_rank <= position then position = position + 1 end
 while #found < limit and covered < wanted do
-  local rows = call('ZREVRANGE', P .. ':free', position, position + skip + limit, 'WITHSCORES')
-  if #rows == 0 then break end
+  local rows = call('ZREVRANGE', P .. ':free', position, position + limit, 'WITHSCORES')
+  if #rows == 0 or number(rows[2]) <= 0 then break end
   for i = 1, #rows, 2 do
     local id, free = rows[i], number(rows[i + 1])
-    if id ~= ARGV[2] and free > 0 and number(call('ZSCORE', P .. ':leases', id)) > now then
-      passed = passed + 1
-      if passed > skip and #found < limit and covered < wanted then
-        local record = call('HMGET', instance_key(id), 'epoch', 'address', 'info')
-        if is_sealed(id) then
-          found[#found + 1] = {id, record[1], record[2], text(free), record[3] or ''}
-          covered = covered + free
-        end
-      end
+    if id ~= ARGV[2] and free > 0 and #found < limit and covered < wanted and is_sealed(id)
+      and number(call('ZSCORE', P .. ':leases', id)) > now then
+      local record = call('HMGET', instance_key(id), 'epoch', 'address', 'info')
+      found[#found + 1] = {id, record[1], record[2], text(free), record[3]}
+      covered = covered + free
     end
   end
   position = position + #rows / 2

@@ -7,15 +7,15 @@ if live_epoch or call('ZSCORE', P .. ':leases', id) or call('EXISTS', P .. ':deb
   bury(id, 'replaced')
 end
 local this_generation = generation()
-local epoch, last_epoch = hint, number(call('GET', P .. ':epoch'))
+local epoch, last_epoch = hint, number(known[7])
 if last_epoch == 0 then last_epoch = wall end
 -- A hint of another generation outlived a loss of the ledger: it stays, and so do its loans.
 if hint == 0 or hint_generation == this_generation then epoch = last_epoch + 1 end
-call('SET', P .. ':epoch', text(math.max(last_epoch, epoch)))
+call('HSET', STATE, 'epoch', text(math.max(last_epoch, epoch)))
 call('DEL', instance_key(id))
 call('HSET', instance_key(id), 'epoch', text(epoch), 'address', ARGV[3], 'total', ARGV[4], 'reserved', ARGV[5],
   'local_used', '0', 'lent', '0', 'borrowed', '0', 'state', 'up', 'num_running', '0', 'num_waiting', '0',
-  'max_request_tokens', '0', 'info', ARGV[9], 'placements', '[]',
+  'max_request_tokens', '0', 'info', ARGV[9], 'placements', '[]', 'moves', '',
   'seal', seal_of(id, text(epoch), ARGV[3], ARGV[4], ARGV[5], ARGV[9]))
 call('ZADD', P .. ':leases', text(now + number(ARGV[6])), id)
 call('ZREM', P .. ':left', id)
