@@ -12,6 +12,7 @@ _SENTENCES = {
     "replaced": "{instance} was replaced by a later one of its name",
     "loan": "{debtor} borrowed {rblocks} rBlocks of {creditor}  ({name})",
     "release": "{debtor} gave {rblocks} rBlocks back to {creditor}  ({name})",
+    "transfer": "{debtor} handed its debt of {rblocks} rBlocks to {creditor} over to another  ({name})",
     "void": "{debtor} owes {creditor} {rblocks} rBlocks no more: one of them is gone  ({name})",
     "overdue": "{creditor} never answered {debtor}, who asked for {rblocks} rBlocks  ({name})",
     "rebuild": "another server took over: the ledger was rebuilt from the instances",
@@ -39,11 +40,13 @@ def _book(owed: dict[str, int], event: Mapping[str, str]) -> None:
 
 
 def _sentence(event: Mapping[str, str]) -> str:
-    kind = event.get("event", "")
+    """Never a whole loan id: who knows it reads and writes the loan's rBlocks."""
+    shown = {**event, "name": loan_name(event.get("loan", ""))}
     try:
-        return _SENTENCES[kind].format_map({**event, "name": loan_name(event.get("loan", ""))})
+        return _SENTENCES[event.get("event", "")].format_map(shown)
     except KeyError:  # an event of a later version
-        return "  ".join(f"{key}={value}" for key, value in event.items() if key != "at_ms")
+        facts = {key: loan_name(value) if "loan" in key else value for key, value in event.items() if key != "at_ms"}
+        return "  ".join(f"{key}={value}" for key, value in facts.items())
 
 
 def _time(event: Mapping[str, str]) -> str:
