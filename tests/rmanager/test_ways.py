@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
+import torch
 
 from megatron_distkv.engine.llm import LLM
 from megatron_distkv.kvcache.rblock_shape import RBlockShape
@@ -13,7 +14,7 @@ from megatron_distkv.ledger.embedded_server import EmbeddedServer
 from megatron_distkv.rblock import InstanceId
 from megatron_distkv.request import Request
 from megatron_distkv.rmanager import Identity, MailboxSizes, Peers, PoolOutlook, Ways
-from megatron_distkv.rmanager.ways import way_cost
+from megatron_distkv.rmanager.ways import measure_way, way_cost
 from megatron_distkv.sampling_params import SamplingParams
 from tests.conftest import MakeConfig
 from tests.rmanager.test_borrowing import random_prompt
@@ -33,6 +34,27 @@ def test_costs_follow_from_round_trip_and_bandwidth() -> None:
     # And an rBlock: K and V of 4 layers, 2 heads, 32 tokens of 16 numbers
     assert cost.home_us == pytest.approx(2 * 4 * 2 * 32 * 16 * 4 / 100)
     assert cost.break_even_steps == cost.home_us / cost.ask_us
+
+
+class TimedLine:
+    """Calls on it take this long, and longer with a load."""
+
+    def __init__(self, call_s: float, load_s: float) -> None:
+        self._call_s, self._load_s = call_s, load_s
+
+    def call(self, _: object, __: bytes, tensors: list[torch.Tensor], *, deadline_s: float) -> None:
+        time.sleep(self._call_s + (self._load_s if tensors[0].numel() else 0.0))
+
+
+def test_a_bandwidth_is_no_larger_than_what_was_seen() -> None:
+    # Given a way on which a load of 1 MiB takes no longer than nothing: 2 ms, or a little less by chance
+    for load_s in (0.0, -0.001):
+        way = measure_way(TimedLine(0.002, load_s), SHAPE, 10.0)  # type: ignore[arg-type]
+        # Then it carries at most twice that in that time, where it once was said to carry 10,485,760 MB/s
+        assert way.megabytes_per_s <= 2 * 1.048576 / 0.001
+    # And where the load is what takes long, its share counts alone
+    slow = measure_way(TimedLine(0.002, 0.02), SHAPE, 10.0)  # type: ignore[arg-type]
+    assert 5 < slow.megabytes_per_s <= 1.048576 / 0.02
 
 
 def test_who_is_far_is_asked_last_however_free() -> None:
