@@ -1,5 +1,6 @@
 """`distkv up` looks after its parts: a dead one is started again, a drained one is not, and what happened is told."""
 
+import contextlib
 import signal
 import socket
 import tempfile
@@ -103,11 +104,13 @@ def test_a_drained_instance_stays_away_and_the_logs_are_kept_in_the_end(up: Up, 
 
 
 def members(up: Up) -> set[str]:
-    ledger = open_ledger(ledger_of(up), "default")
-    try:
-        return {str(record.instance) for record in ledger.snapshot().live}
-    finally:
-        ledger.close()
+    return set(live(ledger_of(up)))
+
+
+def live(ledger_url: str) -> dict[str, int]:
+    """Live members of the pool called default, with their epochs."""
+    with contextlib.closing(open_ledger(ledger_url, "default")) as ledger:
+        return {str(record.instance): record.epoch for record in ledger.snapshot().live}
 
 
 def ledger_of(up: Up) -> str:
@@ -164,19 +167,17 @@ def test_two_pools_on_one_ledger(
     config = cluster_config(byte_llama, instances=1, ledger=ledger)
     with Up(config, tmp_path, short_tmp) as first:
         alone = first.complete(PROMPT)
-        (epoch,) = (record.epoch for record in open_ledger(ledger_server.url, "default").snapshot().live)
+        before = live(ledger_server.url)
         # When another one comes under the same name, then it is refused, and the first one feels nothing
         with Up(config, tmp_path, short_tmp) as same:
             ended_with(same, "has live members called instance-0 already")
-        assert [x.epoch for x in open_ledger(ledger_server.url, "default").snapshot().live] == [epoch]
+        assert live(ledger_server.url) == before
         # And when it takes another name, both serve
         with Up(config, tmp_path, short_tmp, "--pool", "other") as other:
             assert other.complete(PROMPT) == alone
             assert first.complete(PROMPT) == alone
             # And when one is killed with all its parts, it can start again at once: it waits for its leases to end
-            other.process.kill()
-            for words in ("launch.serve", "gmanager", ".cli.main gateway"):
-                other.kill(words)
+            other.kill_all()
         with Up(config, tmp_path, short_tmp, "--pool", "other") as again:
             assert again.complete(PROMPT) == alone
         assert first.process.poll() is None

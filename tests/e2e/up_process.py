@@ -1,5 +1,6 @@
 """`distkv up` as a person runs it: a process of its own, its output, and the processes that it starts."""
 
+import contextlib
 import os
 import re
 import signal
@@ -44,8 +45,7 @@ class Up:
         try:
             self.process.wait(60)
         finally:
-            for pid in self.processes():
-                os.kill(pid, signal.SIGKILL)
+            self.kill_all()
             self.process.wait()
 
     @property
@@ -82,10 +82,15 @@ class Up:
         """All that it started, however deep: they inherit a mark in their environment, which only the ledger server
         writes over."""
         marked = {int(path.parent.name) for path in Path("/proc").glob("[0-9]*/environ") if _holds(path, self._mark)}
-        children = {
-            int(path.parent.name) for path in Path("/proc").glob("[0-9]*/stat") if _is_of(path, self.process.pid)
-        }
-        return marked | children
+        up = self.process.pid if self.process.poll() is None else None  # a number that it had may be another's by now
+        return marked | {int(path.parent.name) for path in Path("/proc").glob("[0-9]*/stat") if _is_of(path, up)}
+
+    def kill_all(self) -> None:
+        """kill -9 of itself and of all that it started, before any of them can leave in order."""
+        for pid in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.kill()
 
     def kill(self, *words: str) -> None:
         """kill -9 of the one whose command line has these words."""
@@ -107,7 +112,7 @@ def _command(pid: int) -> str:
         return ""
 
 
-def _is_of(stat: Path, parent: int) -> bool:
+def _is_of(stat: Path, parent: int | None) -> bool:
     try:
         state, found, *_ = stat.read_text().rpartition(")")[2].split()
     except (OSError, ValueError):
