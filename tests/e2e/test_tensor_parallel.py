@@ -16,7 +16,8 @@ def test_tensor_parallel_instances_lend_and_agree_with_one_rank(
     byte_llama: Path, reference: Reference, server: EmbeddedServer
 ) -> None:
     ledger = {"url": server.url, "heartbeat_interval_s": 0.1, "lease_s": 300.0}
-    config = cluster_config(byte_llama, instances=2, tensor_parallel=2, launcher="deepspeed", ledger=ledger)
+    changes = {"tensor_parallel": 2, "launcher": "deepspeed", "ledger": ledger, "start_timeout_s": 600.0}
+    config = cluster_config(byte_llama, instances=2, **changes)
     with LocalCluster(config) as cluster, openai_client(cluster) as client:
         for length in (20, int(1.6 * OWN_TOKENS)):
             prompt = random_prompt(length, seed=length)

@@ -13,7 +13,7 @@ from megatron_distkv.cli.main import main
 from megatron_distkv.ledger import open_ledger
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
 from tests.e2e.conftest import cluster_config
-from tests.e2e.up_process import Up, wait_until
+from tests.e2e.up_process import PATIENCE_S, Up, wait_until
 
 PROMPT = [5 + i % 90 for i in range(30)]
 
@@ -122,7 +122,7 @@ def ledger_of(up: Up) -> str:
 
 def ended_with(up: Up, sentence: str) -> None:
     """Exit status 2, one sentence, and the logs where it says."""
-    assert up.process.wait(240) == 2, up.output
+    assert up.process.wait(PATIENCE_S) == 2, up.output
     (said,) = (line for line in up.output.splitlines() if "distkv up:" in line)
     assert sentence in said
     assert said.endswith(f"; the logs are in {up.log_folder}")

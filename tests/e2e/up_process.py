@@ -16,7 +16,7 @@ from openai import OpenAI
 from megatron_distkv.config.cluster import ClusterConfig
 
 # A busy machine loads a model slowly.
-PATIENCE_S = 240.0
+PATIENCE_S = 600.0
 MARK = "DISTKV_TEST_RUN"
 
 
@@ -25,7 +25,7 @@ class Up:
 
     def __init__(self, config: ClusterConfig, scratch: Path, tmp: Path, *options: str) -> None:
         file = scratch / f"{uuid.uuid4().hex}.json"
-        file.write_text(config.model_dump_json())
+        file.write_text(config.model_copy(update={"start_timeout_s": PATIENCE_S}).model_dump_json())
         self._mark = f"{MARK}={uuid.uuid4().hex}"
         self._output = file.with_suffix(".out")
         name, value = self._mark.split("=")

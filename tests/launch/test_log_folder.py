@@ -1,11 +1,15 @@
 """Logs of a part's lives, side by side."""
 
+import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
+from megatron_distkv.launch.log_folder import NUM_FIRST_KEPT, NUM_LAST_KEPT, LogFolder
 
 from megatron_distkv.errors import UserError
-from megatron_distkv.launch.log_folder import NUM_FIRST_KEPT, NUM_LAST_KEPT, LogFolder
+from megatron_distkv.ledger.embedded_server import EmbeddedServer
 
 
 def test_each_life_has_a_log_of_its_own_and_their_number_is_bounded(tmp_path: Path) -> None:
@@ -34,3 +38,22 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cannot write logs into .*; choose another --log-dir"):
         LogFolder(tmp_path / "file")
+
+
+def test_a_ledger_server_that_is_started_again_begins_another_log(tmp_path: Path) -> None:
+    logs = LogFolder(tmp_path)
+    with EmbeddedServer(log=logs.new_log("ledger")) as server:
+        # Given one that is killed
+        assert server.exit_status is None
+        os.kill(server.pid, signal.SIGKILL)
+        end_s = time.monotonic() + 30
+        while server.exit_status is None:
+            assert time.monotonic() < end_s
+            time.sleep(0.01)
+        assert server.exit_status == -signal.SIGKILL
+        # When it is started again, then it runs, and both lives have their logs
+        logs.new_log("ledger")
+        server.start()
+        assert server.exit_status is None
+    for name in ("ledger.0.log", "ledger.log"):
+        assert "Ready to accept connections" in (tmp_path / name).read_text()
