@@ -9,9 +9,14 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from megatron_distkv.launch.cause import cause_of
+
 _PR_SET_PDEATHSIG = 1
-# A child that has not ended on SIGTERM within this time is killed.
-GRACE_S = 10.0
+# A child that has not ended on SIGTERM within this time is killed. A member that leaves may wait for an answer as long
+# as it waits for a creditor's: lending.deadline_s, 10 s.
+GRACE_S = 30.0
+# The end of an output, in which the cause of a process's end is looked for.
+_LAST_BYTES = 1 << 18
 
 
 class Child:
@@ -42,9 +47,11 @@ class Child:
         return self.line_after("READY ")
 
     def error_line(self) -> str:
-        """The sentence that it ended with, or the last line of its output."""
-        lines = self.log.read_text(errors="replace").strip().splitlines()
-        return self.line_after("ERROR ") or (lines[-1] if lines else "no output")
+        """Why it ended: see `cause_of`."""
+        with self.log.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _LAST_BYTES))
+            output = file.read().decode(errors="replace")
+        return cause_of(output, self.process.poll() or 0)
 
     def line_after(self, prefix: str) -> str | None:
         """The rest of the first line of its output that has `prefix` in it."""
@@ -56,11 +63,16 @@ class Child:
     def terminate(self) -> None:
         self._signal(signal.SIGTERM)
 
-    def end(self) -> None:
-        """Wait for its end; after the grace period kill it and all it started."""
-        deadline = time.monotonic() + GRACE_S
+    def end(self, grace_s: float = GRACE_S) -> None:
+        """Wait for its end and that of all it started; kill what is left after the grace period.
+
+        deepspeed's launcher ends on SIGTERM at once, before its ranks have left in order.
+        """
+        deadline = time.monotonic() + grace_s
         while self.is_running and time.monotonic() < deadline:
             time.sleep(0.02)
+        while _group_lives(self.process.pid) and time.monotonic() < deadline:
+            time.sleep(0.1)
         self._signal(signal.SIGKILL)
         self.process.wait()
 
@@ -83,6 +95,19 @@ def run_until_end(command: Sequence[str]) -> int:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
+
+
+def _group_lives(group: int) -> bool:
+    """Whether any process of it runs; one that has ended, and that nobody has waited for, does not."""
+    return any(_runs_in(stat, group) for stat in Path("/proc").glob("[0-9]*/stat"))
+
+
+def _runs_in(stat: Path, group: int) -> bool:
+    try:
+        state, _, found, *_ = stat.read_text().rpartition(")")[2].split()  # after the name, which may hold anything
+    except (OSError, ValueError):
+        return False  # it has just ended
+    return int(found) == group and state not in "ZX"
 
 
 def _die_with_parent() -> None:

@@ -1,6 +1,7 @@
 """One rank of one serving instance. Started by `deepspeed --num_accelerators TP launch/serve.py --config FILE`.
 
-The leader (rank 0) prints READY when it takes requests, and ends on SIGTERM or SIGINT; followers end with their leader.
+The leader (rank 0) prints READY when it takes requests, and ends on SIGTERM, SIGINT or the end of a drain, which LEFT
+then says; followers end with their leader.
 """
 
 import argparse
@@ -48,6 +49,7 @@ def serve(config: InstanceConfig, stop: threading.Event) -> None:
         serving.run(stop)
     finally:
         instance.close()
+    print(f"LEFT {config.instance_id}", flush=True)
 
 
 def main() -> int:
@@ -63,7 +65,7 @@ def main() -> int:
     except (UserError, SupersededError) as error:
         print(f"ERROR {error}", flush=True)
         print(f"distkv serve: {error}", file=sys.stderr)
-        os._exit(2)  # other ranks may wait in a collective: do not join them
+        os._exit(error.exit_status)  # other ranks may wait in a collective: do not join them
     if dist.is_initialized():
         dist.destroy_process_group()
     return 0

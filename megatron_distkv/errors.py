@@ -6,7 +6,9 @@ class DistkvError(Exception):
 
 
 class UserError(DistkvError):
-    """Bad input: what, where and what would work, in one sentence. The command line prints it, exit status 2."""
+    """Bad input: what, where and what would work, in one sentence. The command line prints it."""
+
+    exit_status = 2
 
 
 class ConfigError(UserError):
@@ -22,7 +24,9 @@ class LedgerUnavailable(DistkvError):
 
 
 class SupersededError(DistkvError):
-    """A newer incarnation of this instance has registered: this one must stop."""
+    """A newer incarnation of this instance has registered: this one must stop, and not be started again."""
+
+    exit_status = 3
 
 
 class PeerLost(DistkvError):

@@ -17,6 +17,8 @@ SLOW_FILES = (
     "training/test_deepspeed.py",
     "e2e/test_unequal_tensor_parallelism.py",
     "e2e/test_faults.py",
+    "e2e/test_up.py",
+    "e2e/test_end_in_a_drain.py",
     "e2e/test_drain.py",
     "e2e/test_walk.py",
     "training/test_documents.py",

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from megatron_distkv import framing
 from megatron_distkv.cli.pool_arguments import add_pool_arguments
-from megatron_distkv.errors import UserError
+from megatron_distkv.errors import LedgerUnavailable, UserError
 from megatron_distkv.ledger import DebtLedger, open_ledger
 from megatron_distkv.messages import DrainInstance
 from megatron_distkv.pool import Member, picture_of
@@ -28,6 +28,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     ledger = open_ledger(args.ledger, args.pool)
+    try:
+        return _drain(ledger, args)
+    except LedgerUnavailable as error:
+        raise UserError(f"the ledger went away, {args.instance} goes on draining if it lives: {error}") from None
+    finally:
+        ledger.close()
+
+
+def _drain(ledger: DebtLedger, args: argparse.Namespace) -> int:
     record = _find(ledger, args.instance)
     _tell(record, DrainInstance(args.within))
     most = record.local_used + record.lent

@@ -1,20 +1,16 @@
 """`distkv gateway`: the OpenAI-compatible HTTP server of a pool."""
 
 import argparse
-import socket
 
 import uvicorn
 
+from megatron_distkv.cli.listening import listen_on
 from megatron_distkv.cli.pool_arguments import add_pool_arguments
 from megatron_distkv.config.admission import AdmissionConfig
 from megatron_distkv.config.base import parse_config
-from megatron_distkv.errors import UserError
 from megatron_distkv.ledger import open_ledger
 from megatron_distkv.log import setup_logging
 from megatron_distkv.server.app import Gateway
-
-# Connections that wait to be accepted.
-BACKLOG = 2048
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     setup_logging("gateway")
     admission = _admission(args)
     gateway = Gateway(open_ledger(args.ledger, args.pool), args.served_model_name, admission)
-    listening = _bind(args.host, args.port)
+    listening = listen_on(args.host, args.port)
     host, port = listening.getsockname()[:2]
     print(f"READY gateway http://{host}:{port}/v1", flush=True)
     config = uvicorn.Config(gateway.app(), log_level="warning", access_log=False, timeout_graceful_shutdown=2)
@@ -43,15 +39,3 @@ def _admission(args: argparse.Namespace) -> AdmissionConfig:
     values = {key: getattr(args, key) for key in AdmissionConfig.model_fields}
     given = {key: value for key, value in values.items() if value is not None}
     return parse_config(AdmissionConfig, given, "distkv gateway")
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    listening = socket.socket()
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listening.bind((host, port))
-        listening.listen(BACKLOG)  # before it says that it is ready: who connects at once waits, and is not refused
-    except OSError as error:
-        listening.close()
-        raise UserError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from None
-    return listening

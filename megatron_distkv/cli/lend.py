@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     ledger = open_ledger(config.ledger.url, config.ledger.pool)
     shape = _shape(args) if args.model else shape_of_pool(ledger, stop)
     if shape is None:
-        return 0
+        return _leave(config)
     size = _size(config, shape)
     lender = Lender(config, shape, ledger)
     try:
@@ -60,6 +60,12 @@ def run(args: argparse.Namespace) -> int:
         lender.run(stop)
     finally:
         lender.close()
+    return _leave(config)
+
+
+def _leave(config: LenderConfig) -> int:
+    """Tell who has started it that it was told to, and need not be started again."""
+    print(f"LEFT {config.lender_id}", flush=True)
     return 0
 
 

@@ -23,6 +23,13 @@ COMMANDS = {
 }
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """With defaults, but for options that have none of their own: "(default: None)" tells nobody anything."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="distkv", description="Megatron models whose KV cache is spread over many instances."
@@ -30,9 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     argv = sys.argv[1:] if argv is None else argv
     for name, help_text in COMMANDS.items():
-        subparser = commands.add_parser(
-            name, help=help_text, description=help_text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
+        subparser = commands.add_parser(name, help=help_text, description=help_text, formatter_class=_Help)
         if name in argv[:1]:
             module = importlib.import_module(f"megatron_distkv.cli.{name}")
             module.add_arguments(subparser)
@@ -42,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         return int(args.run(args) or 0)
     except (UserError, SupersededError) as error:
         print(f"distkv {args.command}: {error}", file=sys.stderr)
-        return 2
+        return error.exit_status
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # `distkv ledger | head`

@@ -39,6 +39,9 @@ class ClusterConfig(FrozenConfig):
     """Time between two plans of the gManager."""
     start_timeout_s: float = Field(180.0, gt=0)
     """An instance that is not ready within this time ends the start."""
+    log_dir: Path | None = None
+    """Where the parts' logs stay. None: in a directory of their own, which is removed after a clean end and kept where
+    a part has failed."""
     admission: AdmissionConfig = AdmissionConfig()
     """Of requests at the gateway."""
     kv_cache: KVCacheConfig = KVCacheConfig()

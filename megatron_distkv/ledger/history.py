@@ -42,12 +42,13 @@ def _book(owed: dict[str, int], event: Mapping[str, str]) -> None:
 
 
 def _sentence(event: Mapping[str, str]) -> str:
-    kind = event.get("event", "")
+    """Never a whole loan id: who knows it reads and writes the loan's rBlocks."""
+    shown = {**event, "name": loan_name(event.get("loan", ""))}
     try:
-        return _SENTENCES[kind].format_map({**event, "name": loan_name(event.get("loan", ""))})
-    except KeyError:  # an event of another version
-        shown = {key: loan_name(value) if key == "loan" else value for key, value in event.items() if key != "at_ms"}
-        return "  ".join(f"{key}={value}" for key, value in shown.items())
+        return _SENTENCES[event.get("event", "")].format_map(shown)
+    except KeyError:  # an event of a later version
+        facts = {key: loan_name(value) if "loan" in key else value for key, value in event.items() if key != "at_ms"}
+        return "  ".join(f"{key}={value}" for key, value in facts.items())
 
 
 def _time(event: Mapping[str, str]) -> str:

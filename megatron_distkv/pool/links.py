@@ -12,8 +12,6 @@ from megatron_distkv.log import get_logger
 logger = get_logger(__name__)
 # So many links are known before any is used, to members drawn at random: enough to know a slow network from a fast one.
 NUM_PROBED = 4
-# No link carries more: 100 GB/s, as one socket's memory. What seems quicker was too quick to be measured.
-MAX_BYTES_PER_US = 100_000.0
 # A member that cannot be measured is tried so often.
 ATTEMPTS = 3
 # How many figures a member publishes, of the links that it has used last.
@@ -44,9 +42,10 @@ class LinkCost(NamedTuple):
 def link_cost(round_trip_s: float, loaded_s: float, load_bytes: int, shape: RBlockShape) -> LinkCost:
     """For one rank of `shape`, from a round trip without a load and one with `load_bytes`.
 
-    A load that took no longer than nothing says only that the link is quicker than can be measured.
+    On a quick link the two differ by less than round trips do among themselves: the load is taken to need half of its
+    round trip at least, so that the bandwidth told is at most twice what was really seen.
     """
-    loading_us = max((loaded_s - round_trip_s) * 1e6, load_bytes / MAX_BYTES_PER_US)
+    loading_us = max(loaded_s - round_trip_s, loaded_s / 2) * 1e6
     bytes_per_us = load_bytes / loading_us  # a byte per microsecond is a megabyte per second
     round_trip_us = round_trip_s * 1e6
     ask_us = shape.num_layers * (round_trip_us + shape.query_bytes_per_rank / bytes_per_us)

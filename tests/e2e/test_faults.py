@@ -186,6 +186,7 @@ def test_ctrl_c_leaves_no_process_and_no_file(
         stdout=subprocess.PIPE, text=True, env=env,
     )  # fmt: skip
     assert up.stdout is not None
+    assert up.stdout.readline().startswith(f"logs: {short_tmp}/")
     assert f"2 instances serve hf checkpoint {byte_llama} (llama) at http://" in up.stdout.readline()
     assert len(descendants()) >= 5  # itself, ledger server, gManager, gateway, instances
     up.send_signal(signal.SIGINT)

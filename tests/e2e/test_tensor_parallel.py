@@ -6,12 +6,18 @@ from pathlib import Path
 from megatron_distkv.launch.local_cluster import LocalCluster
 
 from megatron_distkv.cli.main import main
+from megatron_distkv.ledger import open_ledger
+from megatron_distkv.ledger.embedded_server import EmbeddedServer
 from tests.e2e.conftest import OWN_TOKENS, Reference, cluster_config, openai_client
 from tests.e2e.test_api import GREEDY, as_text, random_prompt, wait_for_no_debts
 
 
-def test_tensor_parallel_instances_lend_and_agree_with_one_rank(byte_llama: Path, reference: Reference) -> None:
-    config = cluster_config(byte_llama, instances=2, tensor_parallel=2, launcher="deepspeed")
+def test_tensor_parallel_instances_lend_and_agree_with_one_rank(
+    byte_llama: Path, reference: Reference, server: EmbeddedServer
+) -> None:
+    ledger = {"url": server.url, "heartbeat_interval_s": 0.1, "lease_s": 300.0}
+    changes = {"tensor_parallel": 2, "launcher": "deepspeed", "ledger": ledger, "start_timeout_s": 600.0}
+    config = cluster_config(byte_llama, instances=2, **changes)
     with LocalCluster(config) as cluster, openai_client(cluster) as client:
         for length in (20, int(1.6 * OWN_TOKENS)):
             prompt = random_prompt(length, seed=length)
@@ -45,3 +51,10 @@ def test_tensor_parallel_instances_lend_and_agree_with_one_rank(byte_llama: Path
         assert text == as_text(reference(prompt, 80))
         (kv,) = usage.kv  # type: ignore[union-attr]
         assert (kv["instance"], kv["num_recomputed_tokens"]) == ("instance-1", 0)
+        # And it has ended in order
+        assert cluster.child("instance-0").process.wait(60) == 0
+        ended = cluster.ended("instance-0")
+        assert ended is not None
+        assert ended.is_in_order
+    # And so has the other one with the pool, long before its lease, although the launcher ends before its ranks do
+    assert open_ledger(server.url, "default").snapshot().instances == ()
