@@ -36,6 +36,7 @@ from megatron_distkv.rmanager import (
     SuccessorDesk,
     Ways,
 )
+from megatron_distkv.transport import OnFatal
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def assemble(rank: Rank, ledger: DebtLedger) -> Parts:
     desk = SuccessorDesk(peers, me, limits.deadline_s)
     handover = Handover(ledger, me, desk, borrowing, rmanager, scheduler, limits.max_moved_rblocks_per_step)
     departure = Departure(admission, reporting, lending, rmanager, allocator, scheduler, borrowing, adoptions, handover)
-    doors = _open_doors(rank, LenderDesk(lending, rank.creditor, adoptions))
+    doors = _open_doors(rank, LenderDesk(lending, rank.creditor, adoptions), on_fatal=None)
     heartbeat = Heartbeat(ledger, me, config.ledger, lending, late_releases, membership.join, lambda: reporting.report)
     return Parts(
         allocator, host, membership, followers, borrowing, lending, adoptions, rmanager, scheduler, admission,
@@ -130,7 +131,8 @@ def _ways(rank: Rank, ledger: DebtLedger, membership: Membership) -> Ways:
     )
 
 
-def _open_doors(rank: Rank, desk: LenderDesk) -> Doors:
+def _open_doors(rank: Rank, desk: LenderDesk, on_fatal: OnFatal | None) -> Doors:
+    """`on_fatal`: told, by a channel's thread, what this instance must end for."""
     config = rank.config
     if config.ledger.url != LONELY_LEDGER:
         warn_of_open_doors(config.network, rank.secret, config.ledger.pool)
@@ -142,4 +144,5 @@ def _open_doors(rank: Rank, desk: LenderDesk) -> Doors:
         desk.answer,
         secret=rank.secret,
         on_disconnect=rank.creditor.forget,
+        on_fatal=on_fatal,
     )

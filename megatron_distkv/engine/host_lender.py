@@ -6,9 +6,10 @@ from megatron_distkv.config.network import NetworkConfig
 from megatron_distkv.engine.lender import Lender
 from megatron_distkv.kvcache.rblock_shape import RBlockShape
 from megatron_distkv.ledger import open_ledger
+from megatron_distkv.transport import OnFatal
 
 
-def open_host_lender(config: InstanceConfig, shape: RBlockShape) -> Lender | None:
+def open_host_lender(config: InstanceConfig, shape: RBlockShape, on_fatal: OnFatal | None = None) -> Lender | None:
     """A member of the pool named `ID.host`, from now on; None where the configuration gives it no memory."""
     if not config.kv_cache.num_lent_host_rblocks:
         return None
@@ -19,7 +20,7 @@ def open_host_lender(config: InstanceConfig, shape: RBlockShape) -> Lender | Non
         ledger=config.ledger,
         network=_behind_the_ranks(config.network, config.tensor_parallel),
     )
-    return Lender(lender, shape, open_ledger(config.ledger.url, config.ledger.pool))
+    return Lender(lender, shape, open_ledger(config.ledger.url, config.ledger.pool), on_fatal)
 
 
 def _behind_the_ranks(network: NetworkConfig, num_ranks: int) -> NetworkConfig:

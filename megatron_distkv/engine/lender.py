@@ -9,6 +9,7 @@ from megatron_distkv.config.lender import LenderConfig
 from megatron_distkv.engine.addresses import rank_address
 from megatron_distkv.engine.closing import close_in_order
 from megatron_distkv.engine.doors import Doors, advertised_address, warn_of_open_doors
+from megatron_distkv.engine.fatal_event import FatalEvent
 from megatron_distkv.engine.lender_desk import LenderDesk
 from megatron_distkv.engine.membership import Membership, published_shape
 from megatron_distkv.errors import LedgerUnavailable, UserError
@@ -18,7 +19,7 @@ from megatron_distkv.ledger import LENDER, QUERY_US, ROLE, DebtLedger, InstanceR
 from megatron_distkv.log import get_logger
 from megatron_distkv.rblock import InstanceId
 from megatron_distkv.rmanager import Heartbeat, Identity, LateReleases, Lending, NoFollowers
-from megatron_distkv.transport import read_secret
+from megatron_distkv.transport import OnFatal, read_secret
 
 logger = get_logger(__name__)
 # How often the main thread, which has nothing else to do, looks for the word to stop.
@@ -55,8 +56,13 @@ class Lender:
     It never borrows.
     """
 
-    def __init__(self, config: LenderConfig, shape: RBlockShape, ledger: DebtLedger) -> None:
+    def __init__(
+        self, config: LenderConfig, shape: RBlockShape, ledger: DebtLedger, on_fatal: OnFatal | None = None
+    ) -> None:
+        """`on_fatal`: told what this process must end for, where nobody calls `run`, which raises it."""
         self._ledger = ledger
+        self._fatal = FatalEvent()
+        self._on_fatal = on_fatal or self._fatal.note
         self._asked_back_s = 0.0
         self.num_rblocks = num_rblocks_to_lend(config, shape)
         self.allocator = RBlockAllocator(self.num_rblocks, self.num_rblocks)
@@ -83,8 +89,9 @@ class Lender:
         self._heartbeat.start()
 
     def run(self, stop: threading.Event) -> None:
-        """Until `stop`; raises SupersededError when another has come under the same name."""
+        """Until `stop`; raises SupersededError when another has come under the same name, or what broke it."""
         while not stop.wait(WATCH_INTERVAL_S):
+            self._fatal.raise_if_noted()
             if self._heartbeat.superseded is not None:
                 raise self._heartbeat.superseded
         self.drain(DRAIN_WITHIN_S)
@@ -137,4 +144,5 @@ class Lender:
             LenderDesk(self.lending, creditor).answer,
             secret=secret,
             on_disconnect=creditor.forget,
+            on_fatal=self._on_fatal,
         )
