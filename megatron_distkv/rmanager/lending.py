@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from megatron_distkv import metrics
 from megatron_distkv.attention import LoanTable
 from megatron_distkv.errors import LedgerUnavailable
 from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
@@ -186,6 +187,8 @@ class Lending:
         return Refusal.CAP if self._allocator.can_allocate(count) else Refusal.FULL
 
     def _grant(self, loan_id: LoanId, header: LendHeader, block_ids: Sequence[int]) -> None:
+        if loan_id not in self._lent:  # a debtor may ask twice
+            metrics.LOANS_MADE.inc()
         self._lent[loan_id] = Lent(InstanceId(header.debtor), header.debtor_epoch, header.num_rblocks)
         self._followers.grant(loan_id, header.debtor, block_ids)
         self._loan_table.grant(loan_id, header.debtor, block_ids)
@@ -204,6 +207,7 @@ class Lending:
 
     def _revoke(self, loan_id: LoanId) -> None:
         del self._lent[loan_id]
+        metrics.LOANS_ENDED.inc()
         self._loan_table.revoke(loan_id)
         self._followers.revoke(loan_id)
 

@@ -7,6 +7,7 @@ move to own host memory, then to creditors, a bounded number per step, so that a
 import time
 from collections.abc import Collection, Mapping, Sequence
 
+from megatron_distkv import metrics
 from megatron_distkv.config.instance import LendingConfig
 from megatron_distkv.kvcache.block_table import BlockTable
 from megatron_distkv.kvcache.open_slots import OpenSlots
@@ -168,6 +169,7 @@ class RManager:
 
     def recall(self, loan_id: str) -> None:
         """The creditor wants this loan back: its rBlocks come home in the next steps."""
+        metrics.LOANS_RECALLED.inc()
         self._homecoming.recall(loan_id)
 
     def note_held_back(self, held_back_s: Mapping[str, float], step_s: float) -> None:
