@@ -46,5 +46,13 @@ class UnreadableMessage(DistkvError):
     """Bytes of another process that are not what they should be."""
 
 
-class IntegrityError(DistkvError):
+class FatalError(DistkvError):
+    """What a process cannot go on with, whichever of its threads meets it: it ends, and others take its work over."""
+
+
+class IntegrityError(FatalError):
     """A conservation law of the memory accounts is broken: a bug, never a user's fault."""
+
+
+class RankLost(PeerLost, FatalError):
+    """A tensor-parallel rank of this very instance is gone: no rank can go on alone."""

@@ -1,8 +1,15 @@
-"""Prometheus metrics of this process. One registry, so that /metrics and the instances' reports show the same names."""
+"""What gateways and instances count, for Prometheus (docs/metrics.md). Gateways show both.
+
+An instance's counts travel in its InstanceStatus. No label may have a value for each request or member that ever was.
+"""
+
+from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.samples import Sample
 
 REGISTRY = CollectorRegistry()
+INSTANCE_REGISTRY = CollectorRegistry()
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 REQUESTS = Counter("distkv_requests", "Requests ended, by outcome", ["outcome"], registry=REGISTRY)
@@ -28,22 +35,43 @@ TTFT_SECONDS = Histogram(
 TPOT_SECONDS = Histogram(
     "distkv_time_per_output_token_seconds", "Mean gap between tokens of a request", buckets=_SECONDS, registry=REGISTRY
 )
-INSTANCE_RBLOCKS = Gauge("distkv_rblocks", "rBlocks of an instance, by state", ["instance", "state"], registry=REGISTRY)
-INSTANCE_REQUESTS = Gauge(
-    "distkv_instance_requests", "Requests in an instance, by state", ["instance", "state"], registry=REGISTRY
+
+# ------------------------------------------------------------------ of an instance
+
+STEPS = Counter("distkv_steps", "Steps of the engine", registry=INSTANCE_REGISTRY)
+COMPUTED_TOKENS = Counter(
+    "distkv_computed_tokens",
+    "Tokens whose KV was computed: prompts, outputs, and all that again",
+    registry=INSTANCE_REGISTRY,
+)
+RECOMPUTED_TOKENS = Counter(
+    "distkv_recomputed_tokens",
+    "Tokens whose KV was lost and is computed again: by a preemption, or with a creditor or another instance",
+    registry=INSTANCE_REGISTRY,
+)
+PREEMPTIONS = Counter("distkv_preemptions", "Running requests that gave up their memory", registry=INSTANCE_REGISTRY)
+LOANS_MADE = Counter("distkv_loans_made", "Loans that this instance gave to others", registry=INSTANCE_REGISTRY)
+LOANS_ENDED = Counter("distkv_loans_ended", "Of those, loans that have ended", registry=INSTANCE_REGISTRY)
+LOANS_RECALLED = Counter(
+    "distkv_loans_recalled", "Loans to this instance that their creditors wanted back early", registry=INSTANCE_REGISTRY
 )
 REFUSED_CHANNELS = Counter(
-    "distkv_refused_channels", "Channels refused at the handshake, by reason", ["reason"], registry=REGISTRY
+    "distkv_refused_channels", "Channels refused at the handshake, by reason", ["reason"], registry=INSTANCE_REGISTRY
 )
 WRONG_CREDITORS = Counter(
     "distkv_wrong_creditors",
-    "Alarms: a creditor gave back other bytes than it got (`rblocks`), or answered wrongly (`partial`)",
-    ["creditor", "what"],
-    registry=REGISTRY,
+    "Alarms: a creditor gave back other bytes than it got (`rblocks`), or answered wrongly (`partial`); logs name it",
+    ["what"],
+    registry=INSTANCE_REGISTRY,
 )
 REFUSED_ACCESSES = Counter(
     "distkv_refused_accesses",
     "Queries and stores refused: the loan has `ended`, or the memory is another's (`foreign`)",
     ["kind", "reason"],
-    registry=REGISTRY,
+    registry=INSTANCE_REGISTRY,
 )
+
+
+def instance_counts() -> Iterator[Sample]:
+    """What this process, an instance, has counted since it began."""
+    return (x for family in INSTANCE_REGISTRY.collect() for x in family.samples if x.name.endswith("_total"))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from megatron_distkv import metrics
 from megatron_distkv.sampling_params import SamplingParams
 
 
@@ -132,13 +133,16 @@ class Request:
             kept = [piece for have in kept for piece in _without(have, gone)]
         self.num_computed_tokens = kept[-1].stop if kept else 0
         self.lost_ranges = gaps_before(kept)
-        self.num_recomputed_tokens += num_before - sum(len(piece) for piece in kept)
+        num_gone = num_before - sum(len(piece) for piece in kept)
+        self.num_recomputed_tokens += num_gone
+        metrics.RECOMPUTED_TOKENS.inc(num_gone)
 
     def start_over(self) -> None:
         """All its KV is gone."""
         self.status = RequestStatus.WAITING
         self.lose(range(self.num_computed_tokens))
         self.num_preemptions += 1
+        metrics.PREEMPTIONS.inc()
 
     def finish(self, reason: FinishReason) -> None:
         self.status = RequestStatus.FINISHED

@@ -1,6 +1,6 @@
 """How long an answer may take before its creditor is asked whether it lives: learnt from the answers so far."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 # Half-life of the slowest round trip, in answers: a slow minute is not forgotten at once, and not for ever.
 DECAY = 0.5 ** (1 / 1024)
@@ -39,6 +39,10 @@ class Deadlines:
         """It was lost: one that comes back under its name is another."""
         self._slowest_s.pop(peer, None)
         self._num_answers.pop(peer, None)
+
+    def forget_all_but(self, peers: Container[str]) -> None:
+        for peer in [peer for peer in self._slowest_s if peer not in peers]:
+            self.forget(peer)
 
     def is_alive(self, peer: str) -> bool:
         return self._is_alive(peer, self._least_s)

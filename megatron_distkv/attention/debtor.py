@@ -1,7 +1,7 @@
 """The asking side: one message per creditor and layer for the whole batch, answered while local work goes on."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import msgspec
 import torch
@@ -72,6 +72,13 @@ class Debtor:
         self.lost = {}
         self.waited_s = 0.0
         self.held_back_s = {}
+
+    def forget_all_but(self, creditors: Container[str]) -> None:
+        """Nothing is kept of members that are gone."""
+        if self._deadlines is not None:
+            self._deadlines.forget_all_but(creditors)
+        if self._verification is not None:
+            self._verification.forget_all_but(creditors)
 
     def ask(self, layer: int, q_THD: torch.Tensor, scoring: Scoring = ORDINARY) -> None:
         """Send each creditor its query rows; none to whom the layer's window has left behind."""

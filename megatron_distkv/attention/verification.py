@@ -1,7 +1,7 @@
 """Does a creditor tell the truth? One rank's checks of what comes back, and the alarm."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -48,8 +48,8 @@ class Question(NamedTuple):
 class Verification:
     """Answers are always checked for NaN and infinity. One in `one_in` (0: none) is computed again from a copy.
 
-    A copy comes from the same creditor, so it is first compared with digests of what was sent there. `wrong` names the
-    creditors that failed a check, ever.
+    A copy comes from the same creditor, so it is first compared with digests of what was sent there: an answer over
+    rBlocks that somebody else has sent, as of a request that was handed over, is not computed again.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Verification:
         self._deadline_s = deadline_s
         self._sent = SentRBlocks()
         self._got_no_numbers: set[str] = set()
-        self.wrong: set[str] = set()
+        self._wrong: set[str] = set()
 
     def note_sent(self, creditor: str, loan_id: str, block_ids: Sequence[int], data_MLK2ND: torch.Tensor) -> None:
         """These rBlocks lie at `creditor` now."""
@@ -78,6 +78,16 @@ class Verification:
             self._got_no_numbers.add(creditor)  # from us: it may answer with none
         if self._one_in:
             self._sent.note(creditor, loan_id, block_ids, data_MLK2ND)
+
+    def take_wrong(self) -> frozenset[str]:
+        """The creditors that have failed a check since the last time."""
+        wrong, self._wrong = frozenset(self._wrong), set()
+        return wrong
+
+    def forget_all_but(self, creditors: Container[str]) -> None:
+        """What was sent to others is lost: one that comes back under its name has nothing of ours."""
+        self._sent.forget_all_but(creditors)
+        self._got_no_numbers = {creditor for creditor in self._got_no_numbers if creditor in creditors}
 
     def check_returned(self, creditor: str, block_ids: Sequence[int], data_MLK2ND: torch.Tensor) -> None:
         """Raises PeerWrong unless these are the bytes that were sent."""
@@ -88,7 +98,7 @@ class Verification:
     def verified(self, channel: CreditorChannel, question: Question, partial: Partial) -> Partial:
         """The partial, good for longer than the mailbox; raises PeerWrong when it cannot be true, PeerLost."""
         self.check_numbers(question.creditor, question.q_RHD, partial.out_RHD, partial.lse_RH)
-        if not self._one_in or random.randrange(self._one_in):
+        if not self._is_next(question):
             return partial
         partial = partial._replace(out_RHD=partial.out_RHD.clone())
         out_RHD, lse_RH = self._compute(channel, question)
@@ -102,7 +112,7 @@ class Verification:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The same for an answer in fixed order: not a bit may differ. No key need be seen there."""
         self.check_numbers(question.creditor, question.q_RHD, out, _without_infinity(lse))
-        if not self._one_in or random.randrange(self._one_in):
+        if not self._is_next(question):
             return out, lse
         out, lse = out.clone(), lse.clone()
         expected = self._compute_in_fixed_order(channel, question)
@@ -116,6 +126,13 @@ class Verification:
             return
         if creditor not in self._got_no_numbers and q_RHD.isfinite().all():
             raise self._alarm(creditor, Wrong.PARTIAL, "it answers with NaN or infinity")
+
+    def _is_next(self, question: Question) -> bool:
+        """Whether this is the one of so many, and all that it takes to compute it again was sent from here."""
+        if not self._one_in or random.randrange(self._one_in):
+            return False
+        asked = (block_id for share in question.shares for block_id in share.block_ids)
+        return self._sent.knows(question.creditor, asked)
 
     def _compute(self, channel: CreditorChannel, question: Question) -> tuple[torch.Tensor, torch.Tensor]:
         outs, lses, first = [], [], 0
@@ -177,8 +194,8 @@ class Verification:
         return attend_shares(q_THD, kv, question.layer, index, self._scale)
 
     def _alarm(self, creditor: str, what: Wrong, sentence: str) -> PeerWrong:
-        self.wrong.add(creditor)
-        metrics.WRONG_CREDITORS.labels(creditor, what.value).inc()
+        self._wrong.add(creditor)
+        metrics.WRONG_CREDITORS.labels(what.value).inc()
         logger.error("ALARM: %s cannot be trusted: %s", creditor, sentence)
         return PeerWrong(creditor, sentence)
 

@@ -91,7 +91,7 @@ def _say_where(cluster: LocalCluster) -> None:
     if cluster.secret_file is not None:
         _say(f"who joins must know its secret: DISTKV_SECRET=$(cat {cluster.secret_file})")
     with contextlib.suppress(LedgerUnavailable):
-        _say(render_debts(cluster.ledger.snapshot()))
+        _say(render_debts(picture_of(cluster.ledger.snapshot())))
 
 
 def _config(args: argparse.Namespace) -> ClusterConfig:

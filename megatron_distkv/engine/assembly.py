@@ -124,7 +124,7 @@ class Parts:
         self.membership.join()
         self.membership.beat()
         self.heartbeat.start()
-        self.departure.host_lender = open_host_lender(self.rank.config, self.rank.shape)
+        self.departure.host_lender = open_host_lender(self.rank.config, self.rank.shape, self.fatal)
         if self.rank.config.lending.enabled and not self._is_lonely:
             self.link_probes.start()
 
@@ -172,6 +172,7 @@ class Parts:
             LenderHandler(self.lending, rank.creditor, self.adoptions).answer,
             secret=rank.secret,
             on_disconnect=rank.creditor.forget,
+            on_fatal=self.fatal.report,
         )
 
 

@@ -12,6 +12,7 @@ from megatron_distkv.transport import (
     Handler,
     Hello,
     Listener,
+    OnFatal,
     Tls,
     load_tls,
     parse_address,
@@ -34,8 +35,9 @@ class Doors:
         *,
         secret: bytes,
         on_disconnect: Callable[[Hello], None],
+        on_fatal: OnFatal | None = None,
     ) -> None:
-        """`socket_address`: `unix:PATH` of this rank."""
+        """`socket_address`: `unix:PATH` of this rank. `on_fatal`: as a Listener's."""
         addresses = [socket_address] if network.shared_memory else []
         if network.endpoint is not None:
             addresses.append(str(network.endpoint.of_rank(rank)._replace(carrier=network.carrier)))
@@ -43,8 +45,17 @@ class Doors:
         self._listeners: list[Listener] = []
         try:
             for address in addresses:
-                listener = Listener(address, pool, handler, secret=secret, tls=tls, on_disconnect=on_disconnect)
-                self._listeners.append(listener)
+                self._listeners.append(
+                    Listener(
+                        address,
+                        pool,
+                        handler,
+                        secret=secret,
+                        tls=tls,
+                        on_disconnect=on_disconnect,
+                        on_fatal=on_fatal,
+                    )
+                )
         except BaseException:
             self.close()
             raise

@@ -2,14 +2,14 @@
 
 import contextlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
 
 from megatron_distkv.engine.addresses import control_address
 from megatron_distkv.engine.batch import StepPlan, StepReply
-from megatron_distkv.errors import PeerLost
+from megatron_distkv.errors import PeerLost, RankLost
 from megatron_distkv.messages import GrantHeader, MessageKind, RevokeHeader, decode
 from megatron_distkv.rblock import InstanceId
 from megatron_distkv.transport import PROTOCOL_VERSION, Channel, Hello, connect
@@ -25,7 +25,7 @@ GRANT_DEADLINE_S = 30.0
 class FollowerRanks:
     """Ranks 1 .. size - 1, over channels that only this instance's `secret` opens.
 
-    A lost follower raises PeerLost, and the instance ends: no rank can go on alone.
+    A lost follower raises RankLost, and the instance ends: no rank can go on alone.
     """
 
     def __init__(self, run_dir: Path, instance: InstanceId, pool: str, size: int, secret: bytes) -> None:
@@ -35,15 +35,17 @@ class FollowerRanks:
 
     def begin_step(self, plan: StepPlan) -> None:
         header = msgspec.msgpack.encode(plan)
-        for channel in self._steps:
-            channel.post(MessageKind.STEP, header)
+        with _lost_for_good():
+            for channel in self._steps:
+                channel.post(MessageKind.STEP, header)
 
     def end_step(self) -> StepReply:
         """Creditors that any follower lost."""
         lost: dict[str, str] = {}
         wrong: set[str] = set()
         for channel in self._steps:
-            reply = decode(channel.wait(STEP_DEADLINE_S).header, StepReply)
+            with _lost_for_good():
+                reply = decode(channel.wait(STEP_DEADLINE_S).header, StepReply)
             lost.update(reply.lost)
             wrong.update(reply.wrong)
         return StepReply(lost, sorted(wrong))
@@ -64,9 +66,18 @@ class FollowerRanks:
             channel.close()
 
     def _tell(self, kind: MessageKind, header: msgspec.Struct) -> None:
-        with self._lock:
+        with self._lock, _lost_for_good():
             for channel in self._grants:
                 channel.call(kind, msgspec.msgpack.encode(header), deadline_s=GRANT_DEADLINE_S)
+
+
+@contextlib.contextmanager
+def _lost_for_good() -> Iterator[None]:
+    """Other instances are lost and come back; a rank of our own does not."""
+    try:
+        yield
+    except PeerLost as error:
+        raise RankLost(error.peer, error.reason) from error
 
 
 def _connect(run_dir: Path, instance: InstanceId, pool: str, rank: int, secret: bytes) -> Channel:

@@ -1,5 +1,6 @@
 """The memory-only lender of an instance's own: lends host memory that the instance does not need itself."""
 
+from megatron_distkv.background import Fatal
 from megatron_distkv.config.instance import InstanceConfig
 from megatron_distkv.config.lender import LenderConfig
 from megatron_distkv.config.network import NetworkConfig
@@ -8,7 +9,7 @@ from megatron_distkv.kvcache.rblock_shape import RBlockShape
 from megatron_distkv.ledger import open_ledger
 
 
-def open_host_lender(config: InstanceConfig, shape: RBlockShape) -> Lender | None:
+def open_host_lender(config: InstanceConfig, shape: RBlockShape, fatal: Fatal) -> Lender | None:
     """A member of the pool named `ID.host`, from now on; None where the configuration gives it no memory."""
     if not config.kv_cache.num_lent_host_rblocks:
         return None
@@ -19,7 +20,7 @@ def open_host_lender(config: InstanceConfig, shape: RBlockShape) -> Lender | Non
         ledger=config.ledger,
         network=_behind_the_ranks(config.network, config.tensor_parallel),
     )
-    return Lender(lender, shape, open_ledger(config.ledger.url, config.ledger.pool))
+    return Lender(lender, shape, open_ledger(config.ledger.url, config.ledger.pool), fatal)
 
 
 def _behind_the_ranks(network: NetworkConfig, num_ranks: int) -> NetworkConfig:

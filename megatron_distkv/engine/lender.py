@@ -57,9 +57,12 @@ class Lender:
     It never borrows.
     """
 
-    def __init__(self, config: LenderConfig, shape: RBlockShape, ledger: DebtLedger) -> None:
+    def __init__(
+        self, config: LenderConfig, shape: RBlockShape, ledger: DebtLedger, fatal: Fatal | None = None
+    ) -> None:
+        """`fatal`: hears what this process must end for, where nobody calls `run`, which raises it."""
         self._ledger = ledger
-        self.fatal = Fatal()
+        self.fatal = fatal or Fatal()
         clock, identity = SystemClock(), Identity(InstanceId(config.lender_id))
         self.num_rblocks = num_rblocks_to_lend(config, shape)
         self.allocator = RBlockAllocator(self.num_rblocks, self.num_rblocks)
@@ -136,4 +139,5 @@ class Lender:
             LenderHandler(self.lending, creditor).answer,
             secret=secret,
             on_disconnect=creditor.forget,
+            on_fatal=self.fatal.report,
         )

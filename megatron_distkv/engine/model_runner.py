@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 
+from megatron_distkv import metrics
 from megatron_distkv.attention import (
     Debtor,
     FixedAttention,
@@ -60,8 +61,11 @@ class ModelRunner:
 
     def run(self, plan: StepPlan) -> StepResult:
         """The same collectives on every rank, whatever is lost on the way."""
+        metrics.STEPS.inc()
+        metrics.COMPUTED_TOKENS.inc(len(plan.token_ids))
         result = self._run(plan)
-        return result._replace(wrong=frozenset(self._verification.wrong & result.lost.keys()))
+        self._debtor.forget_all_but(self._peers.keys() - result.lost.keys())
+        return result._replace(wrong=self._verification.take_wrong() & result.lost.keys())
 
     def _run(self, plan: StepPlan) -> StepResult:
         lost = self._migration.carry_out([*plan.moves, *plan.pulls, *plan.pushes])

@@ -3,7 +3,8 @@
 from megatron_distkv.engine.scheduler import Scheduler
 from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
 from megatron_distkv.ledger import InstanceReport, InstanceState, RequestPlacementEntry
-from megatron_distkv.messages import InstanceStatus
+from megatron_distkv.messages import Counted, InstanceStatus
+from megatron_distkv.metrics import instance_counts
 from megatron_distkv.pool import Loans
 from megatron_distkv.rblock import InstanceId
 from megatron_distkv.request import Request
@@ -59,6 +60,7 @@ class Reporting:
             num_steps=self.num_steps,
             num_preemptions=self._scheduler.num_preemptions,
             num_computed_tokens=self.num_computed_tokens,
+            counted=[Counted(count.name, dict(count.labels), count.value) for count in instance_counts()],
         )
 
     def _placements(self, request: Request) -> list[RequestPlacementEntry]:

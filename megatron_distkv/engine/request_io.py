@@ -6,28 +6,34 @@ import itertools
 import queue
 import socket
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 
 from megatron_distkv import framing
+from megatron_distkv.background import Fatal
 from megatron_distkv.errors import UserError
-from megatron_distkv.log import get_logger
-from megatron_distkv.messages import AbortRequest, FromInstance, NewRequest, ToInstance
+from megatron_distkv.log import calm_shortages, get_logger
+from megatron_distkv.messages import FromInstance, ToInstance
 
 logger = get_logger(__name__)
 # A client that does not read has this long to take what was sent to it, when the door closes.
 LAST_WORDS_S = 0.5
 
 
+class ClientLeft(NamedTuple):
+    """A client's last word: nobody waits for its requests any more."""
+
+
 class Inbound(NamedTuple):
     client: int
-    message: ToInstance
+    message: ToInstance | ClientLeft
 
 
 class RequestIO:
-    """`inbox` is read by the engine's thread. A client that leaves aborts its requests. Raises UserError."""
+    """`inbox` is read by the engine's thread; `fatal` says that nobody can come in any more. Raises UserError."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -35,21 +41,25 @@ class RequestIO:
         self.inbox: queue.SimpleQueue[Inbound] = queue.SimpleQueue()
         self._writers: dict[int, asyncio.StreamWriter] = {}
         self._clients = itertools.count()
+        self.fatal = Fatal()
         self._loop = asyncio.new_event_loop()
         self._closing = asyncio.Event()
         self._is_listening = threading.Event()
         self._thread = threading.Thread(target=self._run, name="requests", daemon=True)
         self._thread.start()
         self._is_listening.wait()
+        self.fatal.raise_if_any()
 
-    def send(self, client: int, message: FromInstance) -> None:
-        """From the engine's thread; never waits for a slow client."""
+    def send(self, client: int, messages: Iterable[FromInstance]) -> None:
+        """From the engine's thread, which wakes the other one once for all of them; never waits for a slow client."""
+        data = b"".join(framing.pack(message) for message in messages)
         with contextlib.suppress(RuntimeError):  # the loop has ended: so have the clients
-            self._loop.call_soon_threadsafe(self._write, client, framing.pack(message))
+            self._loop.call_soon_threadsafe(self._write, client, data)
 
     def close(self) -> None:
         """Clients have a moment to take their last messages."""
-        self._loop.call_soon_threadsafe(self._closing.set)
+        with contextlib.suppress(RuntimeError):  # it has ended by itself
+            self._loop.call_soon_threadsafe(self._closing.set)
         self._thread.join()
         self._path.unlink(missing_ok=True)
 
@@ -59,10 +69,17 @@ class RequestIO:
             writer.write(data)
 
     def _run(self) -> None:
-        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
-            runner.run(self._serve_all())
+        try:
+            with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+                runner.run(self._serve_all())
+        except BaseException as error:
+            logger.critical("no gateway can come in at %s any more: %s", self._path, error, exc_info=error)
+            self.fatal.report(error)
+        finally:
+            self._is_listening.set()
 
     async def _serve_all(self) -> None:
+        calm_shortages(self._loop, logger)
         server = await asyncio.start_unix_server(self._serve, sock=self._socket)
         self._is_listening.set()
         await self._closing.wait()
@@ -86,21 +103,16 @@ class RequestIO:
         if self._closing.is_set():
             writer.close()
         decoder = msgspec.msgpack.Decoder(ToInstance)
-        request_ids: set[str] = set()
         try:
             while True:
-                message = await framing.read(reader, decoder)
-                if isinstance(message, NewRequest):
-                    request_ids.add(message.request_id)
-                self.inbox.put(Inbound(client, message))
+                self.inbox.put(Inbound(client, await framing.read(reader, decoder)))
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
         except (ValueError, msgspec.MsgspecError) as error:
             logger.warning("closing a client's connection: %s", error)
         finally:
             del self._writers[client]
-            for request_id in request_ids:
-                self.inbox.put(Inbound(client, AbortRequest(request_id)))
+            self.inbox.put(Inbound(client, ClientLeft()))
             writer.close()
 
 

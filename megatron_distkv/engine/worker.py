@@ -25,7 +25,7 @@ class Worker:
 
     def __init__(self, rank: Rank) -> None:
         self._rank = rank
-        self._plans: queue.SimpleQueue[StepPlan | None] = queue.SimpleQueue()
+        self._plans: queue.SimpleQueue[StepPlan | BaseException | None] = queue.SimpleQueue()
         self._replies: queue.SimpleQueue[StepReply] = queue.SimpleQueue()
         self._has_ended = threading.Event()
         config = rank.config
@@ -37,6 +37,7 @@ class Worker:
             self._answer,
             secret=rank.secret,
             on_disconnect=rank.creditor.forget,
+            on_fatal=self._plans.put,
         )
         self._control = Listener(
             control_address(config.run_dir, config.instance_id, rank.parallel.rank),
@@ -44,13 +45,16 @@ class Worker:
             self._obey,
             secret=share_instance_secret(),
             on_disconnect=self._on_leader_gone,
+            on_fatal=self._plans.put,
         )
         dist.barrier()  # the leader connects after this
 
     def run(self) -> None:
-        """Until the leader says stop, or is gone."""
+        """Until the leader says stop, or is gone; raises what a channel's thread could not go on with."""
         try:
             while (plan := self._plans.get()) is not None:
+                if isinstance(plan, BaseException):
+                    raise plan
                 result = self._rank.runner.run(plan)
                 self._replies.put(StepReply(result.lost, sorted(result.wrong)))
         finally:

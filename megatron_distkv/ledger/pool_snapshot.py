@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from megatron_distkv.ledger.records import InstanceRecord, InstanceState, Loan, RequestPlacementEntry
-from megatron_distkv.rblock import HOST, InstanceId, loan_name
+from megatron_distkv.rblock import HOST, InstanceId
 
 
 @dataclass(frozen=True)

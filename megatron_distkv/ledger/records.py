@@ -6,6 +6,7 @@ from enum import StrEnum
 
 from megatron_distkv.rblock import InstanceId, LoanKey
 
+
 class InstanceState(StrEnum):
     UP = "up"
     DRAINING = "draining"  # lends nothing any more

@@ -19,6 +19,7 @@ from megatron_distkv.messages.queries import QueryHeader, QueryShare, Scoring
 from megatron_distkv.messages.receipt import RequestKV
 from megatron_distkv.messages.requests import (
     AbortRequest,
+    Counted,
     DrainInstance,
     FromInstance,
     HandedOver,
@@ -38,6 +39,7 @@ __all__ = [
     "AdoptHeader",
     "BlockId",
     "Count",
+    "Counted",
     "DrainInstance",
     "FetchHeader",
     "FromInstance",

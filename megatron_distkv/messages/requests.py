@@ -75,6 +75,14 @@ class HandedOver(msgspec.Struct, frozen=True, tag="handed_over"):
     adoption_id: str = ""
 
 
+class Counted(msgspec.Struct, frozen=True, array_like=True):
+    """One series of a counter, as in /metrics but for the instance's name; it begins at 0 with the instance."""
+
+    name: str
+    labels: dict[str, str]
+    value: float
+
+
 class InstanceStatus(msgspec.Struct, frozen=True, tag="instance_status"):
     query_id: int
     instance_id: str
@@ -88,6 +96,7 @@ class InstanceStatus(msgspec.Struct, frozen=True, tag="instance_status"):
     num_preemptions: int
     num_computed_tokens: int
     used_host_rblocks: int = 0
+    counted: list[Counted] = []
 
 
 ToInstance = NewRequest | AbortRequest | StatusQuery | DrainInstance

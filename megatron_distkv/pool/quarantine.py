@@ -34,7 +34,11 @@ class Quarantine:
         self._last_s.pop(member, None)
 
     def holds(self, member: str) -> bool:
-        return self._until_s.get(member, float("-inf")) > self._clock.monotonic_s()
+        return self.left_s(member) > 0
+
+    def left_s(self, member: str) -> float:
+        """Seconds until it may be asked again; not above 0: now."""
+        return self._until_s.get(member, float("-inf")) - self._clock.monotonic_s()
 
     def _prune(self) -> None:
         now_s = self._clock.monotonic_s()

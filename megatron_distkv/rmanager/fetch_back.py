@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from megatron_distkv import metrics
 from megatron_distkv.clock import Clock
 from megatron_distkv.log import get_logger
 from megatron_distkv.pool import COOLDOWN_S, HeldLoan, Links, Loans, Quarantine
@@ -38,6 +39,7 @@ class FetchBack:
         """Heard again with every heartbeat until the loan has ended."""
         for loan in self._loans.all():
             if loan.key == key and not loan.is_recalled:
+                metrics.LOANS_RECALLED.inc()
                 loan.overdue_at_s = self._clock.monotonic_s() + self._patience_s
                 self._cooldown.put(loan.creditor, COOLDOWN_S)
 

@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
+from megatron_distkv import metrics
 from megatron_distkv.clock import Clock
 from megatron_distkv.errors import LedgerUnavailable
 from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
@@ -99,6 +100,8 @@ class Lending:
             block_ids = self._allocator.lend(loan_id, header.num_rblocks)
             if block_ids is None:
                 return LendReply(refusal=self._why_no_memory(header.num_rblocks))
+            if loan_id not in self._lent:  # a debtor may ask twice
+                metrics.LOANS_MADE.inc()
             self._lent[loan_id] = terms
         self._grant(loan_id, terms.debtor, block_ids)
         refusal = self._book.accept(loan_id)
@@ -236,7 +239,8 @@ class Lending:
             if self._lent.pop(loan_id, None) is None:
                 return False
             self._ending.add(loan_id)
-            return True
+        metrics.LOANS_ENDED.inc()
+        return True
 
     def _end(self, loan_id: LoanId) -> None:
         """Revoke on every rank first, then free: no late write of a debtor can reach a reused rBlock."""

@@ -29,9 +29,9 @@ PLAN_HOLDS_S = 5.0
 
 
 class PlannedMove(NamedTuple):
-    """`count` of a request's rBlocks are to go to `creditor`, until then."""
+    """So many of a request's rBlocks are to go to `creditor`, until then."""
 
-    count: int
+    num_rblocks: int
     creditor: str
     until_s: float
 
@@ -188,8 +188,8 @@ class RManager:
             if request_id not in self._tables.by_request or now_s > move.until_s:
                 del self._planned[request_id]
                 continue
-            left = move.count - self._evictor.evict(self._tables.request(request_id), move.count, move.creditor)
-            self._planned[request_id] = move._replace(count=left)
+            left = move.num_rblocks - self._evictor.evict(self._tables.request(request_id), move.num_rblocks, move.creditor)
+            self._planned[request_id] = move._replace(num_rblocks=left)
             if left <= 0:
                 del self._planned[request_id]
 

@@ -16,11 +16,12 @@ from megatron_distkv import metrics
 from megatron_distkv.config.admission import AdmissionConfig
 from megatron_distkv.errors import UserError
 from megatron_distkv.ledger import DebtLedger
-from megatron_distkv.log import get_logger
+from megatron_distkv.log import calm_shortages, get_logger
 from megatron_distkv.pool import render_debts
 from megatron_distkv.server.answer import Answer, PieceStream, Shape, or_disconnect
 from megatron_distkv.server.errors import ApiError, bad_request
 from megatron_distkv.server.generation import generate
+from megatron_distkv.server.pool_metrics import STATUS_WITHIN_S, PoolMetrics
 from megatron_distkv.server.pool_view import GatewayView
 from megatron_distkv.server.protocol import ChatRequest, CompletionRequest, GenerationRequest, parse_body
 from megatron_distkv.server.router import Router
@@ -51,6 +52,7 @@ class Gateway:
 
     @asynccontextmanager
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
+        calm_shortages(asyncio.get_running_loop(), logger)
         await self._view.start()
         yield
         await self._router.close()
@@ -135,13 +137,9 @@ class Gateway:
         return JSONResponse(body, status_code=200 if body["status"] == "ok" else 503)
 
     async def metrics(self, _: Request) -> Response:
-        for record in self._view.members:
-            counts = {"free": record.free, "used": record.local_used, "lent": record.lent, "borrowed": record.borrowed}
-            for state, count in counts.items():
-                metrics.INSTANCE_RBLOCKS.labels(record.instance, state).set(count)
-            metrics.INSTANCE_REQUESTS.labels(record.instance, "running").set(record.num_running)
-            metrics.INSTANCE_REQUESTS.labels(record.instance, "waiting").set(record.num_waiting)
-        return Response(generate_latest(metrics.REGISTRY), media_type="text/plain; version=0.0.4")
+        pool = PoolMetrics(self._view.members, await self._router.statuses(STATUS_WITHIN_S))
+        text = generate_latest(metrics.REGISTRY) + generate_latest(pool)
+        return Response(text, media_type="text/plain; version=0.0.4")
 
     async def debts(self, _: Request) -> Response:
         picture = self._view.picture

@@ -19,13 +19,20 @@ class Departures:
 
     def note(self) -> None:
         self._left_s.append(self._clock_s())
+        self._forget_old()
 
     def retry_after_s(self, num_queued: int) -> int:
         """When all that wait now will have left at the rate of the last while, in whole seconds (Little's law)."""
-        now_s = self._clock_s()
-        while self._left_s and self._left_s[0] < now_s - WINDOW_S:
-            self._left_s.popleft()
+        self._forget_old()
         if not self._left_s:
             return RETRY_AT_MOST_S
-        rate = len(self._left_s) / max(1.0, min(WINDOW_S, now_s - self._start_s))
+        rate = len(self._left_s) / max(1.0, min(WINDOW_S, self._clock_s() - self._start_s))
         return max(1, min(RETRY_AT_MOST_S, math.ceil((num_queued + 1) / rate)))
+
+    def __len__(self) -> int:
+        """Those that are remembered."""
+        return len(self._left_s)
+
+    def _forget_old(self) -> None:
+        while self._left_s and self._left_s[0] < self._clock_s() - WINDOW_S:
+            self._left_s.popleft()

@@ -17,6 +17,7 @@ from megatron_distkv.messages import (
     InstanceStatus,
     NewRequest,
     RequestRefused,
+    StatusQuery,
     TokenOutput,
 )
 from megatron_distkv.server.errors import HandedElsewhere, InstanceLost, from_refusal
@@ -35,6 +36,8 @@ class EngineClient:
         self._answers: dict[str, asyncio.Queue[_Answer | None]] = {}
         self._reading: asyncio.Task[None] | None = None
         self._connecting = asyncio.Lock()
+        self._status: InstanceStatus | None = None
+        self._status_came = asyncio.Event()
 
     async def generate(self, request: NewRequest) -> AsyncGenerator[TokenOutput, None]:
         """Outputs until the last. Raises ApiError when refused, InstanceLost when the instance goes away.
@@ -64,6 +67,16 @@ class EngineClient:
             if not is_done:
                 with contextlib.suppress(InstanceLost):
                     self._send(AbortRequest(request.request_id))
+
+    async def status(self, within_s: float) -> InstanceStatus | None:
+        """What the instance says of itself; what it said last where it is busy, or gone; None: it never did."""
+        with contextlib.suppress(TimeoutError, InstanceLost):
+            async with asyncio.timeout(within_s):
+                await self._connect()
+                self._status_came.clear()
+                self._send(StatusQuery(0))
+                await self._status_came.wait()
+        return self._status
 
     def give_up(self) -> None:
         """The instance counts as gone, whatever its socket says: all its requests raise InstanceLost."""
@@ -97,6 +110,8 @@ class EngineClient:
             while True:
                 message = await framing.read(reader, decoder)
                 if isinstance(message, InstanceStatus):
+                    self._status = message
+                    self._status_came.set()
                     continue
                 answers = self._answers.get(message.request_id)
                 if answers is not None:

@@ -1,5 +1,6 @@
 """Gives a request to an instance with room, and to another one where that is lost."""
 
+import asyncio
 import contextlib
 from collections.abc import AsyncGenerator
 from typing import NamedTuple
@@ -7,7 +8,7 @@ from typing import NamedTuple
 from megatron_distkv import metrics
 from megatron_distkv.config.admission import AdmissionConfig
 from megatron_distkv.log import get_logger
-from megatron_distkv.messages import NewRequest, TokenOutput
+from megatron_distkv.messages import InstanceStatus, NewRequest, TokenOutput
 from megatron_distkv.pool import Member
 from megatron_distkv.sampling_params import SamplingParams
 from megatron_distkv.server.admission import Admission
@@ -72,15 +73,24 @@ class Router:
         attempt.note_part(record)
         return Routed(output, attempt.receipt)
 
+    async def statuses(self, within_s: float) -> list[InstanceStatus]:
+        """Of this gateway's instances, as far as they have ever told."""
+        clients = [self._client(record) for record in self._view.instances]
+        told = await asyncio.gather(*(client.status(within_s) for client in clients))
+        return [status for status in told if status is not None]
+
     async def close(self) -> None:
         for client in self._clients.values():
             await client.close()
 
     def _ask(self, record: Member, request: NewRequest) -> AsyncGenerator[TokenOutput, None]:
+        return self._client(record).generate(request)
+
+    def _client(self, record: Member) -> EngineClient:
         life = life_of(record)
         if life not in self._clients:
             self._clients[life] = EngineClient(record.instance, request_socket_of(record))
-        return self._clients[life].generate(request)
+        return self._clients[life]
 
     def _give_up_the_dead(self) -> None:
         """An instance whose lease has ended may hang with its socket open."""

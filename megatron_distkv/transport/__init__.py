@@ -6,7 +6,7 @@ Every wait has a deadline.
 from megatron_distkv.transport.address import Address, is_elsewhere, parse_address, this_host
 from megatron_distkv.transport.channel import Channel, Reply, connect
 from megatron_distkv.transport.hello import PROTOCOL_VERSION, Hello
-from megatron_distkv.transport.listener import Answer, Handler, Listener, Request
+from megatron_distkv.transport.listener import Answer, Handler, Listener, OnFatal, Request
 from megatron_distkv.transport.mailbox import pack_tensors
 from megatron_distkv.transport.pool_secret import OPEN_POOL, read_secret, write_new_secret
 from megatron_distkv.transport.tensors import TensorSpec, read_tensors
@@ -21,6 +21,7 @@ __all__ = [
     "Handler",
     "Hello",
     "Listener",
+    "OnFatal",
     "Reply",
     "Request",
     "TensorSpec",

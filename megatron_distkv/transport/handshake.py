@@ -17,7 +17,7 @@ from megatron_distkv.transport.hello import (
     Welcome,
     new_nonce,
 )
-from megatron_distkv.transport.link import Link, Wire
+from megatron_distkv.transport.link import Link, PeerLeft, Wire
 from megatron_distkv.transport.pool_secret import Side, is_proof, proof
 
 _T = TypeVar("_T")
@@ -127,7 +127,7 @@ def _check(hello: Hello, pool: str, max_mailbox_bytes: int) -> None:
 def _hear(wire: Wire) -> bytes:
     data = wire.hear()
     if not data:
-        raise ConnectionError("it closed the connection")
+        raise PeerLeft("it has closed the connection")
     return data
 
 

@@ -1,5 +1,7 @@
-"""What a channel needs of the thing that carries it, once both sides know each other. Two kinds: shared memory, TCP."""
+"""What a channel needs of the thing that carries it, once both sides know each other: shared memory, TCP, NIXL."""
 
+import select
+import socket
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -7,6 +9,10 @@ import torch
 
 from megatron_distkv.transport.frame import Frame
 from megatron_distkv.transport.hello import Hello
+
+
+class PeerLeft(ConnectionError):
+    """The other side has closed between two messages, or before its first word: nothing is broken by that."""
 
 
 class Link(Protocol):
@@ -17,7 +23,7 @@ class Link(Protocol):
         ...
 
     def hear(self, timeout_s: float | None) -> Frame:
-        """The next message's frame; raises TimeoutError, OSError at the end of the stream, ValueError on garbage."""
+        """The next message's frame; raises TimeoutError, PeerLeft, another OSError, ValueError on garbage."""
         ...
 
     def is_audible(self, within_s: float) -> bool:
@@ -53,3 +59,10 @@ class Wire(Protocol):
     def link(self, fds: list[int], hello: Hello) -> Link:
         """The connecting side, after a last word that was in order; raises DistkvError for unusable memory."""
         ...
+
+
+def is_readable(connection: socket.socket, within_s: float) -> bool:
+    """Not by select(), which knows no file descriptor beyond 1,023."""
+    waiting = select.poll()
+    waiting.register(connection, select.POLLIN)
+    return bool(waiting.poll(max(0.0, within_s) * 1000))

@@ -1,7 +1,9 @@
 """The listening side: a thread per connection answers its questions, one at a time."""
 
 import contextlib
+import errno
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,13 +12,13 @@ from typing import NamedTuple, TypeAlias
 import torch
 
 from megatron_distkv.config.endpoint import Endpoint
-from megatron_distkv.errors import DistkvError, UserError
-from megatron_distkv.log import get_logger
+from megatron_distkv.errors import DistkvError, FatalError, UserError
+from megatron_distkv.log import Seldom, get_logger
 from megatron_distkv.transport.address import Address, parse_address
 from megatron_distkv.transport.frame import ALIGNMENT, ERROR_KIND, Frame
 from megatron_distkv.transport.handshake import Greeting, HelloRefused
 from megatron_distkv.transport.hello import Hello
-from megatron_distkv.transport.link import Link, Wire
+from megatron_distkv.transport.link import Link, PeerLeft, Wire
 from megatron_distkv.transport.mailbox import MessageTooLong
 from megatron_distkv.transport.nixl_link import NixlWire, nixl_package
 from megatron_distkv.transport.pool_secret import OPEN_POOL
@@ -29,6 +31,10 @@ logger = get_logger(__name__)
 HELLO_TIMEOUT_S = 5.0
 # Nor may many of them: who is not proven yet is one of so many at most, and one more is turned away.
 MAX_STRANGERS = 64
+# When the system has no file descriptor, memory or thread for one more channel, the next try comes after this.
+PAUSE_S = 0.1
+# Of accept(): the listening socket itself is broken, and no other connection will come.
+_BROKEN = {errno.EBADF, errno.EINVAL, errno.ENOTSOCK}
 # A unix socket's path is at most this long.
 MAX_SOCKET_PATH_BYTES = 107
 
@@ -51,6 +57,7 @@ class _Failed(DistkvError):
 
 
 Handler: TypeAlias = Callable[[Hello, Request], Answer]
+OnFatal: TypeAlias = Callable[[BaseException], None]
 
 
 class Listener:
@@ -58,6 +65,9 @@ class Listener:
 
     `address`: `unix:PATH`; `tcp://HOST:PORT`, which with `tls` speaks nothing but TLS; `nixl://HOST:PORT`. Raises
     UserError.
+
+    `on_fatal` gets what this process must end for, from the thread that met it: a FatalError of the handler (its peer
+    sees the channel close), or whatever ends the thread that accepts, so that nobody could come in any more.
     """
 
     def __init__(
@@ -69,6 +79,7 @@ class Listener:
         secret: bytes = OPEN_POOL,
         tls: Tls | None = None,
         on_disconnect: Callable[[Hello], None] | None = None,
+        on_fatal: OnFatal | None = None,
         max_mailbox_bytes: int = 1 << 30,
     ) -> None:
         self._address = parse_address(address)
@@ -77,18 +88,20 @@ class Listener:
         self._secret = secret
         self._tls = tls
         self._on_disconnect = on_disconnect
+        self._on_fatal = on_fatal
         self._max_mailbox_bytes = max_mailbox_bytes
         self._connections: set[socket.socket] = set()
         self._num_strangers = 0
         self._lock = threading.Lock()
-        self._is_closed = False
+        self._closing = threading.Event()
+        self._shortage = Seldom(logger)
         self._socket = _listen(self._address)
         threading.Thread(target=self._accept, name=f"listen {address}", daemon=True).start()
 
     def close(self) -> None:
         """Drop all channels (their peers see EOF) and remove the socket."""
         with self._lock:
-            self._is_closed = True
+            self._closing.set()
             connections = [self._socket, *self._connections]
         for connection in connections:
             with contextlib.suppress(OSError):
@@ -98,21 +111,43 @@ class Listener:
             Path(self._address.unix_path).unlink(missing_ok=True)
 
     def _accept(self) -> None:
-        while True:
+        try:
+            while (connection := self._next()) is not None:
+                self._take(connection)
+        except BaseException as error:
+            self._die(f"nobody can come in at {self._address} any more", error)
+
+    def _next(self) -> socket.socket | None:
+        """None: the listener is closed. Whatever a single connection, or the system, lacks for now is waited for."""
+        while not self._closing.is_set():
             try:
-                connection, _ = self._socket.accept()
-            except OSError:
+                return self._socket.accept()[0]
+            except OSError as error:
+                if self._closing.is_set():
+                    return None
+                if error.errno in _BROKEN:
+                    raise
+                self._pause(error)
+        return None
+
+    def _pause(self, error: Exception) -> None:
+        self._shortage.warn("no channel can be taken at %s for now (%s): trying again", self._address, error)
+        self._closing.wait(PAUSE_S)
+
+    def _take(self, connection: socket.socket) -> None:
+        with self._lock:
+            if self._closing.is_set() or self._num_strangers >= MAX_STRANGERS:
+                connection.close()
                 return
-            with self._lock:
-                if self._is_closed:
-                    connection.close()
-                    return
-                if self._num_strangers >= MAX_STRANGERS:
-                    connection.close()
-                    continue
-                self._num_strangers += 1
-                self._connections.add(connection)
+            self._num_strangers += 1
+            self._connections.add(connection)
+        try:
             threading.Thread(target=self._serve, args=(connection,), name="channel", daemon=True).start()
+        except RuntimeError as error:  # as many threads as this process may have
+            self._forget(connection)
+            with self._lock:
+                self._num_strangers -= 1
+            self._pause(error)
 
     def _serve(self, connection: socket.socket) -> None:
         hello = None
@@ -120,18 +155,21 @@ class Listener:
             connection, hello, link = self._greet(connection)
             with contextlib.closing(link):
                 self._answer_all(link, hello)
-        except HelloRefused as refused:
-            logger.warning("refusing a channel from %s: %s", refused.peer, refused)
-        except OSError as error:
-            logger.info("a channel ended: %s", error)
-        except Exception:
-            logger.exception("a channel failed")
+        except FatalError as error:
+            self._die("a message broke what this process stands on", error)
+        except Exception as error:
+            _say_why(hello, error)
         finally:
             with self._lock:
                 self._connections.discard(connection)
             connection.close()
             if hello is not None and self._on_disconnect is not None:
                 self._on_disconnect(hello)
+
+    def _die(self, sentence: str, error: BaseException) -> None:
+        logger.critical("%s: %s: %s", sentence, type(error).__name__, error, exc_info=error)
+        if self._on_fatal is not None:
+            self._on_fatal(error)
 
     def _greet(self, connection: socket.socket) -> tuple[socket.socket, Hello, Link]:
         """The connection may be another one afterwards: TLS takes its place."""
@@ -193,8 +231,26 @@ class Listener:
             raise _Failed(f"{type(error).__name__}: {error}") from error
         try:
             return self._handler(hello, Request(frame.kind, header, payload))
+        except FatalError:
+            raise
         except Exception as error:
             raise _Failed(f"{type(error).__name__}: {error}") from error
+
+
+def _say_why(hello: Hello | None, error: Exception) -> None:
+    """A channel has ended. Who leaves, or looks in without a word (a probe of a load balancer), is no news."""
+    who = "somebody" if hello is None else hello.instance_id
+    match error:
+        case HelloRefused():
+            logger.warning("refusing a channel from %s: %s", error.peer, error)
+        case PeerLeft():
+            logger.debug("%s: %s", who, error)
+        case ConnectionError() | ssl.SSLEOFError() if hello is None:
+            logger.debug("%s: %s", who, error)
+        case OSError():
+            logger.info("the channel of %s ended: %s", who, error)
+        case _:
+            logger.error("the channel of %s failed", who, exc_info=error)
 
 
 def _listen(address: Address) -> socket.socket:

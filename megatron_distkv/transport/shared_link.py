@@ -3,7 +3,6 @@
 import fcntl
 import mmap
 import os
-import select
 import socket
 from collections.abc import Sequence
 
@@ -12,6 +11,7 @@ import torch
 from megatron_distkv.errors import DistkvError
 from megatron_distkv.transport.frame import FRAME_BYTES, Frame, unpack
 from megatron_distkv.transport.hello import MAX_HELLO_BYTES, Hello
+from megatron_distkv.transport.link import PeerLeft, is_readable
 from megatron_distkv.transport.mailbox import SEALS, Half, create_memory
 
 
@@ -31,12 +31,11 @@ class SharedLink:
         self._doorbell.settimeout(timeout_s)
         data = self._doorbell.recv(FRAME_BYTES + 1)
         if not data:
-            raise ConnectionError("it is gone (end of stream)")
+            raise PeerLeft("it has closed the channel")
         return unpack(data)
 
     def is_audible(self, within_s: float) -> bool:
-        readable, _, _ = select.select([self._doorbell], [], [], within_s)
-        return bool(readable)
+        return is_readable(self._doorbell, within_s)
 
     def read(self, frame: Frame, timeout_s: float) -> tuple[bytes, memoryview]:
         if not frame.fits(self._inbox.size):

@@ -7,7 +7,6 @@ message, for a peer that takes nothing in; keepalive ends connections whose othe
 """
 
 import mmap
-import select
 import socket
 import ssl
 import struct
@@ -19,7 +18,7 @@ import torch
 
 from megatron_distkv.transport.frame import ALIGNMENT, FRAME_BYTES, Frame, aligned, unpack
 from megatron_distkv.transport.hello import MAX_HELLO_BYTES, Hello
-from megatron_distkv.transport.link import Link
+from megatron_distkv.transport.link import Link, PeerLeft, is_readable
 from megatron_distkv.transport.mailbox import Half, payload_size
 from megatron_distkv.transport.tensors import nbytes
 
@@ -64,7 +63,7 @@ class StreamLink:
         self._connection.settimeout(timeout_s)
         began = self._connection.recv_into(self._frame)
         if not began:
-            raise ConnectionError("it is gone (end of stream)")
+            raise PeerLeft("it has closed the channel")
         rest = memoryview(self._frame)[began:]
         _receive_all(self._connection, rest, time.monotonic() + min(timeout_s or STALLED_S, STALLED_S))
         return unpack(bytes(self._frame))
@@ -72,8 +71,7 @@ class StreamLink:
     def is_audible(self, within_s: float) -> bool:
         if isinstance(self._connection, ssl.SSLSocket) and self._connection.pending():
             return True
-        readable, _, _ = select.select([self._connection], [], [], within_s)
-        return bool(readable)
+        return is_readable(self._connection, within_s)
 
     def read(self, frame: Frame, timeout_s: float) -> tuple[bytes, memoryview]:
         if not frame.fits(self._inbox.size):

@@ -159,7 +159,7 @@ def test_a_mixed_batch_over_three_holders_is_dense_attention(
 
     # Then a decode of `a` and a chunk of `b` in one step are dense attention
     assert debtor.lost == {}
-    assert verification.wrong == set()
+    assert verification.take_wrong() == set()
     for name, (start, end) in {"a": (44, 45), "b": (10, 20)}.items():
         q, k, v = two.qkv[name]
         if rotary.percent:

@@ -10,13 +10,15 @@ import torch
 
 from megatron_distkv.attention import Creditor, Debtor, HeadShare, LoanTable, RemoteShare
 from megatron_distkv.attention.verification import Question
+from megatron_distkv.clock import SystemClock
 from megatron_distkv.errors import PeerLost
 from megatron_distkv.kvcache.rblock_pool import rank_pool
 from megatron_distkv.kvcache.rblock_shape import RBlockShape
 from megatron_distkv.messages import Acknowledge, FetchHeader, MessageKind, QueryHeader, QueryShare, StoreHeader
 from megatron_distkv.ops import pack_rblocks
+from megatron_distkv.pool import Identity, Peer, Quarantine
 from megatron_distkv.rblock import InstanceId
-from megatron_distkv.rmanager import Identity, MailboxSizes, Peers
+from megatron_distkv.rmanager import MailboxSizes, Peers
 from megatron_distkv.transport import (
     PROTOCOL_VERSION,
     Answer,
@@ -80,7 +82,7 @@ def shape(num_ranks: int, kv_dtype: KVDtype = "auto") -> RBlockShape:
 
 
 def peers(rank: int, num_ranks: int, kv_dtype: KVDtype = "auto") -> Peers:
-    return Peers("p", Identity(InstanceId("me")), rank, SIZES, 5.0, shape=shape(num_ranks, kv_dtype))
+    return Peers("p", Identity(InstanceId("me")), Quarantine(SystemClock()), rank, SIZES, 5.0, shape=shape(num_ranks, kv_dtype))
 
 
 def heads_of(rank: int, num_ranks: int, num_heads: int) -> slice:
@@ -115,7 +117,7 @@ def test_what_ranks_of_any_number_store_they_ask_and_fetch(
 
     # When all ranks store, and then each asks for every layer
     for rank, mine in lent.items():
-        channel = mine.reach("c", creditor.address)
+        channel = mine.reach(Peer("c", 1, creditor.address))
         data = sent[:, :, heads_of(rank, debtors, K)].contiguous()
         channel.call(MessageKind.STORE, msgspec.msgpack.encode(StoreHeader("loan", IDS)), [data], deadline_s=5)
     for rank, mine in lent.items():
@@ -146,7 +148,7 @@ def test_what_ranks_of_any_number_store_they_ask_and_fetch(
 def test_loans_are_the_leaders_business(start: Start) -> None:
     creditor = start(2)
     mine = peers(0, 1)
-    mine.reach("c", creditor.address).call(MessageKind.RELEASE, b"", deadline_s=5)
+    mine.reach(Peer("c", 1, creditor.address)).call(MessageKind.RELEASE, b"", deadline_s=5)
     assert creditor.asked == [(0, MessageKind.RELEASE)]
     mine.close()
 
@@ -154,7 +156,7 @@ def test_loans_are_the_leaders_business(start: Start) -> None:
 def test_one_lost_rank_is_the_whole_creditor(start: Start) -> None:
     # Given a debtor of one rank that has stored at two
     creditor, mine = start(2), peers(0, 1)
-    channel = mine.reach("c", creditor.address)
+    channel = mine.reach(Peer("c", 1, creditor.address))
     # When one of them goes away
     creditor.listeners[1].close()
     # Then the creditor is lost, and no answer of the other is taken for a later question
@@ -166,7 +168,7 @@ def test_one_lost_rank_is_the_whole_creditor(start: Start) -> None:
 
 def test_a_refusal_of_one_rank_is_that_of_all(start: Start) -> None:
     creditor, mine = start(2), peers(0, 1)
-    channel = mine.reach("c", creditor.address)
+    channel = mine.reach(Peer("c", 1, creditor.address))
     reply = channel.call(MessageKind.FETCH, msgspec.msgpack.encode(FetchHeader("another", IDS)), deadline_s=5)
     assert msgspec.msgpack.decode(reply.header, type=Acknowledge).refusal == "unknown_loan"
     mine.close()
@@ -176,7 +178,7 @@ def test_a_refusal_of_one_rank_is_that_of_all(start: Start) -> None:
 def test_ranks_that_cannot_share_the_heads_are_no_peers(num_ranks: int, start: Start) -> None:
     creditor = start(2)
     with pytest.raises(PeerLost, match="cannot share 6 KV heads"):
-        peers(0, 1).reach("c", creditor.address.replace("ranks:2", f"ranks:{num_ranks}"))
+        peers(0, 1).reach(Peer("c", 1, creditor.address.replace("ranks:2", f"ranks:{num_ranks}")))
 
 
 @pytest.mark.parametrize("wrong", [(2, 2), (0, 4), (5, 5), (1, 2)])
@@ -216,7 +218,7 @@ def test_in_fixed_order_no_bit_depends_on_the_ranks(kv_dtype: KVDtype, start: St
             mine, heads = peers(rank, debtors, kv_dtype), heads_of(rank, debtors, H)
             data = kv[:, :, heads_of(rank, debtors, K)].contiguous()
             header = msgspec.msgpack.encode(StoreHeader("loan", IDS))
-            mine.reach("c", creditor.address).call(MessageKind.STORE, header, [data], deadline_s=5)
+            mine.reach(Peer("c", 1, creditor.address)).call(MessageKind.STORE, header, [data], deadline_s=5)
 
             # When each rank of a debtor asks for partials in fixed order
             debtor = Debtor(mine, deadline_s=5)

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
 from megatron_distkv.launch.local_cluster import LocalCluster
+
 from megatron_distkv.ledger import open_ledger
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
 from tests.e2e.conftest import cluster_config, openai_client

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from megatron_distkv.config.lender import LenderConfig
 from megatron_distkv.engine.lender import Lender, num_rblocks_to_lend, shape_of_pool
 from megatron_distkv.engine.llm import LLM
-from megatron_distkv.errors import SupersededError, UserError
+from megatron_distkv.errors import IntegrityError, SupersededError, UserError
 from megatron_distkv.kvcache.rblock_shape import RBlockShape
 from megatron_distkv.ledger import open_ledger
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
@@ -161,6 +162,28 @@ def test_a_second_lender_of_the_same_name_replaces_the_first(a: LLM, start: Star
     start()
     with pytest.raises(SupersededError):
         first.run(threading.Event())
+
+
+def test_a_broken_account_ends_a_lender(a: LLM, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Given a lender whose accounts break when a message comes
+    lender = start()
+
+    def break_it(*_: object) -> None:
+        raise IntegrityError("rBlock 7 is free and lent")
+
+    monkeypatch.setattr(lender.lending, "lend", break_it)
+    # When a prompt comes that needs it
+    a.instance.add(Request("long", random_prompt(140), GREEDY))
+    stop = threading.Event()
+    with ThreadPoolExecutor() as threads:
+        ended = threads.submit(lender.run, stop)
+        end_s = time.monotonic() + 30
+        while not ended.done() and time.monotonic() < end_s:
+            a.instance.step()
+        stop.set()
+    # Then the lender ends; its debtor has only lost a creditor
+    with pytest.raises(IntegrityError, match="free and lent"):
+        ended.result()
 
 
 def test_memory_is_as_many_whole_rblocks_as_fit(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def test_it_closes_in_silence_and_lets_clients_have_the_last_word(
     talking.sendall(b"\0\0")
     last = TokenOutput("r", list(range(100_000)), finish_reason="length")
     for number in (first, second):
-        io.send(number, last)
+        io.send(number, [last])
     fresh = client(path)
 
     # When it closes

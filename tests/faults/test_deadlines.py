@@ -14,9 +14,11 @@ import torch
 from megatron_distkv.attention import Deadlines, Debtor
 from megatron_distkv.attention.deadlines import FACTOR, NUM_LEARNT
 from megatron_distkv.attention.metadata import RemoteShare
+from megatron_distkv.clock import SystemClock
 from megatron_distkv.messages import QueryShare
+from megatron_distkv.pool import Identity, Peer, Quarantine
 from megatron_distkv.rblock import InstanceId
-from megatron_distkv.rmanager import Identity, MailboxSizes, Peers
+from megatron_distkv.rmanager import MailboxSizes, Peers
 
 LEAST_S, MOST_S = 0.3, 30.0
 # Answers at once; told to be slow, takes longer than any learnt patience.
@@ -50,13 +52,17 @@ def creditor(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 @pytest.fixture
 def debtor(tmp_path: Path, creditor: subprocess.Popen[str]) -> Iterator[Debtor]:
     """Has had so many answers that it knows what is usual."""
-    peers = Peers("p", Identity(InstanceId("d"), 1), 0, MailboxSizes(8192, 8192), MOST_S)
-    peers.reach("c", f"unix:{tmp_path}/c.{{rank}}.sock")
+    peers = Peers("p", Identity(InstanceId("d"), 1), Quarantine(SystemClock()), 0, MailboxSizes(8192, 8192), MOST_S)
+    peers.reach(at(tmp_path))
     debtor = Debtor(peers, MOST_S, deadlines=Deadlines(LEAST_S, MOST_S, peers.is_alive))
     for _ in range(NUM_LEARNT):
         assert ask(debtor, 0) == 1
     yield debtor
     peers.close()
+
+
+def at(tmp_path: Path) -> Peer:
+    return Peer("c", 1, f"unix:{tmp_path}/c.{{rank}}.sock")
 
 
 def ask(debtor: Debtor, layer: int, step: int = 1) -> int:
@@ -76,7 +82,7 @@ def test_a_slow_creditor_that_lives_is_waited_for(debtor: Debtor) -> None:
 
 
 def test_a_creditor_that_hangs_is_lost_long_before_the_last_deadline(
-    debtor: Debtor, creditor: subprocess.Popen[str]
+    debtor: Debtor, creditor: subprocess.Popen[str], tmp_path: Path
 ) -> None:
     os.kill(creditor.pid, signal.SIGSTOP)
     os.waitpid(creditor.pid, os.WUNTRACED)  # until every thread of it stands still
@@ -90,9 +96,8 @@ def test_a_creditor_that_hangs_is_lost_long_before_the_last_deadline(
     # Nor do stale answers come to who speaks to it again
     peers = debtor._channels
     assert isinstance(peers, Peers)
-    address = peers._addresses["c"]
-    peers.shun("c", 0.0)
-    peers.reach("c", address)
+    peers.give_up("c", 0.0)
+    peers.reach(at(tmp_path))
     assert [ask(debtor, 0, step) for step in (3, 4, 5)] == [1, 1, 1]
 
 

@@ -12,7 +12,7 @@ from megatron_distkv.engine.llm import LLM
 from megatron_distkv.errors import PeerLost
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
 from megatron_distkv.messages import Acknowledge, MessageKind, QueryHeader, QueryShare, Refusal, StoreHeader
-from megatron_distkv.metrics import REGISTRY
+from megatron_distkv.metrics import INSTANCE_REGISTRY
 from megatron_distkv.pool import RequestOwner
 from megatron_distkv.request import Request
 from megatron_distkv.sampling_params import SamplingParams
@@ -75,7 +75,7 @@ def channel(debt: Debt, name: str) -> Channel:
 
 def num_refused(kind: str, reason: str) -> float:
     labels = {"kind": kind, "reason": reason}
-    return REGISTRY.get_sample_value("distkv_refused_accesses_total", labels) or 0.0
+    return INSTANCE_REGISTRY.get_sample_value("distkv_refused_accesses_total", labels) or 0.0
 
 
 def query(debt: Debt, thief: Channel, loan_id: str, block_ids: list[int]) -> tuple[Refusal | None, int]:

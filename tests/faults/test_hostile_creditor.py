@@ -14,26 +14,35 @@ from hypothesis import strategies as st
 
 from megatron_distkv.attention import Debtor
 from megatron_distkv.attention.metadata import RemoteShare
+from megatron_distkv.clock import SystemClock
+from megatron_distkv.config.instance import LedgerConfig
 from megatron_distkv.errors import DistkvError, PeerLost, UnreadableMessage
-from megatron_distkv.ledger import MemoryLedger
+from megatron_distkv.ledger import Creditor, MemoryLedger
 from megatron_distkv.messages import Acknowledge, MessageKind, QueryShare, decode
-from megatron_distkv.rblock import InstanceId, LoanId
-from megatron_distkv.rmanager import (
-    Borrowing,
+from megatron_distkv.pool import (
+    Candidates,
+    EndedLoans,
     Identity,
-    LateReleases,
-    MailboxSizes,
-    Migration,
-    Move,
-    Peers,
-    PoolOutlook,
+    LinkCost,
+    Links,
+    LoanBook,
+    Loans,
+    MemberInfo,
+    Membership,
+    Peer,
+    Quarantine,
+    RequestOwner,
 )
+from megatron_distkv.rblock import InstanceId, LoanId
+from megatron_distkv.rmanager import ControlChannels, MailboxSizes, Migration, Move, Peers
 from megatron_distkv.transport import Answer, Hello, Listener, Request, connect
 from megatron_distkv.transport.frame import FRAME_BYTES, Frame
 from megatron_distkv.transport.handshake import Greeting
 from megatron_distkv.transport.hello import Challenge, Welcome, new_nonce
 from megatron_distkv.transport.shared_link import DatagramWire
 from tests.faults.hostile import DEEP, messages, numbers, pack, wild
+from tests.pool.at_once import AtOnce
+from tests.pool.members import SHAPE, info
 from tests.transport.raw_peer import hello
 
 SIZES = MailboxSizes(1 << 16, 1 << 16)
@@ -51,12 +60,30 @@ class HostileCreditor:
         self.listener = Listener(self.address.format(rank=0), "p", self._answer)
         self.ledger = MemoryLedger()
         self.identity = Identity(InstanceId("d"))
-        self.identity.epoch = self.ledger.register(InstanceId("d"), "unix:x", 8, 0, 600.0).epoch
-        self.ledger.register(InstanceId("h"), self.address, 64, 0, 600.0)
-        self.peers = Peers("p", self.identity, 0, SIZES, DEADLINE_S)
-        self.outlook = PoolOutlook(self.ledger, self.identity, self.peers, enabled=True)
-        late = LateReleases(self.ledger, self.identity)
-        self.borrowing = Borrowing(self.ledger, self.identity, self.peers, self.outlook, late, DEADLINE_S)
+        self.clock = SystemClock()
+        config, me = LedgerConfig(lease_s=600.0), MemberInfo(shape=SHAPE)
+        self.membership = Membership(self.ledger, self.identity, config, "unix:x", 8, 0, me, self.clock)
+        self.membership.join()
+        self.ledger.register(InstanceId("h"), self.address, 64, 0, 600.0, info=info())
+        self.peers = Peers("p", self.identity, Quarantine(self.clock), 0, SIZES, DEADLINE_S)
+        self.control = ControlChannels(self.peers, DEADLINE_S)
+
+    def loans(self) -> Loans:
+        """Of a debtor that holds nothing against it."""
+        cooldown, book = Quarantine(self.clock), LoanBook(self.ledger, self.identity)
+        links = Links(self.clock, self._no_link, lambda _: None)
+        lost = self.peers.lost
+        candidates = Candidates(self.ledger, self.membership, links, cooldown, lost, enabled=True)
+        ended = EndedLoans(book, self.clock)
+        return Loans(book, candidates, self.control, ended, cooldown, AtOnce(), self.clock, enabled=True)
+
+    @staticmethod
+    def _no_link(creditor: Creditor) -> LinkCost:
+        raise PeerLost(creditor.instance, "its link is not measured here")
+
+    @property
+    def peer(self) -> Peer:
+        return Peer("h", 1, self.address)
 
     def _answer(self, _: Hello, request: Request) -> Answer:
         return Answer(self.header, [self.payload])
@@ -66,6 +93,7 @@ class HostileCreditor:
 def creditor(tmp_path: Path) -> Iterator[HostileCreditor]:
     hostile = HostileCreditor(tmp_path)
     yield hostile
+    hostile.control.close()
     hostile.peers.close()
     hostile.listener.close()
 
@@ -89,7 +117,7 @@ def test_a_query_is_answered_in_the_right_shape_or_its_creditor_is_lost(
     creditor: HostileCreditor, header: bytes, payload: torch.Tensor
 ) -> None:
     creditor.header, creditor.payload = header, payload
-    creditor.peers.reach("h", creditor.address)
+    creditor.peers.reach(creditor.peer)
     debtor = Debtor(creditor.peers, DEADLINE_S)
     debtor.begin_step(1, {"h": RemoteShare(torch.tensor([0, 1]), [QueryShare(["l"], [0], 2)])})
     debtor.ask(0, torch.zeros(2, 2, 4))
@@ -113,16 +141,16 @@ def test_a_loan_is_as_asked_for_or_there_is_none(
     creditor: HostileCreditor, header: bytes, header_at_end: bytes
 ) -> None:
     creditor.header = header
-    creditor.outlook.note_answer(got_all=True)  # look at the ledger again
-    borrowed = creditor.borrowing.borrow("r", 4)
-    loans = creditor.borrowing.loans_of("r")
-    assert borrowed in (0, 4)
-    assert sum(loan.num_rblocks for loan in loans) == borrowed == creditor.borrowing.num_borrowed
+    debtor, owner = creditor.loans(), RequestOwner("r")
+    debtor.wish(owner, 4)
+    loans = debtor.of(owner)
+    assert debtor.num_borrowed in (0, 4)
+    assert sum(loan.num_rblocks for loan in loans) == debtor.num_borrowed
     assert all(len(set(loan.unused)) == 4 and min(loan.unused) >= 0 for loan in loans)
 
     # Then giving back what there is leaves no debt in the ledger, whatever the creditor says
     creditor.header = header_at_end
-    creditor.borrowing.release_all("r")
+    debtor.end(owner)
     assert creditor.ledger.snapshot().loans == ()
 
 
@@ -229,4 +257,4 @@ def test_an_answer_with_wild_numbers_is_a_lost_peer_or_lies_in_the_mailbox(raw: 
 )
 def test_an_address_in_the_ledger_that_is_none_is_a_lost_peer(creditor: HostileCreditor, address: str) -> None:
     with pytest.raises(PeerLost):
-        creditor.peers.reach("h", address)
+        creditor.peers.reach(Peer("h", 1, address))

@@ -14,7 +14,7 @@ from megatron_distkv.cli import serve, up
 from megatron_distkv.engine.instance import DISTRUST_S
 from megatron_distkv.engine.llm import LLM
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
-from megatron_distkv.metrics import REGISTRY
+from megatron_distkv.metrics import INSTANCE_REGISTRY
 from megatron_distkv.rblock import RemoteSpan
 from megatron_distkv.request import Request
 from megatron_distkv.sampling_params import SamplingParams
@@ -27,8 +27,8 @@ PROMPT = [3 + i * i % 120 for i in range(150)]
 Forge = Callable[[torch.Tensor, torch.Tensor], object]
 
 
-def num_alarms(creditor: str, what: str) -> float:
-    return REGISTRY.get_sample_value("distkv_wrong_creditors_total", {"creditor": creditor, "what": what}) or 0.0
+def num_alarms(what: str) -> float:
+    return INSTANCE_REGISTRY.get_sample_value("distkv_wrong_creditors_total", {"what": what}) or 0.0
 
 
 class Pool:
@@ -73,9 +73,7 @@ class Pool:
     def distrusts(self, name: str) -> bool:
         """For much longer than somebody that was only lost."""
         peers = self.a.instance.parts.rank.peers
-        return (
-            peers.shuns(name) and peers._shunned_until_s[name] - self.a.instance.config.ledger.lease_s > DISTRUST_S / 2
-        )
+        return peers.lost.left_s(name) > DISTRUST_S / 2
 
 
 @pytest.fixture
@@ -94,15 +92,15 @@ def expected(make_config: MakeConfig) -> list[int]:
 
 def test_honest_creditors_pass_every_check(pool: Pool, expected: list[int]) -> None:
     span = pool.begin(verify_one_in=1)
-    before = [num_alarms(name, what) for name in "bc" for what in ("rblocks", "partial")]
+    before = [num_alarms(what) for what in ("rblocks", "partial")]
     assert pool.finish() == expected
-    assert [num_alarms(name, what) for name in "bc" for what in ("rblocks", "partial")] == before
-    assert not pool.a.instance.parts.rank.peers.shuns(span.creditor)
+    assert [num_alarms(what) for what in ("rblocks", "partial")] == before
+    assert not pool.a.instance.parts.rank.peers.lost.holds(span.creditor)
     assert pool.request.num_recomputed_tokens == 0
 
 
 def test_rounding_on_the_wire_is_no_alarm(make_config: MakeConfig, server: EmbeddedServer) -> None:
-    before = num_alarms("b", "partial")
+    before = num_alarms("partial")
     lending = {"verify_one_in": 1}
     with (
         LLM(make_config("a", num_rblocks=16, url=server.url, dtype="bf16", lending=lending)) as a,
@@ -114,7 +112,7 @@ def test_rounding_on_the_wire_is_no_alarm(make_config: MakeConfig, server: Embed
             a.instance.step()
     assert request.max_borrowed_rblocks["b"] > 0
     assert request.num_recomputed_tokens == 0
-    assert num_alarms("b", "partial") == before
+    assert num_alarms("partial") == before
 
 
 @pytest.mark.parametrize("command", [up, serve])
@@ -131,12 +129,12 @@ def test_one_changed_value_in_a_creditors_pool_is_an_alarm(
 ) -> None:
     # Given one value of one borrowed rBlock, in a layer and a place that no answer need show, changed by a little
     span = pool.begin(verify_one_in=1)
-    before, held = num_alarms(span.creditor, "rblocks"), len(span.block_ids)
+    before, held = num_alarms("rblocks"), len(span.block_ids)
     pool.memory_of(span.creditor)[span.block_ids[-1], -1 if is_last_layer else 0, 0, 1, 3, 5] += 1e-3
     # When the request goes on
     tokens = pool.finish()
     # Then there is an alarm, what lay there is computed again, and nothing of it reaches the client
-    assert num_alarms(span.creditor, "rblocks") == before + 1
+    assert num_alarms("rblocks") == before + 1
     assert tokens == expected
     assert pool.request.num_recomputed_tokens >= 8 * held
     assert pool.request.num_preemptions == 0
@@ -153,12 +151,12 @@ def test_without_checks_a_changed_value_goes_unnoticed(pool: Pool, expected: lis
 def test_rblocks_that_come_home_changed_are_not_taken(pool: Pool, expected: list[int]) -> None:
     # Given a value changed at a creditor that then wants its memory back
     span = pool.begin(verify_one_in=10**9)
-    before = num_alarms(span.creditor, "rblocks")
+    before = num_alarms("rblocks")
     pool.memory_of(span.creditor)[span.block_ids[0], 1, 0, 0, 0, 0] += 1e-3
     pool.a.instance.rmanager.recall(span.loan_id)
     # When they come home, then they are compared, and computed again
     assert pool.finish() == expected
-    assert num_alarms(span.creditor, "rblocks") == before + 1
+    assert num_alarms("rblocks") == before + 1
     assert pool.distrusts(span.creditor)
 
 
@@ -185,10 +183,10 @@ def test_a_wrong_answer_from_right_memory_is_an_alarm(
     pool: Pool, expected: list[int], forge: Forge, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     span = pool.begin(verify_one_in=1)
-    before = num_alarms(span.creditor, "partial")
+    before = num_alarms("partial")
     forge_answers(pool, span.creditor, forge, monkeypatch)
     assert pool.finish() == expected
-    assert num_alarms(span.creditor, "partial") == before + 1
+    assert num_alarms("partial") == before + 1
     assert pool.distrusts(span.creditor)
 
 
@@ -203,15 +201,15 @@ def test_one_wrong_bit_is_an_alarm_where_bits_are_promised(
 ) -> None:
     # Given a deterministic instance, and true answers, which pass every check
     span = pool.begin(verify_one_in=1, deterministic=True)
-    before = num_alarms(span.creditor, "partial")
+    before = num_alarms("partial")
     for _ in range(3):
         pool.a.instance.step()
-    assert num_alarms(span.creditor, "partial") == before
+    assert num_alarms("partial") == before
     # When the lowest bit of one number of an answer is another
     forge_answers(pool, span.creditor, forge, monkeypatch)
     # Then there is an alarm (without `deterministic` this is rounding)
     assert pool.finish() == expected
-    assert num_alarms(span.creditor, "partial") == before + 1
+    assert num_alarms("partial") == before + 1
     assert pool.distrusts(span.creditor)
 
 
@@ -228,10 +226,10 @@ def test_no_numbers_are_an_alarm_even_without_checks(
     pool: Pool, expected: list[int], forge: Forge, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     span = pool.begin(verify_one_in=0)
-    before = num_alarms(span.creditor, "partial")
+    before = num_alarms("partial")
     forge_answers(pool, span.creditor, forge, monkeypatch)
     assert pool.finish() == expected
-    assert num_alarms(span.creditor, "partial") == before + 1
+    assert num_alarms("partial") == before + 1
     assert pool.distrusts(span.creditor)
 
 
@@ -241,7 +239,7 @@ def test_a_creditor_is_not_blamed_for_what_its_debtor_sent(pool: Pool) -> None:
     pool.a = pool._stack.enter_context(LLM(config))
     rank = pool.a.instance.parts.rank
     honest = rank.runner._migration._push
-    before = [num_alarms(name, what) for name in "bc" for what in ("rblocks", "partial")]
+    before = [num_alarms(what) for what in ("rblocks", "partial")]
 
     def poisoned(move: object) -> None:
         rank.runner._pool.tensor_BLK2ND[move.local_ids, 1, 0, 1, 2, 2] = float("nan")  # type: ignore[attr-defined]
@@ -257,5 +255,5 @@ def test_a_creditor_is_not_blamed_for_what_its_debtor_sent(pool: Pool) -> None:
         pool.a.instance.step()
     # Then nobody else is to blame
     assert pool.borrowed()
-    assert [num_alarms(name, what) for name in "bc" for what in ("rblocks", "partial")] == before
+    assert [num_alarms(what) for what in ("rblocks", "partial")] == before
     pool.a.instance.abort("long")

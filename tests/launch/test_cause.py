@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from megatron_distkv.launch.cause import cause_of
 from megatron_distkv.launch.processes import Child
 

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from megatron_distkv.errors import ConfigError, PeerLost
-from megatron_distkv.metrics import REGISTRY
+from megatron_distkv.metrics import INSTANCE_REGISTRY
 from megatron_distkv.transport import OPEN_POOL, Answer, Hello, Listener, Request, connect, read_secret
 from megatron_distkv.transport.hello import Challenge, Proof, Welcome, new_nonce
 from megatron_distkv.transport.mailbox import create_memory
@@ -32,7 +32,7 @@ def address(tmp_path: Path) -> Iterator[str]:
 
 
 def num_refused() -> float:
-    return REGISTRY.get_sample_value("distkv_refused_channels_total", {"reason": "secret"}) or 0.0
+    return INSTANCE_REGISTRY.get_sample_value("distkv_refused_channels_total", {"reason": "secret"}) or 0.0
 
 
 def test_who_knows_the_secret_gets_a_channel(address: str) -> None:
