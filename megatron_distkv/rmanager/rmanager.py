@@ -188,7 +188,8 @@ class RManager:
             if request_id not in self._tables.by_request or now_s > move.until_s:
                 del self._planned[request_id]
                 continue
-            left = move.num_rblocks - self._evictor.evict(self._tables.request(request_id), move.num_rblocks, move.creditor)
+            num_gone = self._evictor.evict(self._tables.request(request_id), move.num_rblocks, move.creditor)
+            left = move.num_rblocks - num_gone
             self._planned[request_id] = move._replace(num_rblocks=left)
             if left <= 0:
                 del self._planned[request_id]

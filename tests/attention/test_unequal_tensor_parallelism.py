@@ -82,7 +82,9 @@ def shape(num_ranks: int, kv_dtype: KVDtype = "auto") -> RBlockShape:
 
 
 def peers(rank: int, num_ranks: int, kv_dtype: KVDtype = "auto") -> Peers:
-    return Peers("p", Identity(InstanceId("me")), Quarantine(SystemClock()), rank, SIZES, 5.0, shape=shape(num_ranks, kv_dtype))
+    return Peers(
+        "p", Identity(InstanceId("me")), Quarantine(SystemClock()), rank, SIZES, 5.0, shape=shape(num_ranks, kv_dtype)
+    )
 
 
 def heads_of(rank: int, num_ranks: int, num_heads: int) -> slice:

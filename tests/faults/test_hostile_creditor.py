@@ -159,7 +159,7 @@ def test_a_loan_is_as_asked_for_or_there_is_none(
 def test_a_store_is_acknowledged_or_its_creditor_is_lost(creditor: HostileCreditor, header: bytes) -> None:
     creditor.header = header
     migration = Migration(torch.zeros(4, 1, 1, 2, 4, 4), creditor.peers, 2, DEADLINE_S)
-    lost = migration.carry_out([Move("r", "h", creditor.address, LoanId("l"), [0, 1], [0, 1])])
+    lost = migration.carry_out([Move("r", creditor.peer, LoanId("l"), [0, 1], [0, 1])])
     assert set(lost) <= {"h"}
 
 
