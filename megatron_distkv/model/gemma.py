@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_distkv.config.model import GemmaConfig
+from megatron_distkv.model.megatron_gpt import LocalLayer, MegatronGPT
 
 gated_activation = partial(F.gelu, approximate="tanh")
 
@@ -45,16 +45,16 @@ class NormedRowParallelLinear(RowParallelLinear):
         return self.post_layernorm(output), bias
 
 
-def use_gemma_parts(layer: Any) -> None:
-    """`layer`: the submodules of Megatron's local layer spec, changed in place."""
-    attention, mlp = layer.self_attention.submodules, layer.mlp.submodules
-    layer.input_layernorm = layer.pre_mlp_layernorm = Norm
-    attention.linear_proj = mlp.linear_fc2 = NormedRowParallelLinear
+def use_gemma_parts(layer: LocalLayer) -> None:
+    """Changes `layer` in place."""
+    attention = layer.attention
+    layer.parts.input_layernorm = layer.parts.pre_mlp_layernorm = Norm
+    attention.linear_proj = layer.mlp.linear_fc2 = NormedRowParallelLinear
     if attention.q_layernorm not in (None, IdentityOp):
         attention.q_layernorm = attention.k_layernorm = Norm
 
 
-def scale_and_cap(gpt: GPTModel, gemma: GemmaConfig, hidden_size: int, dtype: torch.dtype) -> None:
+def scale_and_cap(gpt: MegatronGPT, gemma: GemmaConfig, hidden_size: int, dtype: torch.dtype) -> None:
     """Hooks at both ends of the model, for serving and training alike."""
     scale = float(torch.tensor(hidden_size**0.5).to(dtype))  # rounded as Gemma's own code does
     gpt.embedding.register_forward_hook(lambda _, __, hidden: hidden * scale)

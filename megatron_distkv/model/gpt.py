@@ -5,19 +5,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_distkv.config.model import MixtureConfig, ModelConfig
 from megatron_distkv.errors import ConfigError
-from megatron_distkv.model.gemma import gated_activation, scale_and_cap
-from megatron_distkv.model.layer_spec import block_spec
+from megatron_distkv.model.gemma import Norm, gated_activation, scale_and_cap
+from megatron_distkv.model.layer_spec import layers_of
+from megatron_distkv.model.megatron_gpt import MegatronGPT, new_gpt
 from megatron_distkv.model.parallel import TensorParallel, gather_vocabulary
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def build_gpt(config: ModelConfig, parallel: TensorParallel, *, init_std: float | None = None) -> GPTModel:
+def build_gpt(config: ModelConfig, parallel: TensorParallel, *, init_std: float | None = None) -> MegatronGPT:
     """This rank's part of the model, random (the same on every layout for one torch seed) with `init_std`.
 
     Without it, matrices are left as the memory was, for a checkpoint to fill: random ones cost time and memory.
@@ -33,14 +33,13 @@ def build_gpt(config: ModelConfig, parallel: TensorParallel, *, init_std: float 
         raise ConfigError(
             f"tensor_parallel {parallel.size} does not divide the model's ffn_hidden_size {config.mlp_hidden_size}"
         )
-    gpt = GPTModel(
-        config=_transformer_config(config, parallel, init_std),
-        transformer_layer_spec=block_spec(config),
+    gpt = new_gpt(
+        _transformer_config(config, parallel, init_std),
+        layers_of(config),
+        last_norm=None if config.gemma is None else Norm,
         vocab_size=padded_vocab_size(config, parallel.size),
-        max_sequence_length=config.max_context_tokens or 1,  # read by learned positions only
-        position_embedding_type="none",
-        parallel_output=True,
-        share_embeddings_and_output_weights=config.tie_embeddings,
+        max_context_tokens=config.max_context_tokens or 1,  # read by learned positions only
+        tie_embeddings=config.tie_embeddings,
     )
     dtype = TORCH_DTYPES[config.dtype]
     if config.gemma is not None:
@@ -99,7 +98,7 @@ def _mixture_settings(mixture: MixtureConfig, parallel: TensorParallel) -> dict[
 class GPT:
     """The forward pass of serving: packed tokens in, logits of the wanted rows out, inside a forward context."""
 
-    def __init__(self, gpt: GPTModel, config: ModelConfig) -> None:
+    def __init__(self, gpt: MegatronGPT, config: ModelConfig) -> None:
         self._gpt = gpt.eval()
         self._vocab_size = config.vocab_size
         self._output_weight = gpt.shared_embedding_or_output_weight() if config.tie_embeddings else None

@@ -12,11 +12,11 @@ from functools import lru_cache, partial
 from typing import Any
 
 import torch
-from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.moe.router import Router
 
 from megatron_distkv.errors import ConfigError
+from megatron_distkv.model.megatron_gpt import MegatronGPT
 
 # The other numbers are compared with this one, which all layers have; 1 to 3 rows have an order of their own (fp32).
 TILE_ROWS = 16
@@ -28,7 +28,7 @@ _Call = Callable[[torch.Tensor], torch.Tensor]
 
 
 @torch.inference_mode()
-def tile_rows(model: GPTModel) -> None:
+def tile_rows(model: MegatronGPT) -> None:
     """Tile all linear layers, for serving. A collective of the model's ranks.
 
     Raises ConfigError where, on this machine, a row's place in its tile changes its bits.

@@ -20,7 +20,7 @@ class MicroBatch(NamedTuple):
 
 
 class BatchSource(Protocol):
-    """A function of seed and step alone: a resumed run sees what it would have seen, on any layout."""
+    """A function of text, seed and step alone: a resumed run sees what it would have seen, on any layout."""
 
     def num_micro_batches(self, dp_size: int) -> int:
         """Of each rank and step; raises ConfigError when so many ranks cannot share a step."""

@@ -24,10 +24,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_distkv.config.train import TrainConfig
 from megatron_distkv.errors import CheckpointError
+from megatron_distkv.log import get_logger
 from megatron_distkv.model.weights import torch_dist
 from megatron_distkv.model.weights.safe_load import reason
 from megatron_distkv.training.deepspeed_engine import whole_parameters
 from megatron_distkv.training.optimizer_state import MASTER, MOMENTS, get_state, link_states, make_room, set_state
+
+logger = get_logger(__name__)
 
 _SAVING = ".saving"
 _RUN_FILE = "run.json"
@@ -43,6 +46,22 @@ class SavedRun(NamedTuple):
 
     directory: Path
     step: int
+    text: str | None
+    """Fingerprint of what it was trained on; None: it does not say."""
+
+    def require_text(self, fingerprint: str) -> None:
+        """Raises CheckpointError for another text than the run's: its batches would be others from here on."""
+        if self.text is None and dist.get_rank() == 0:
+            logger.warning(
+                "%s does not say what it was trained on: batches go on as they were only on the very same text",
+                self.directory,
+            )
+        if self.text not in (None, fingerprint):
+            raise CheckpointError(
+                f"{self.directory} was trained on another text or tokenizer "
+                f"(sha256 {str(self.text)[:12]}, this one is {fingerprint[:12]}):"
+                " give the one it was trained on, or start a run on this one in another output"
+            )
 
 
 def find_run(output: Path, config: TrainConfig) -> SavedRun:
@@ -59,11 +78,11 @@ def find_run(output: Path, config: TrainConfig) -> SavedRun:
     saved = json.loads((directory / _RUN_FILE).read_text())
     if saved["seed"] != config.seed:
         raise CheckpointError(f"{directory} was trained with seed {saved['seed']}, not {config.seed}: other data")
-    return SavedRun(directory, int(saved["step"]))
+    return SavedRun(directory, int(saved["step"]), saved.get("text"))
 
 
-def save_run(engine: Any, config: TrainConfig, output: Path, step: int) -> None:
-    """A collective of all ranks."""
+def save_run(engine: Any, config: TrainConfig, output: Path, step: int, text: str) -> None:
+    """A collective of all ranks. `text`: the fingerprint of what is trained on."""
     hidden = output / _SAVING
     if dist.get_rank() == 0:
         shutil.rmtree(hidden, ignore_errors=True)
@@ -73,7 +92,7 @@ def save_run(engine: Any, config: TrainConfig, output: Path, step: int) -> None:
         states = dict(_sharded_states(engine, config))
         directory = torch_dist.save(engine.module, config.model, hidden, step, {"optimizer_state": states})
     if dist.get_rank() == 0:
-        (directory / _RUN_FILE).write_text(json.dumps(_description(config, step)))
+        (directory / _RUN_FILE).write_text(json.dumps(_description(config, step, text)))
         _publish(directory, output, step)
         shutil.rmtree(hidden, ignore_errors=True)
         _remove_old(output, config.keep_checkpoints, step)
@@ -106,10 +125,10 @@ def _reason(error: BaseException) -> str:
     return reason(error)
 
 
-def _description(config: TrainConfig, step: int) -> dict[str, Any]:
-    """Data are a function of seed and step, and nothing else is random: these two are all that a run must remember."""
+def _description(config: TrainConfig, step: int, text: str) -> dict[str, Any]:
+    """Batches are a function of text, seed and step, and nothing else is random: that is all a run must remember."""
     layout = {"tensor": config.tensor_parallel, "context": config.context_parallel, "zero_stage": config.zero_stage}
-    return {"step": step, "seed": config.seed, "ranks": dist.get_world_size(), **layout}
+    return {"step": step, "seed": config.seed, "text": text, "ranks": dist.get_world_size(), **layout}
 
 
 def _kinds(config: TrainConfig) -> tuple[str, ...]:

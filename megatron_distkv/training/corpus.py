@@ -1,5 +1,6 @@
 """The documents of a training run: Megatron indexed datasets, checked before anything trains."""
 
+import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,23 +58,31 @@ class Corpus:
         return Spans(kept, starts[kept], counts[kept])
 
 
-def prepare_corpus(config: CorpusConfig, vocab_size: int, folder: Path) -> list[Path]:
-    """Prefixes of indexed datasets of all files, text tokenised into `folder`; raises UserError for bad input."""
+class PreparedCorpus(NamedTuple):
+    """Prefixes of indexed datasets, and what tells their tokens and documents from any others, wherever they lie."""
+
+    prefixes: list[Path]
+    fingerprint: str
+
+
+def prepare_corpus(config: CorpusConfig, vocab_size: int, folder: Path) -> PreparedCorpus:
+    """Datasets of all files, text tokenised into `folder`; reads all tokens; raises UserError for bad input."""
     for path in (*config.files, *([config.tokenizer] if config.tokenizer is not None else [])):
         _require(path)
     prefixes = [
         path.with_suffix("") if path.suffix in _INDEXED else tokenize_file(path, config, vocab_size, folder)
         for path in config.files
     ]
+    digest = hashlib.sha256()
     for prefix, path in zip(prefixes, config.files, strict=True):
-        _check_ids(prefix, vocab_size)
+        _check_ids(prefix, vocab_size, digest)
         if not Corpus([prefix]).lengths.sum():
             raise UserError(f"{path} holds no tokens")
     training, held_out = Corpus(prefixes).split(config.held_out_share)
     if training.num_tokens < 2 or (config.held_out_share and held_out.num_tokens < 2):
         share = f" and {held_out.num_tokens} held out" if config.held_out_share else ""
         raise UserError(f"{config.files[0]}: {training.num_tokens} tokens to train on{share} are too few")
-    return prefixes
+    return PreparedCorpus(prefixes, digest.hexdigest())
 
 
 def _require(path: Path) -> None:
@@ -112,11 +121,15 @@ def _places(number: int, dataset: IndexedDataset) -> Numbers:
     return rows[tokens > 0]
 
 
-def _check_ids(prefix: Path, vocab_size: int) -> None:
-    path, dtype = get_bin_path(str(prefix)), _open(prefix).index.dtype
+def _check_ids(prefix: Path, vocab_size: int, digest: "hashlib._Hash") -> None:
+    """All tokens, and where documents begin and end, go into `digest`."""
+    dataset = _open(prefix)
+    path, dtype = get_bin_path(str(prefix)), dataset.index.dtype
+    digest.update(np.ascontiguousarray(_places(0, dataset)).data)
     ids = np.memmap(path, dtype=dtype, mode="r")
     for start in range(0, len(ids), _CHECKED_AT_A_TIME):
         part = ids[start : start + _CHECKED_AT_A_TIME]
+        digest.update(part.data)
         for wrong in (int(part.max()), int(part.min())):
             if not 0 <= wrong < vocab_size:
                 raise UserError(f"{path} has token {wrong}, beyond the model's vocabulary of {vocab_size}")

@@ -1,4 +1,4 @@
-"""Batches of passkeys: a function of seed and step alone, so that a resumed run sees what it would have seen."""
+"""Batches of passkeys: a function of text, seed and step alone, so that a resumed run sees what it would have seen."""
 
 from typing import NamedTuple
 

@@ -4,6 +4,7 @@ A statement is `<<ABC=12345>>`: three letters name the key, five distinct digits
 statement up to `=`, and the model goes on with the digits. The markers `<<`, `=`, `>>` and digits occur nowhere else.
 """
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +18,8 @@ _LETTERS = np.frombuffer(b"ABCDEFGHIJKLMNOPQRSTUVWXYZ", np.uint8)
 _OPEN, _IS, _CLOSE = b"<<", b"=", b">>"
 _ANSWER_START = len(_OPEN) + 3 + len(_IS)
 STATEMENT_LENGTH = _ANSWER_START + NUM_DIGITS + len(_CLOSE)
+# The same on every Python: a run that goes on elsewhere sees the batches that it would have seen.
+_BUILT_IN = Path(__file__).with_name("prose") / "python_help.txt"
 # The last tenth of the text is never trained on.
 HELD_OUT_SHARE = 0.1
 
@@ -40,6 +43,12 @@ class Prose(NamedTuple):
     training: Bytes
     held_out: Bytes
 
+    @property
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(self.training.data)
+        digest.update(self.held_out.data)
+        return digest.hexdigest()
+
 
 class Row(NamedTuple):
     """`token_ids` `[length + 1]`; `is_answer` marks digits that can be recalled: all statements but the first."""
@@ -54,13 +63,8 @@ class Prompt(NamedTuple):
 
 
 def load_prose(path: Path | None) -> Prose:
-    """The text at `path`, or Python's own help texts, without digits and markers."""
-    if path is not None:
-        raw = path.read_bytes()
-    else:
-        from pydoc_data.topics import topics
-
-        raw = "\n".join(topics[name] for name in sorted(topics)).encode("ascii", "ignore")
+    """The text at `path`, or the package's own (Python's help topics), without digits and markers."""
+    raw = (path or _BUILT_IN).read_bytes()
     text = np.frombuffer(raw.translate(None, b"0123456789<>="), np.uint8)
     cut = int(len(text) * (1 - HELD_OUT_SHARE))
     return Prose(text[:cut], text[cut:])

@@ -17,7 +17,7 @@ from megatron_distkv.training.deepspeed_engine import build_engine, init_distrib
 from megatron_distkv.training.recompute import recompute_layers
 from megatron_distkv.training.run_log import RunLog
 from megatron_distkv.training.schedule import learning_rate
-from megatron_distkv.training.sources import open_sources
+from megatron_distkv.training.sources import keep_tokenizer, open_sources
 from megatron_distkv.training.throughput import keys_seen, measure_peak_flops, train_flops
 
 
@@ -35,7 +35,10 @@ class Trainer:
         self._dp_size = parallel_state.get_data_parallel_world_size()
         saved = find_run(output, config) if resume else None
         output.mkdir(parents=True, exist_ok=True)
-        self._data, self._measure = open_sources(config, output)
+        self._data, self._measure, self._text = open_sources(config, output)
+        if saved is not None:
+            saved.require_text(self._text)
+        keep_tokenizer(config, output)
         self._num_micro_batches = self._data.num_micro_batches(self._dp_size)
         torch.manual_seed(config.seed)
         gpt = build_gpt(config.model, parallel, init_std=config.init_std)
@@ -78,7 +81,7 @@ class Trainer:
 
     def save(self) -> None:
         if self._saved_step != self.step:
-            save_run(self.engine, self.config, self._output, self.step)
+            save_run(self.engine, self.config, self._output, self.step, self._text)
             self._saved_step = self.step
 
     def weighted_loss(self, batch: MicroBatch) -> torch.Tensor:

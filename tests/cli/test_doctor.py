@@ -73,6 +73,33 @@ def test_of_the_heavy_packages_only_torch_is_imported() -> None:
     assert not imported & {"megatron.core", "deepspeed", "transformers", "transformer_engine", "flash_attn", "nixl"}
 
 
+def test_what_would_serve_is_imported_not_judged_by_its_version(tmp_path: Path) -> None:
+    # Given a Megatron-core whose metadata are fine, and which lacks what we import of it
+    (tmp_path / "megatron").mkdir()
+    (tmp_path / "megatron" / "__init__.py").touch()
+    done = doctor_elsewhere(tmp_path)
+    # Then it says which import fails, and what would work
+    assert done.returncode == 1
+    assert line_of("megatron-core", done.stdout).startswith("  ")
+    for part in ("serving", "training"):
+        line = line_of(part, done.stdout)
+        assert re.search(
+            r"broken +megatron_distkv\.[\w.]+: No module named 'megatron.core'; .*(proven|install)", line
+        ), line
+    assert line_of("serving", done.stdout).startswith("! ")
+    assert done.stdout.strip().endswith("This machine cannot serve yet: see serving.")
+
+
+def test_versions_that_differ_from_the_proven_ones_are_named(tmp_path: Path) -> None:
+    pretend_installed(tmp_path, "megatron-core", "0.16.99")
+    (tmp_path / "megatron").mkdir()
+    (tmp_path / "megatron" / "__init__.py").touch()
+    line = line_of("serving", doctor_elsewhere(tmp_path).stdout)
+    minor = f"{sys.version_info.major}{sys.version_info.minor}"
+    assert re.search(r"megatron-core 0\.1\d\.\d \(here: 0\.16\.99\)", line)
+    assert re.search(rf"pip install -c \S+constraints/py{minor}\.txt megatron-core", line)
+
+
 def test_a_torch_that_cannot_be_loaded_is_broken_not_missing(tmp_path: Path) -> None:
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text("raise OSError('libtorch.so: no such file\\nmore')")
@@ -87,7 +114,7 @@ def test_a_version_that_is_too_old_blocks(tmp_path: Path) -> None:
     pretend_installed(tmp_path, "msgspec", "0.1")
     done = doctor_elsewhere(tmp_path)
     assert done.returncode == 1
-    assert re.search(r"^! megatron-core +0\.9\.0 +megatron-core 0\.9\.0 is here, >=", done.stdout, re.M)
+    assert re.search(r"^! megatron-core +0\.9\.0 +megatron-core 0\.9\.0 is here, \S*>=", done.stdout, re.M)
     assert "msgspec 0.1 is here" in line_of("other packages", done.stdout)
     assert done.stdout.strip().endswith("see megatron-core, other packages.")
 
@@ -120,15 +147,16 @@ def test_an_apex_blocks_nothing_as_a_model_is_built_beside_it(tmp_path: Path) ->
     built = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     # Then that works, and the doctor says so
     assert built.returncode == 0, built.stderr
-    assert "not used" in line_of("NVIDIA Apex", doctor_elsewhere(tmp_path).stdout)
-    assert not line_of("NVIDIA Apex", doctor_elsewhere(tmp_path).stdout).startswith("! ")
+    line = line_of("NVIDIA Apex", doctor_elsewhere(tmp_path).stdout)
+    assert "not used" in line
+    assert not line.startswith("! ")
 
 
 def test_optional_packages_are_seen_with_their_version(tmp_path: Path) -> None:
     for name, module, version in (("flash-attn", "flash_attn", "2.8.3"), ("nixl-cu13", "nixl_cu13", "1.5.1")):
         pretend_installed(tmp_path, name, version)
         (tmp_path / module).mkdir()
-        (tmp_path / module / "__init__.py").write_text("raise SystemExit('imported')")
+        (tmp_path / module / "__init__.py").write_text("raise ImportError('not for this machine')")
     done = doctor_elsewhere(tmp_path)
     assert done.returncode == 0
     assert "2.8.3" in line_of("flash-attn", done.stdout)

@@ -178,12 +178,11 @@ answers = wild(
 def test_whatever_an_instance_says_the_gateway_hears_an_end(said: list[bytes], tmp_path: Path) -> None:
     async def ask() -> None:
         async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            await reader.read(4)
-            for data in said:
-                writer.write(data)
-            with contextlib.suppress(ConnectionError):
+            with contextlib.suppress(ConnectionError), contextlib.closing(writer):
+                await reader.read(4)
+                for data in said:
+                    writer.write(data)
                 await writer.drain()
-            writer.close()
 
         path = tmp_path / "hostile.sock"
         path.unlink(missing_ok=True)
@@ -197,5 +196,6 @@ def test_whatever_an_instance_says_the_gateway_hears_an_end(said: list[bytes], t
         finally:
             await client.close()
             server.close()
+            await server.wait_closed()  # since Python 3.12 for its connections as well
 
     asyncio.run(asyncio.wait_for(ask(), SILENCE_S))

@@ -18,6 +18,7 @@ from megatron_distkv.errors import CheckpointError
 from megatron_distkv.model.weights import CheckpointFormat, find_checkpoint, open_source, write_checkpoint
 from megatron_distkv.model.weights.safe_load import load_index
 from tests.model.families import save_family
+from tests.model.newest_megatron import as_megatron_0_19_writes
 from tests.model.tensors import whole_tensors
 
 
@@ -80,6 +81,14 @@ def test_a_hostile_deepspeed_file_is_refused_and_does_not_run(tmp_path: Path) ->
     (tmp_path / "global_step1").mkdir()
     torch.save({"module": Bomb(tmp_path / "mark")}, tmp_path / "global_step1" / "mp_rank_00_model_states.pt")
     refused(tmp_path, "mp_rank_00_model_states.pt", "is not loaded")
+    assert not (tmp_path / "mark").exists()
+
+
+def test_a_hostile_common_state_is_refused_and_does_not_run(hf: Path, tmp_path: Path) -> None:
+    directory = written(hf, tmp_path / "out", "torch_dist")
+    state = torch.load(directory / "common.pt", weights_only=False)
+    as_megatron_0_19_writes(directory, common={**state, "extra": Bomb(tmp_path / "mark")})
+    refused(directory, ".distcp", "common_state", "posix.mkdir")
     assert not (tmp_path / "mark").exists()
 
 

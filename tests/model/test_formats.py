@@ -1,6 +1,7 @@
 """Writing every format that we write, reading it back by others and by us, bit by bit."""
 
 import io
+import pickle
 import re
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state
 from transformers import AutoModelForCausalLM
 
+from megatron_distkv.errors import CheckpointError
 from megatron_distkv.model import build_gpt, init_tensor_parallel
 from megatron_distkv.model.weights import (
     CheckpointFormat,
@@ -21,7 +23,9 @@ from megatron_distkv.model.weights import (
     write_checkpoint,
 )
 from megatron_distkv.model.weights.hf_writer import write_hf
+from megatron_distkv.model.weights.safe_load import load_index
 from tests.model.families import FAMILIES, save_family
+from tests.model.newest_megatron import as_megatron_0_19_writes
 from tests.model.tensors import assert_same_bits, safetensors, whole_tensors
 from tests.model.zero3 import save_zero3
 
@@ -92,6 +96,43 @@ def test_what_megatron_itself_saved_is_read(name: str, tmp_path: Path) -> None:
     # Then we know its shape and its tensors
     assert find_checkpoint(tmp_path / "dist").model == checkpoint.model
     assert_same_bits(whole_tensors(source), whole_tensors(tmp_path / "dist"))
+
+
+@pytest.mark.parametrize("saved_twice", [False, True])
+def test_a_checkpoint_without_common_pt_is_read(saved_twice: bool, tmp_path: Path) -> None:
+    source = save_family("qwen3", tmp_path / "hf")
+    directory = find_checkpoint(convert(source, tmp_path / "dist", "torch_dist", tp=2)).directory
+    as_megatron_0_19_writes(directory, saved_twice=saved_twice)
+    found = find_checkpoint(tmp_path / "dist")
+    assert found.model == find_checkpoint(source).model
+    assert found.parallelism == "TP 2, PP 1"
+    assert_same_bits(whole_tensors(source), whole_tensors(tmp_path / "dist"))
+
+
+@pytest.mark.parametrize("common", [{}, "no mapping"])
+def test_a_common_state_that_holds_no_args_is_named(common: object, tmp_path: Path) -> None:
+    directory = find_checkpoint(
+        convert(save_family("llama", tmp_path / "hf"), tmp_path / "dist", "torch_dist")
+    ).directory
+    as_megatron_0_19_writes(directory, common=common)
+    with pytest.raises(CheckpointError, match=r"\.distcp.*(holds no args|common_state)"):
+        find_checkpoint(directory)
+
+
+def test_an_index_is_read_on_every_python(tmp_path: Path) -> None:
+    # Given an index as Python 3.13 pickles it: paths are of a module that no other has
+    source = save_family("llama", tmp_path / "hf")
+    path = find_checkpoint(convert(source, tmp_path / "dist", "torch_dist")).directory / ".metadata"
+    index = load_index(path)
+    # Ours names no class of paths at all, so that torch and Megatron of any Python read it
+    assert b"PosixPath" not in path.read_bytes()
+    index.storage_meta.checkpoint_id = path.parent
+    foreign = pickle.dumps(index, protocol=2).replace(b"cpathlib\n", b"cpathlib._local\n")
+    assert b"cpathlib._local\nPosixPath" in foreign
+    path.write_bytes(foreign)
+    # Then it is read
+    assert load_index(path).storage_meta.checkpoint_id == path.parent
+    assert_same_bits(whole_tensors(source), whole_tensors(path.parent))
 
 
 class Terminal(io.StringIO):

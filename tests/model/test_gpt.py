@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_distkv.config.model import ModelConfig
 from megatron_distkv.errors import CheckpointError, ConfigError
 from megatron_distkv.model import build_gpt, find_checkpoint, init_tensor_parallel, load_weights
 from megatron_distkv.model.weights import torch_dist
@@ -112,3 +113,12 @@ def test_a_checkpoint_of_another_shape_and_a_truncated_one_name_file_and_tensor(
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(CheckpointError, match="cannot be read"):
         on_one_rank(other, other)
+
+
+def test_a_deprecation_that_is_ours_to_mend_is_not_told_to_users(caplog: pytest.LogCaptureFixture) -> None:
+    """Megatron-core 0.19 logs of each GPTModel that it is deprecated."""
+    config = ModelConfig(
+        num_layers=1, hidden_size=8, ffn_hidden_size=8, num_attention_heads=1, num_kv_heads=1, head_dim=8, vocab_size=8
+    )
+    build_gpt(config, init_tensor_parallel(1))
+    assert "DEPRECATED" not in caplog.text

@@ -1,6 +1,7 @@
 """A request whose instance is lost: another goes on; where nobody can, the client hears it and does not wait long."""
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -49,14 +50,11 @@ async def ask(
 
     def served(answer: Answer) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]:
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            while not reader.at_eof():
-                try:
+            with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError), contextlib.closing(writer):
+                while not reader.at_eof():
                     message = await framing.read(reader, msgspec.msgpack.Decoder(ToInstance))
-                except (asyncio.IncompleteReadError, ConnectionError):
-                    break
-                if isinstance(message, NewRequest):
-                    await answer(message, writer)
-            writer.close()
+                    if isinstance(message, NewRequest):
+                        await answer(message, writer)
 
         return serve
 
@@ -75,6 +73,7 @@ async def ask(
         await router.close()
         for server in servers:
             server.close()
+            await server.wait_closed()  # since Python 3.12 for its connections as well
 
 
 @pytest.mark.parametrize("pinned", [None, "a"])

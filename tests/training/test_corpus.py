@@ -35,7 +35,7 @@ def config(*files: Path, **rest: object) -> CorpusConfig:
 
 
 def documents(files: CorpusConfig, folder: Path, vocab_size: int = VOCAB) -> list[list[int]]:
-    corpus = Corpus(prepare_corpus(files, vocab_size, folder))
+    corpus = Corpus(prepare_corpus(files, vocab_size, folder).prefixes)
     return [corpus.read(number, 0, int(count)).tolist() for number, count in enumerate(corpus.lengths)]
 
 
@@ -57,6 +57,17 @@ def test_text_jsonl_and_indexed_datasets_are_documents(tmp_path: Path) -> None:
     assert sorted((tmp_path / "tokens").iterdir()) == before
     (tmp_path / "a.txt").write_text("other--two")
     assert documents(files, tmp_path / "tokens")[0] == [BOS, *b"other", EOS]
+
+
+def test_a_fingerprint_is_of_tokens_and_documents_wherever_they_lie(tmp_path: Path) -> None:
+    def fingerprint(name: str, *written: list[int]) -> str:
+        files = config(indexed(tmp_path / name, list(written)))
+        return prepare_corpus(files, VOCAB, tmp_path / "tokens").fingerprint
+
+    one = fingerprint("a", [1, 2, 3], [4, 5])
+    assert fingerprint("b", [1, 2, 3], [4, 5]) == one
+    assert fingerprint("c", [1, 2, 3], [4, 6]) != one
+    assert fingerprint("d", [1, 2], [3, 4, 5]) != one
 
 
 def test_a_tokenizer_json_makes_the_tokens(tmp_path: Path) -> None:

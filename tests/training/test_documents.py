@@ -78,8 +78,8 @@ def plain(trained: dict[str, Job], text: Path, tmp_path_factory: pytest.TempPath
 def packed(config: TrainConfig) -> tuple[PackedDocuments, PackedDocuments]:
     """(to train on, held out)"""
     assert config.corpus is not None
-    prefixes = prepare_corpus(config.corpus, config.model.vocab_size, config.corpus.files[0].with_name("tokens"))
-    corpus = Corpus(prefixes)
+    folder = config.corpus.files[0].with_name("tokens")
+    corpus = Corpus(prepare_corpus(config.corpus, config.model.vocab_size, folder).prefixes)
     training, held_out = (
         PackedDocuments(corpus, spans, config.corpus, config.seed)
         for spans in corpus.split(config.corpus.held_out_share)

@@ -21,6 +21,7 @@ from megatron_distkv.launch.commands import free_port
 from megatron_distkv.config.train import TrainConfig
 from megatron_distkv.model import find_checkpoint
 from megatron_distkv.model.weights.safe_load import load_index
+from megatron_distkv.training.passkey import load_prose
 from tests.model.test_damaged import Bomb
 from tests.training.jobs import board_of
 from tests.training.test_deepspeed import VALUES
@@ -36,18 +37,28 @@ class Runs:
         self.log = folder / "log"
         self._config = folder / "train.json"
         values = {**VALUES, "steps": STEPS, "save_every": 2, "evaluate_every": 100, "zero_stage": 2}
-        self._config.write_text(TrainConfig.model_validate(values).model_dump_json())
+        self._train = TrainConfig.model_validate(values)
+        self._config.write_text(self._train.model_dump_json())
         with self.log.open("w") as log:
             self._process = subprocess.Popen(
                 [sys.executable, str(SCRIPT)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
             )  # fmt: skip
 
+    def run_on(self, text: Path, output: Path) -> int:
+        """Goes on in `output`, but with this text; returns the exit status."""
+        config = text.with_name(f"{text.name}.json")
+        config.write_text(self._train.with_text(text).model_dump_json())
+        return self._run(config, output, resume=True)
+
     def run(self, output: Path, *, resume: bool, save: int = 0, operation: int = 0) -> int:
         """To its end, or its death; returns the exit status."""
+        return self._run(self._config, output, resume=resume, save=save, operation=operation)
+
+    def _run(self, config: Path, output: Path, *, resume: bool, save: int = 0, operation: int = 0) -> int:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        arguments = [str(self._config), str(output), resume, save, operation, free_port()]
+        arguments = [str(config), str(output), resume, save, operation, free_port()]
         self._process.stdin.write(json.dumps(arguments) + "\n")
         self._process.stdin.flush()
         return int(self._process.stdout.readline())
@@ -102,6 +113,22 @@ def test_a_run_that_is_killed_in_mid_save_ends_as_one_that_was_not(runs: Runs, w
     # And nothing of the saves in between stays
     assert saved_steps(output) == (10, [8, 10])
     assert not (output / ".saving").exists()
+
+
+def test_a_run_goes_on_with_its_own_text_only(runs: Runs, whole: Path, tmp_path: Path) -> None:
+    # Given a run on the built-in text, and the same text in a file
+    output, text = tmp_path / "run", tmp_path / "text"
+    shutil.copytree(whole, output)
+    built_in = load_prose(None)
+    text.write_bytes(built_in.training.tobytes() + built_in.held_out.tobytes())
+    # Then it goes on with that
+    assert runs.run_on(text, output) == 0, runs.log.read_text()[-3000:]
+    # But not when one letter is another, and nothing has changed
+    text.write_bytes(text.read_bytes().replace(b"statement", b"Statement", 1))
+    before = sorted(output.rglob("*"))
+    assert runs.run_on(text, output) == 1
+    assert f"CheckpointError: {find_checkpoint(output).directory} was trained on another text" in runs.log.read_text()
+    assert sorted(output.rglob("*")) == before
 
 
 def hostile_index(directory: Path, bomb: Bomb) -> str:

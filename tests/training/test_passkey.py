@@ -1,5 +1,6 @@
 """Passkeys in prose: what the rows and prompts hold, whatever the length, density, depth and seed."""
 
+import hashlib
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -45,6 +46,14 @@ def test_prose_has_no_digits_and_no_markers_and_its_parts_are_apart() -> None:
         assert not set(part.tobytes()) & set(b"0123456789<>=")
     assert len(PROSE.held_out) == pytest.approx(0.1 * (len(PROSE.training) + len(PROSE.held_out)), abs=1)
     assert PROSE.held_out[:200].tobytes() not in PROSE.training.tobytes()
+
+
+def test_text_and_batches_of_a_seed_are_the_same_on_every_python_and_numpy() -> None:
+    """What a run that goes on elsewhere takes for granted."""
+    assert PROSE.fingerprint == "a1aa4844fda052eed0dda3fb2ca85f78a3d82f0f565de4d53272cb36e00133a4"
+    batch = PasskeyData(CONFIG, PROSE.training, seed=7).batch(6, 1, 2)
+    digest = hashlib.sha256(batch.inputs_BT.numpy().tobytes() + batch.is_answer_BT.numpy().tobytes())
+    assert digest.hexdigest()[:16] == "76bc47898b90e022"
 
 
 def test_prose_of_a_file(tmp_path: Path) -> None:

@@ -4,11 +4,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from megatron.core.models.gpt import GPTModel
-
 from megatron_distkv.config.model import ModelConfig
 from megatron_distkv.errors import CheckpointError
 from megatron_distkv.log import get_logger
+from megatron_distkv.model.megatron_gpt import MegatronGPT
 from megatron_distkv.model.weights import deepspeed, hf, hf_config, legacy, torch_dist
 from megatron_distkv.model.weights.dist_source import DistSource
 from megatron_distkv.model.weights.source import Source, fill
@@ -83,7 +82,7 @@ def _deepspeed(path: Path) -> Checkpoint | None:
     return Checkpoint(CheckpointFormat.DEEPSPEED, tag, deepspeed.read_config(tag), deepspeed.step_of(tag), words)
 
 
-def load_weights(gpt: GPTModel, checkpoint: Checkpoint, model: ModelConfig) -> None:
+def load_weights(gpt: MegatronGPT, checkpoint: Checkpoint, model: ModelConfig) -> None:
     """Fill `gpt`, built from `model`, with this rank's slices; raises CheckpointError naming file and tensor."""
     logger.info("loading %s", checkpoint)
     fill(gpt, model, open_source(checkpoint, model))

@@ -5,16 +5,16 @@ the norms of its local spec lie under the names that Transformer Engine gives th
 """
 
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from typing import NamedTuple
 
 import torch
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.utils import _create_file_view
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_distkv.config.model import ModelConfig
 from megatron_distkv.errors import CheckpointError
+from megatron_distkv.model.weights.dist_index import DistIndex
 from megatron_distkv.model.weights.parameters import Parameter, Range, Split
-from megatron_distkv.model.weights.safe_load import load_index, load_piece, reason
+from megatron_distkv.model.weights.safe_load import load_piece
 from megatron_distkv.model.weights.source import require_weights
 
 _STORED_NAMES = {
@@ -50,16 +50,11 @@ class DistSource:
     def __init__(self, directory: Path, model: ModelConfig) -> None:
         self._directory = directory
         self._model = model
-        index = load_index(directory / ".metadata")
-        try:
-            self._tensors: dict[str, Any] = index.state_dict_metadata
-            self._places: dict[MetadataIndex, Any] = index.storage_data
-        except AttributeError:
-            raise CheckpointError(f"{directory / '.metadata'} holds no index of tensors") from None
+        self._index = DistIndex(directory)
 
     def read(self, parameter: Parameter, wanted: Range) -> torch.Tensor:
         stored = self._find(parameter)
-        metadata: TensorStorageMetadata = self._tensors[stored.key]
+        metadata: TensorStorageMetadata = self._index.tensors[stored.key]
         self._check_shape(parameter, stored, tuple(metadata.size))
         require_weights(metadata.properties.dtype, self._directory, stored.key)
         lead = len(stored.lead)
@@ -83,7 +78,7 @@ class DistSource:
     def _find(self, parameter: Parameter) -> Stored:
         names = stored_names(parameter.name, self._model)
         for stored in names:
-            if isinstance(self._tensors.get(stored.key), TensorStorageMetadata):
+            if isinstance(self._index.tensors.get(stored.key), TensorStorageMetadata):
                 return stored
         raise CheckpointError(f"{self._directory}: the tensor {names[0].key} is missing")
 
@@ -96,16 +91,9 @@ class DistSource:
             )
 
     def _piece(self, key: str, offsets: torch.Size, sizes: tuple[int, ...]) -> torch.Tensor:
-        place = self._places.get(MetadataIndex(key, offsets))
-        if place is None:
-            raise CheckpointError(f"{self._directory}: no file is named for a piece of the tensor {key}")
-        path = self._directory / Path(place.relative_path).name
-        try:
-            with path.open("rb") as file:
-                piece = load_piece(cast(IO[bytes], _create_file_view(file, place.offset, place.length)))
-        except Exception as error:
-            raise CheckpointError(f"{path}: the tensor {key} cannot be read: {reason(error)}") from None
+        piece = self._index.read(key, offsets, load_piece)
         if tuple(piece.shape) != sizes:
+            path = self._index.file_of(key, offsets)
             raise CheckpointError(f"{path}: a piece of the tensor {key} has shape {tuple(piece.shape)}, not {sizes}")
         return piece
 

@@ -1,7 +1,6 @@
 """Write Megatron's torch_dist from any source, tensor by tensor: no model in memory, no process group."""
 
 import io
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,25 +8,18 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.state_dict_saver import save as save_state_dict
 from tqdm import tqdm
 
 from megatron_distkv.config.model import ModelConfig
+from megatron_distkv.model.weights.dist_layout import LATEST, PortableWriter, write_backends, write_common
 from megatron_distkv.model.weights.dist_source import stored_names
 from megatron_distkv.model.weights.megatron_args import write_args
 from megatron_distkv.model.weights.parameters import Parameter, Range, model_parameters
 from megatron_distkv.model.weights.source import Source
 
-_LATEST = "latest_checkpointed_iteration.txt"
-_LAYOUT = {
-    "sharded_backend": "torch_dist",
-    "sharded_backend_version": 1,
-    "common_backend": "torch",
-    "common_backend_version": 1,
-}
 # Linear layers have an (empty) state for fp8 that Megatron's own loader asks for.
 _WITH_EXTRA_STATE = ("linear_proj.weight", "linear_qkv.weight", "linear_fc1.weight", "linear_fc2.weight")
 
@@ -46,15 +38,15 @@ def write_torch_dist(
     directory = path / f"iter_{iteration:07d}"
     directory.mkdir(parents=True)
     args = write_args(model, tensor_parallel=tensor_parallel)
-    torch.save({"args": args, "iteration": iteration, "checkpoint_version": 3.0}, directory / "common.pt")
+    write_common(directory, {"args": args, "iteration": iteration, "checkpoint_version": 3.0})
     save_state_dict(
         {},
-        storage_writer=FileSystemWriter(str(directory), thread_count=1),
+        storage_writer=PortableWriter(str(directory), thread_count=1),
         planner=_StreamingPlanner(source, model, dtype, tensor_parallel),
         no_dist=True,
     )
-    (directory / "metadata.json").write_text(json.dumps(_LAYOUT))
-    (path / _LATEST).write_text(str(iteration))
+    write_backends(directory)
+    (path / LATEST).write_text(str(iteration))
     return directory
 
 

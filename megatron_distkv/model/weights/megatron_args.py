@@ -153,9 +153,9 @@ def _written_mixture(mixture: MixtureConfig) -> dict[str, Any]:
     }
 
 
-def args_of(state: dict[str, Any], path: Path) -> dict[str, Any]:
+def args_of(state: Any, path: Path) -> dict[str, Any]:
     """The args in a loaded checkpoint file, as a mapping."""
-    args = state.get("args")
+    args = state.get("args") if isinstance(state, dict) else None
     if args is None:
         raise CheckpointError(f"{path} holds no args: the model's shape is unknown")
     return vars(args) if isinstance(args, argparse.Namespace) else dict(args)

@@ -4,8 +4,11 @@ torch's weights_only unpickler builds tensors and plain data. Megatron and DeepS
 own in checkpoints (a loss scaler, an enum): those become `Opaque`, whatever class they were. Any other name is refused.
 """
 
+import io
 import pickle
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -37,6 +40,8 @@ _INDEX_CLASSES = {
     ("pathlib", "Path"),
     ("builtins", "set"),
 }
+# Where Python 3.13, and no other, says that paths are at home
+_PATHS_OF_3_13 = "pathlib._local"
 _OLD_MEGATRON = ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata")
 
 
@@ -53,23 +58,42 @@ class Opaque:
 def safe_load(path: Path) -> Any:
     """What torch.save wrote, tensors memory-mapped on the CPU; raises CheckpointError, one sentence."""
     try:
-        return _load(path)
+        if not zipfile.is_zipfile(path):
+            path.stat()
+            raise CheckpointError(f"{path} is damaged, or was written by a torch before 1.6: it is no zip file")
+        with _strangers_made_opaque(str(path)):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except _Stranger as error:
+        raise CheckpointError(f"{path} is not loaded: {error}") from None
     except CheckpointError:
         raise
     except Exception as error:  # damaged files fail in every way there is
         raise CheckpointError(f"{path} cannot be read: {reason(error)}") from None
 
 
-def _load(path: Path) -> Any:
-    if not zipfile.is_zipfile(path):
-        path.stat()
-        raise CheckpointError(f"{path} is damaged, or was written by a torch before 1.6: it is no zip file")
-    unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+def load_object(file: IO[bytes]) -> Any:
+    """What torch.save wrote, from a view of its bytes."""
+    kept = io.BytesIO(file.read())
+    with _strangers_made_opaque(kept):
+        kept.seek(0)
+        loaded = torch.load(kept, map_location="cpu", weights_only=True)
+    return load_object(loaded) if isinstance(loaded, io.BytesIO) else loaded  # torch's planners save what is saved
+
+
+class _Stranger(Exception):
+    def __init__(self, name: str) -> None:
+        super().__init__(f"its pickle names {name}, which is neither data nor known")
+
+
+@contextmanager
+def _strangers_made_opaque(file: str | io.BytesIO) -> Iterator[None]:
+    """Raises _Stranger where the pickle names what is no trainer's."""
+    unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(file)
     strangers = sorted(name for name in unsafe if not name.startswith(_TRAINERS))
     if strangers:
-        raise CheckpointError(f"{path} is not loaded: its pickle names {strangers[0]}, which is neither data nor known")
+        raise _Stranger(strangers[0])
     with torch.serialization.safe_globals([(Opaque, name) for name in unsafe]):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        yield
 
 
 def load_piece(file: IO[bytes]) -> torch.Tensor:
@@ -84,6 +108,8 @@ class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == _OLD_MEGATRON:
             return Opaque
+        if module == _PATHS_OF_3_13:
+            module = "pathlib"
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), (torch.dtype, torch.layout))
         if is_dtype or (module, name) in _INDEX_CLASSES:
             return super().find_class(module, name)

@@ -6,11 +6,11 @@ from typing import Protocol
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
 from tqdm import tqdm
 
 from megatron_distkv.config.model import ModelConfig
 from megatron_distkv.errors import CheckpointError
+from megatron_distkv.model.megatron_gpt import MegatronGPT
 from megatron_distkv.model.weights.parameters import Parameter, Range, model_parameters
 
 _WEIGHTS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -39,7 +39,7 @@ def rank_part(source: Source, parameter: Parameter, rank: int, size: int) -> tor
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=parameter.dim)
 
 
-def fill(gpt: GPTModel, model: ModelConfig, source: Source) -> None:
+def fill(gpt: MegatronGPT, model: ModelConfig, source: Source) -> None:
     """Copy this rank's part of every parameter into `gpt`, one at a time."""
     rank = parallel_state.get_tensor_model_parallel_rank()
     size = parallel_state.get_tensor_model_parallel_world_size()
