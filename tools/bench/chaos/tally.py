@@ -44,7 +44,8 @@ class Tally:
     full_recompute_tokens: int = 0
     _asked: Counter[str] = field(default_factory=Counter)  # choices, by gateway
     _had: Counter[str] = field(default_factory=Counter)  # choices that told of it, by instance
-    _told: int = 0
+    _num_told: int = 0
+    _num_left: int = 0  # choices whose clients left: nobody told who had them
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def note_asked(self, gateway: str, num_choices: int) -> None:
@@ -61,13 +62,14 @@ class Tally:
             self.requests += 1
             self.streamed += is_streamed
             self.left += has_left
+            self._num_left += len(got.choices) if has_left else 0
             self.longest_pause_s = max(self.longest_pause_s, got.longest_pause_s)
             for one, other in zip(got.choices, expected, strict=True):
                 self._compare(one, other, has_left=has_left)
             for receipt in got.receipts:
                 self.recomputed_tokens += receipt.get("num_recomputed_tokens", 0)
                 self.full_recompute_tokens += receipt.get("num_tokens_at_losses", 0)
-                self._told += 1
+                self._num_told += 1
                 self._had.update(receipt["instances"])
 
     def note_error(self, code: str, sentence: str, after_s: float) -> None:
@@ -80,12 +82,16 @@ class Tally:
                 self.lost[f"{code}: {sentence}"] += 1
 
     def num_requests_of(self, part: str) -> float:
-        """Choices that a gateway was asked for; that an instance had (of those whose clients left, a like share); else
-        of all gateways."""
-        asked = self._asked.total()
-        if part in self._asked:
-            return self._asked[part]
-        return self._had[part] * asked / self._told if part in self._had else asked
+        """Choices that a gateway was asked for; that an instance had; else those that all gateways were asked for.
+
+        Of choices whose clients left, an instance had the same share as of the others.
+        """
+        with self._lock:
+            if part in self._asked:
+                return self._asked[part]
+            if part in self._had:
+                return self._had[part] * (1 + self._num_left / self._num_told)
+            return self._asked.total()
 
     def _compare(self, got: Answer, expected: Answer, *, has_left: bool) -> None:
         """Where the client left, what it has must begin the answer."""
