@@ -19,14 +19,17 @@ def replace_by_a_twin(scene: Scene, rng: random.Random) -> Course:
         return
     with scene.breaking(KIND, name):
         old = scene.pool.child(name).process
-        signal_group(old.pid, signal.SIGSTOP)
-        yield from scene.wait(scene.pool.config.ledger.lease_s + BEYOND_LEASE_S)
-        scene.pool.restart(name)
-        yield from scene.bring_back(KIND, name)
-        signal_group(old.pid, signal.SIGCONT)
-        yield from scene.until(lambda: old.poll() is not None, ENDS_WITHIN_S)
-        if old.poll() is None:
-            sentence = f"the superseded process {old.pid} of {name} still ran {ENDS_WITHIN_S:.0f} s after it woke"
-            scene.fail(KIND, sentence)
-            signal_group(old.pid, signal.SIGKILL)  # so that the rest of the run tells of the rest
-            old.wait()
+        try:
+            signal_group(old.pid, signal.SIGSTOP)
+            yield from scene.wait(scene.pool.config.ledger.lease_s + BEYOND_LEASE_S)
+            scene.pool.restart(name)
+            yield from scene.bring_back(KIND, name)
+            signal_group(old.pid, signal.SIGCONT)
+            yield from scene.until(lambda: old.poll() is not None, ENDS_WITHIN_S)
+            if old.poll() is None:
+                sentence = f"the superseded process {old.pid} of {name} still ran {ENDS_WITHIN_S:.0f} s after it woke"
+                scene.fail(KIND, sentence)
+        finally:
+            if old.poll() is None:
+                signal_group(old.pid, signal.SIGKILL)  # so that the rest of the run tells of the rest
+                old.wait()

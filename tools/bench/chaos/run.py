@@ -21,7 +21,7 @@ from tools.bench.chaos.settling import unsettled
 from tools.bench.chaos.traffic import Traffic
 from tools.bench.machine import describe_machine
 
-NUM_QUESTIONS = 24
+NUM_QUESTIONS = 16
 
 
 def run(args: argparse.Namespace, seed: int, scratch: Path) -> dict[str, Any]:
@@ -40,6 +40,7 @@ def run(args: argparse.Namespace, seed: int, scratch: Path) -> dict[str, Any]:
         faults = Faults(scene, args.faults, seed)
         tolerance = LOGPROB_TOLERANCE[args.kv_cache_dtype]
         traffic = Traffic(gateways, reference.result(), args.clients, seed, tolerance)
+        traffic.tally.expect(gateways.base_urls, pool.instance_ids)
         with Processes(pool, traffic.tally.num_requests_of) as processes, traffic:
             _inject(faults, random.Random(f"{seed} gaps"), args.minutes * 60, args.mean_gap_s)
         leaks = faults.crashed + processes.leaks() + unsettled(pool)

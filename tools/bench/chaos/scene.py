@@ -14,7 +14,7 @@ NUM_SPARED, NUM_SPARED_GATEWAYS = 2, 1
 # A part told to leave has ended by then, or is taken for one that stays.
 LEAVES_WITHIN_S = 30.0
 # A part that is started again serves by then, also beside other work; it may take several attempts.
-SERVES_WITHIN_S = 120.0
+SERVES_WITHIN_S = 240.0
 # A fault's course: it goes on at every tick, and is over at its end. What it waits for, it yields for.
 Course = Iterator[None]
 

@@ -2,7 +2,7 @@
 
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,10 +43,15 @@ class Tally:
     recomputed_tokens: int = 0
     full_recompute_tokens: int = 0
     _asked: Counter[str] = field(default_factory=Counter)  # choices, by gateway
-    _had: Counter[str] = field(default_factory=Counter)  # choices that told of it, by instance
+    _had: Counter[str] = field(default_factory=Counter)  # choices of which it is known, by instance
     _num_told: int = 0
     _num_left: int = 0  # choices whose clients left: nobody told who had them
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def expect(self, gateways: Iterable[str], instances: Iterable[str]) -> None:
+        """Parts of which requests are counted by themselves."""
+        self._asked = Counter(dict.fromkeys(gateways, 0))
+        self._had = Counter(dict.fromkeys(instances, 0))
 
     def note_asked(self, gateway: str, num_choices: int) -> None:
         with self._lock:
@@ -90,7 +95,7 @@ class Tally:
             if part in self._asked:
                 return self._asked[part]
             if part in self._had:
-                return self._had[part] * (1 + self._num_left / self._num_told)
+                return self._had[part] * (1 + self._num_left / max(1, self._num_told))
             return self._asked.total()
 
     def _compare(self, got: Answer, expected: Answer, *, has_left: bool) -> None:
