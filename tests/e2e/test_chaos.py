@@ -43,7 +43,20 @@ def test_a_while_of_chaos_loses_and_leaks_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(600)
 def test_a_mebibyte_and_a_file_kept_per_request_make_it_fail(tmp_path: Path) -> None:
-    quiet = ("--minutes", "0.7", "--seed", "1", "--instances", "2", "--faults", "none")
+    quiet = (
+        "--minutes",
+        "0.7",
+        "--min-requests",
+        "80",
+        "--seed",
+        "1",
+        "--instances",
+        "2",
+        "--lenders",
+        "0",
+        "--faults",
+        "none",
+    )
     report, said, exit_status = chaos(tmp_path / "report.json", *quiet, "--inject", "tools.bench.chaos.leak")
     assert exit_status == 1
     assert report["leaks"], report
@@ -56,7 +69,7 @@ def test_a_mebibyte_and_a_file_kept_per_request_make_it_fail(tmp_path: Path) -> 
 @pytest.mark.timeout(600)
 def test_partials_that_are_a_little_too_great_make_it_fail(tmp_path: Path) -> None:
     """By 1.0002: most tokens stay what they are, their log-probabilities do not."""
-    quiet = ("--minutes", "0.4", "--seed", "1", "--instances", "2", "--faults", "none")
+    quiet = ("--minutes", "0.4", "--seed", "1", "--instances", "2", "--lenders", "0", "--faults", "none")
     report, said, exit_status = chaos(tmp_path / "report.json", *quiet, "--inject", "tools.bench.chaos.scaled_partials")
     assert exit_status == 1
     assert report["differences"]["logprobs"] > 0

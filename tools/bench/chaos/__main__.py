@@ -62,6 +62,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--minutes", type=float, default=1.0, help="of faults")
+    add("--min-requests", type=int, default=100, help="longer than --minutes until so many were asked, within bounds")
     add("--seed", type=int, default=None, help="of traffic and faults; default: drawn and printed")
     add("--instances", type=int, default=4, help="serving instances")
     add("--lenders", type=int, default=1, help="memory-only lenders")

@@ -46,6 +46,10 @@ class Processes:
     def num_judged(self) -> int:
         return sum(leak(samples) is not None for samples in self._samples.values())
 
+    def has_judged(self, names: list[str]) -> bool:
+        """At least one life of one of these parts."""
+        return any(name in names and leak(samples) is not None for (name, _), samples in self._samples.items())
+
     @property
     def num_lives(self) -> int:
         return len(self._samples)

@@ -3,6 +3,7 @@
 import argparse
 import random
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,6 +23,8 @@ from tools.bench.chaos.traffic import Traffic
 from tools.bench.machine import describe_machine
 
 NUM_QUESTIONS = 16
+# A machine with much other work may need that many times the minutes for the requests.
+AT_MOST_TIMES = 8
 
 
 def run(args: argparse.Namespace, seed: int, scratch: Path) -> dict[str, Any]:
@@ -42,25 +45,38 @@ def run(args: argparse.Namespace, seed: int, scratch: Path) -> dict[str, Any]:
         traffic = Traffic(gateways, reference.result(), args.clients, seed, tolerance)
         traffic.tally.expect(gateways.base_urls, pool.instance_ids)
         with Processes(pool, traffic.tally.num_requests_of) as processes, traffic:
-            _inject(faults, random.Random(f"{seed} gaps"), args.minutes * 60, args.mean_gap_s)
+            tally = traffic.tally
+            _inject(
+                faults,
+                random.Random(f"{seed} gaps"),
+                args.minutes * 60,
+                args.mean_gap_s,
+                lambda: tally.requests >= args.min_requests,
+            )
         leaks = faults.crashed + processes.leaks() + unsettled(pool)
+        if not processes.has_judged(pool.instance_ids):
+            leaks.append("whether an instance leaks is not known: none lived for enough requests; give more minutes")
     return {**_of_traffic(traffic), **_of_faults(scene, args.known, leaks), **_of_processes(processes),
             "seed": seed, "minutes": args.minutes, "clients": args.clients, "inject": args.inject,
             "machine": describe_machine(),
             "cluster": pool.config.model_dump(mode="json", exclude={"model"})}  # fmt: skip
 
 
-def _inject(faults: Faults, rng: random.Random, for_s: float, mean_gap_s: float) -> None:
+def _inject(
+    faults: Faults, rng: random.Random, for_s: float, mean_gap_s: float, has_enough: Callable[[], bool]
+) -> None:
+    """For that long, and on a slow machine until the clients have asked enough, within bounds."""
+    latest_s = time.monotonic() + AT_MOST_TIMES * for_s
     end_s = time.monotonic() + for_s
     next_s = time.monotonic() + mean_gap_s
     with tqdm(total=round(for_s), desc="faults", unit="s") as bar:
-        while time.monotonic() < end_s:
+        while time.monotonic() < (end_s if has_enough() else latest_s):
             time.sleep(TICK_S)
             faults.tick()
             if time.monotonic() >= next_s:
                 faults.break_something()
                 next_s = time.monotonic() + rng.expovariate(1 / mean_gap_s)
-            bar.update(round(for_s - (end_s - time.monotonic())) - bar.n)
+            bar.update(min(round(for_s), round(for_s - (end_s - time.monotonic()))) - bar.n)
     faults.finish()
 
 
