@@ -26,9 +26,9 @@ from megatron_distkv.engine.unplaceable import Unplaceable
 from megatron_distkv.errors import LedgerUnavailable
 from megatron_distkv.kvcache.open_slots import OpenSlots
 from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
-from megatron_distkv.ledger import DebtLedger
 from megatron_distkv.pool import (
     Candidates,
+    DebtLedger,
     EndedLoans,
     Links,
     LoanBook,
@@ -125,11 +125,11 @@ class Parts:
         self.membership.beat()
         self.heartbeat.start()
         self.departure.host_lender = open_host_lender(self.rank.config, self.rank.shape, self.fatal)
-        if self.rank.config.lending.enabled and not self._is_lonely:
+        if self.rank.config.lending.enabled and not self.is_lonely:
             self.link_probes.start()
 
     @property
-    def _is_lonely(self) -> bool:
+    def is_lonely(self) -> bool:
         return self.rank.config.ledger.url == LONELY_LEDGER
 
     def _want_totals(self) -> None:
@@ -162,7 +162,7 @@ class Parts:
 
     def _open_doors(self) -> Doors:
         rank, config = self.rank, self.rank.config
-        if not self._is_lonely:
+        if not self.is_lonely:
             warn_of_open_doors(config.network, rank.secret, config.ledger.pool)
         return Doors(
             config.network,

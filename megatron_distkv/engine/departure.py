@@ -9,9 +9,8 @@ from megatron_distkv.engine.lender import Lender
 from megatron_distkv.engine.reporting import Reporting
 from megatron_distkv.engine.scheduler import Scheduler
 from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
-from megatron_distkv.ledger import InstanceState
 from megatron_distkv.messages import HandedOver
-from megatron_distkv.pool import Loans
+from megatron_distkv.pool import InstanceState, Loans
 from megatron_distkv.rmanager import Adoptions, Lending, Move, RManager
 
 

@@ -13,10 +13,9 @@ from collections.abc import Mapping
 from megatron_distkv.engine.passage import Passage, RBlockHere
 from megatron_distkv.engine.scheduler import Scheduler
 from megatron_distkv.errors import LedgerUnavailable
-from megatron_distkv.ledger import DebtLedger, InstanceState
 from megatron_distkv.log import get_logger
 from megatron_distkv.messages import HandedOver
-from megatron_distkv.pool import Identity, Loans, Member, RequestOwner, picture_of
+from megatron_distkv.pool import DebtLedger, Identity, InstanceState, Loans, Member, RequestOwner, picture_of
 from megatron_distkv.rblock import num_rblocks_for
 from megatron_distkv.request import Request, RequestStatus
 from megatron_distkv.rmanager import Move, RManager, SuccessorDesk, new_adoption_id

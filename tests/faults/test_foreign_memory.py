@@ -6,14 +6,13 @@ from typing import NamedTuple
 import msgspec
 import pytest
 import torch
-from megatron_distkv.rmanager.borrowing import HeldLoan
 
 from megatron_distkv.engine.llm import LLM
 from megatron_distkv.errors import PeerLost
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
 from megatron_distkv.messages import Acknowledge, MessageKind, QueryHeader, QueryShare, Refusal, StoreHeader
 from megatron_distkv.metrics import INSTANCE_REGISTRY
-from megatron_distkv.pool import RequestOwner
+from megatron_distkv.pool import HeldLoan, RequestOwner
 from megatron_distkv.request import Request
 from megatron_distkv.sampling_params import SamplingParams
 from megatron_distkv.transport import Channel, connect, read_secret, write_new_secret

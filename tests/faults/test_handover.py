@@ -11,7 +11,8 @@ from megatron_distkv.errors import DistkvError
 from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
 from megatron_distkv.messages import AdoptHeader, HandedOver, InheritedSpan, PrepareHeader, Refusal, RequestKV
-from megatron_distkv.rmanager import Adoptions, NoFollowers, adoptions, bequests
+from megatron_distkv.pool import loans
+from megatron_distkv.rmanager import Adoptions, NoFollowers, adoptions
 from tests.engine.test_handover import SAMPLED, Check, Client, expected, pool, random_prompt
 from tests.ledger.snapshot import snapshot
 
@@ -22,7 +23,7 @@ Pool = dict[str, Instance]
 @pytest.fixture(autouse=True)
 def little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adoptions, "PATIENCE_S", 0.5)
-    monkeypatch.setattr(bequests, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(loans, "TRANSFER_WITHIN_S", 0.5)
 
 
 def assert_all_comes_back(pool: Pool, server: EmbeddedServer) -> None:

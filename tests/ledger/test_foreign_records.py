@@ -16,11 +16,11 @@ from megatron_distkv.ledger import (
     InstanceReport,
     Move,
     RequestPlacementEntry,
-    check_snapshot,
     open_ledger,
 )
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
 from megatron_distkv.ledger.redis_ledger import RedisLedger
+from megatron_distkv.pool import check_picture, picture_of
 from megatron_distkv.rblock import InstanceId, LoanId
 
 A, B = InstanceId("a"), InstanceId("b")
@@ -207,7 +207,7 @@ def test_one_odd_record_spoils_no_other_and_heals(odd_server: EmbeddedServer, ke
             pool.report(InstanceId(name))
     healed = pool.ledger.snapshot()
     assert (healed.unreadable, [record.instance for record in healed.instances]) == ({}, ["a", "b", "c", "d"])
-    assert check_snapshot(healed) == []
+    assert check_picture(picture_of(healed)) == []
     assert "l2" in {loan.key for loan in healed.loans}
     pool.close()
 
