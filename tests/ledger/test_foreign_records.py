@@ -21,6 +21,7 @@ from megatron_distkv.ledger import (
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
 from megatron_distkv.ledger.redis_ledger import RedisLedger
 from megatron_distkv.pool import check_picture, picture_of
+from tests.pool.members import info
 from megatron_distkv.rblock import InstanceId, LoanId
 
 A, B = InstanceId("a"), InstanceId("b")
@@ -56,7 +57,7 @@ def ledger() -> Iterator[RedisLedger]:
 def fill(ledger: RedisLedger) -> tuple[int, int]:
     """A pool of two with a loan, a pending one, placements, a plan and a leader; the epochs."""
     ledger._redis.flushall()
-    epochs = [ledger.register(name, "unix:x", 64, 0, 60.0, info={"k": "v"}).epoch for name in (A, B)]
+    epochs = [ledger.register(name, "unix:x", 64, 0, 60.0, info=info()).epoch for name in (A, B)]
     for loan in ("l1", "l2"):
         assert ledger.borrow(LoanId(loan), A, epochs[0], B, epochs[1], 4, 60.0) is None
     ledger.accept(LoanId("l1"), B, epochs[1])
