@@ -45,7 +45,7 @@ def decoding(pool: Pool, length: int) -> Client:
 
 def begin_to_leave(pool: Pool, client: Client) -> str:
     """d has chosen a successor, and has not yet said good-bye; returns its name."""
-    handover = pool["d"]._departure._handover
+    handover = pool["d"].parts.departure._handover
     pool["d"].drain(within_s=60)
     client.until(lambda: handover._passage is not None)
     assert handover._passage is not None
@@ -137,7 +137,7 @@ def test_a_gateway_that_has_other_tokens_is_served_as_any(pool: Pool, server: Em
 # ------------------------------------------------------------------ what a stranger may say
 
 RBLOCK_SIZE = 4
-SPAN = InheritedSpan(1, [3], "c", "unix:c", "loan")
+SPAN = InheritedSpan(1, [3], "c", 1, "unix:c", "loan")
 GOOD = AdoptHeader("x", 10, 2, 11, [], 1, 0.0, RequestKV(), {0: 7, 2: 6}, [SPAN])
 
 

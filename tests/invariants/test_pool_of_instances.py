@@ -236,8 +236,8 @@ class Driver:
         instance.parts.reporting.state = InstanceState.UP
         if departure._handover._passage is not None:
             departure._handover._give_up()
-        while instance.parts.loans.has_bequests:
-            instance.parts.loans.settle_bequests()
+        while instance.parts.loans.has_transfers:
+            instance.parts.loans.settle_transfers()
             time.sleep(0.02)
         instance.note_idle()
 

@@ -21,8 +21,8 @@ from megatron_distkv.ledger import (
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
 from megatron_distkv.ledger.redis_ledger import RedisLedger
 from megatron_distkv.pool import check_picture, picture_of
-from tests.pool.members import info
 from megatron_distkv.rblock import InstanceId, LoanId
+from tests.pool.members import info
 
 A, B = InstanceId("a"), InstanceId("b")
 KEYS = [
@@ -158,7 +158,9 @@ class Pool:
 
     def join(self, name: InstanceId, epoch: int = 0) -> int:
         generation = str(self.raw.hget(f"{{{self.name}}}:state", "generation"))
-        registered = self.ledger.register(name, f"at:{name}", 64, 0, 10.0, epoch=epoch, generation=generation)
+        registered = self.ledger.register(
+            name, f"at:{name}", 64, 0, 10.0, epoch=epoch, generation=generation, info=info()
+        )
         return registered.epoch
 
     def report(self, name: InstanceId) -> None:
