@@ -97,7 +97,7 @@ class InstanceConfig(FrozenConfig):
     """CPU threads per rank."""
     deterministic: bool = False
     """The same bits for the same request, wherever its rBlocks lie and whatever else is in the batch, at the price of
-    speed: docs/architecture.md, Determinism. All instances of a pool must say the same and have the same processor."""
+    speed: docs/determinism.md. All instances of a pool must say the same and have the same processor."""
     kv_cache: KVCacheConfig = KVCacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     lending: LendingConfig = LendingConfig()
