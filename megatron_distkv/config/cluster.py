@@ -40,7 +40,7 @@ class ClusterConfig(FrozenConfig):
     start_timeout_s: float = Field(180.0, gt=0)
     """An instance that is not ready within this time ends the start."""
     admission: AdmissionConfig = AdmissionConfig()
-    """Of requests at the gateway."""
+    """When the gateway holds back or refuses requests."""
     kv_cache: KVCacheConfig = KVCacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     lending: LendingConfig = LendingConfig()
