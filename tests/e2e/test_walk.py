@@ -19,7 +19,9 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "training.md"
 HEADING = "## Passkeys"
 ENV = {"OMP_NUM_THREADS": "1"}
-READY_WITHIN_S = 240
+READY_WITHIN_S = 600
+# Of one command: on a busy machine the imports of two ranks alone may take minutes.
+RUN_WITHIN_S = 900
 
 
 def commands(**smaller: str) -> list[list[str]]:
@@ -34,12 +36,14 @@ def commands(**smaller: str) -> list[list[str]]:
 
 
 def run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **ENV}, timeout=280, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, **ENV}, timeout=RUN_WITHIN_S, check=False
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return done.stdout
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(4 * RUN_WITHIN_S + READY_WITHIN_S)
 def test_the_walk_of_the_training_page(tmp_path: Path) -> None:
     # Given the walk's configuration with fewer steps, and its commands with fewer instances and shorter contexts
     config = load_config(TrainConfig, ROOT / "configs" / "train" / "passkey.yaml").model_dump(mode="json")
