@@ -76,7 +76,7 @@ def little_room(cluster: LocalCluster, *gateways: OpenAI) -> Iterator[None]:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_what_can_never_fit_is_refused_with_the_longest_that_fits(stream: bool, client: OpenAI) -> None:
-    with pytest.raises(BadRequestError, match=f"the longest that fits now is {LONGEST}") as refused:
+    with pytest.raises(BadRequestError, match=f"the longest that the pool's memory holds now is {LONGEST}") as refused:
         client.completions.create(prompt=random_prompt(LONGEST), max_tokens=2, stream=stream, **GREEDY)
     assert refused.value.code == "context_length_exceeded"
     assert metric(client, 'distkv_refused_requests_total{reason="context_length_exceeded"}') > 0
