@@ -305,7 +305,7 @@ def test_too_long_for_an_instance_is_believed_when_it_is_said_again() -> None:
     attempt = Attempt([1] * 10, SamplingParams(max_tokens=2), None)
     attempt.note_refused(member("a", 8), too_long)
     attempt._doubted_since_s -= 10
-    with pytest.raises(ApiError, match="fits now is 3"):
+    with pytest.raises(ApiError, match="memory holds now is 3"):
         attempt.note_refused(member("a", 8), too_long)
 
 
