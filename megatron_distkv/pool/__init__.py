@@ -14,7 +14,7 @@ from megatron_distkv.ledger import (
 )
 from megatron_distkv.pool.audit import check_instance, check_picture
 from megatron_distkv.pool.candidates import Candidates
-from megatron_distkv.pool.capacity import PoolCapacity, longest_context_tokens
+from megatron_distkv.pool.capacity import PoolCapacity
 from megatron_distkv.pool.ended_loans import EndedLoans
 from megatron_distkv.pool.links import LinkCost, Links, link_cost
 from megatron_distkv.pool.loan_book import LoanBook
@@ -66,7 +66,6 @@ __all__ = [
     "check_instance",
     "check_picture",
     "link_cost",
-    "longest_context_tokens",
     "open_ledger",
     "picture_of",
     "read_info",
