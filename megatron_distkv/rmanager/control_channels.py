@@ -24,6 +24,7 @@ class _Line:
     peer: Peer
     lock: threading.Lock = field(default_factory=threading.Lock)
     channel: Channel | None = None
+    num_failures: int = 0
 
 
 class ControlChannels:
@@ -38,16 +39,20 @@ class ControlChannels:
     def ask(self, peer: Peer, kind: MessageKind, header: msgspec.Struct, answer: type[_Reply]) -> _Reply:
         """Raises DistkvError: `peer` is gone, silent for `deadline_s`, or cannot answer."""
         line = self._line_to(peer)
+        num_failures = line.num_failures
         with line.lock:
+            if line.num_failures != num_failures:  # each would wait for its own deadline, one after the other
+                raise PeerLost(peer.instance, "did not answer a question that was asked before")
             if self._peers.lost.holds(peer.instance):
                 raise PeerLost(peer.instance, "lost a short while ago")
-            if line.channel is None or not line.channel.is_open:
-                line.channel = self._peers.dial(peer, _SIZES, self._deadline_s)
             try:
+                if line.channel is None or not line.channel.is_open:
+                    line.channel = self._peers.dial(peer, _SIZES, self._deadline_s)
                 reply = line.channel.call(kind, msgspec.msgpack.encode(header), deadline_s=self._deadline_s)
                 return decode(reply.header, answer)
             except PeerLost:
                 line.channel = None
+                line.num_failures += 1
                 raise
 
     def close(self) -> None:
