@@ -43,13 +43,20 @@ class HandoverClient:
         self._lost = lost
         self._identity = identity
         self._jobs = jobs
-        self._left_alone = Quarantine(clock)  # who refused, or did not answer
+        self._clock = clock
+        self._silent = Quarantine(clock)
+        self._refused_at_s: dict[str, float] = {}
 
     def has_lost(self, instance: str) -> bool:
         return self._lost.holds(instance)
 
     def may_ask(self, instance: str) -> bool:
-        return not self._lost.holds(instance) and not self._left_alone.holds(instance)
+        is_recent = self._clock.monotonic_s() < self.refused_at_s(instance) + REFUSED_S
+        return not (is_recent or self._lost.holds(instance) or self._silent.holds(instance))
+
+    def refused_at_s(self, instance: str) -> float:
+        """When it refused last; who has not since it last agreed, is asked before who has."""
+        return self._refused_at_s.get(instance, float("-inf"))
 
     # ------------------------------------------------------------------ questions
 
@@ -98,9 +105,10 @@ class HandoverClient:
 
     def _note(self, successor: Member, refusal: Refusal | None) -> None:
         if refusal is None:
-            self._left_alone.forgive(successor.instance)
+            self._silent.forgive(successor.instance)
+            self._refused_at_s.pop(successor.instance, None)
         else:
-            self._left_alone.put(successor.instance, REFUSED_S)
+            self._refused_at_s[successor.instance] = self._clock.monotonic_s()
 
     def _ask(self, successor: Member, kind: MessageKind, header: msgspec.Struct, answer: type[_Reply]) -> _Reply | None:
         """None: it cannot answer, and is left alone for longer each time."""
@@ -108,5 +116,5 @@ class HandoverClient:
             return self._control.ask(successor.peer, kind, header, answer)
         except DistkvError as error:
             logger.warning("no handover to %s: %s", successor.instance, error)
-            self._left_alone.put_for_failing(successor.instance, COOLDOWN_S)
+            self._silent.put_for_failing(successor.instance, COOLDOWN_S)
             return None

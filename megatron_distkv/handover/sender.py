@@ -139,9 +139,10 @@ class Sender:
         self._send_away_what_has_no_kv()
         for request in self._requests.running:
             needed = self._num_here(request) + 1
-            suited = (x for x in successors if self._suits(x, request, needed))
-            successor = next((x.member for x in suited if self._client.may_ask(x.member.instance)), None)
-            if successor is not None:
+            suited = [x.member for x in successors if self._suits(x, request, needed)]
+            to_ask = [x for x in suited if self._client.may_ask(x.instance)]
+            if to_ask:
+                successor = min(to_ask, key=lambda x: self._client.refused_at_s(x.instance))  # of equals the freest
                 self._start(request, successor, needed)
                 return
         self._begin_again_at_s = self._clock.monotonic_s() + RETRY_S
