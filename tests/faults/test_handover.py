@@ -11,6 +11,7 @@ from megatron_distkv.ledger.embedded_server import EmbeddedServer
 from megatron_distkv.messages import HandedOver
 from megatron_distkv.pool import loans
 from megatron_distkv.rblock import InstanceId
+from megatron_distkv.rmanager.fetch_back import FetchBack
 from tests.handover.test_handover import SAMPLED, Check, Client, expected, pool, random_prompt
 from tests.ledger.snapshot import snapshot
 from tests.soon import SOON_S
@@ -23,6 +24,12 @@ Pool = dict[str, Instance]
 def little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(incoming, "PATIENCE_S", 0.5)
     monkeypatch.setattr(loans, "TRANSFER_WITHIN_S", 0.5)
+
+
+@pytest.fixture(autouse=True)
+def what_is_lent_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or it would come back early, as there is room for all of it here."""
+    monkeypatch.setattr(FetchBack, "find_early_ones", lambda *_: None)
 
 
 def assert_all_comes_back(pool: Pool, server: EmbeddedServer) -> None:
