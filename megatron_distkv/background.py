@@ -53,7 +53,9 @@ class Periodic:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
-        self._thread.start()
+        """Once; later calls do nothing."""
+        if self._thread.ident is None:
+            self._thread.start()
 
     def hurry(self) -> None:
         """Do it now rather than later; never waits."""

@@ -1,5 +1,7 @@
 """Which requests an instance takes: decided before any work is done."""
 
+from collections.abc import Callable
+
 from megatron_distkv.config.model import ModelConfig
 from megatron_distkv.engine.scheduler import Scheduler
 from megatron_distkv.messages import RequestRefused
@@ -12,10 +14,14 @@ _HOLDS = "the longest that the pool's memory holds now is"
 class Admission:
     """With `draining` True nothing is taken any more."""
 
-    def __init__(self, model: ModelConfig, scheduler: Scheduler, rmanager: RManager) -> None:
+    def __init__(
+        self, model: ModelConfig, scheduler: Scheduler, rmanager: RManager, is_arriving: Callable[[str], bool]
+    ) -> None:
+        """`is_arriving`: whether a request of this id comes from another instance just now."""
         self._model = model
         self._scheduler = scheduler
         self._rmanager = rmanager
+        self._is_arriving = is_arriving
         self.draining = False
 
     def refuse(self, request: Request) -> RequestRefused | None:
@@ -43,7 +49,7 @@ class Admission:
             )
         if any(not 0 <= token < self._model.vocab_size for token in request.prompt_token_ids):
             return "bad_request", (f"a token id of the prompt is outside of the vocabulary of {self._model.vocab_size}")
-        if self._scheduler.find(request.request_id) is not None:
+        if self._scheduler.find(request.request_id) is not None or self._is_arriving(request.request_id):
             return "bad_request", "a request of this id is not finished yet"
         if not request.prompt_token_ids:
             return "bad_request", "the prompt is empty: it needs at least one token"

@@ -10,13 +10,11 @@ from megatron_distkv.clock import Clock, SystemClock
 from megatron_distkv.config.instance import LONELY_LEDGER
 from megatron_distkv.engine.addresses import rank_address, request_socket
 from megatron_distkv.engine.admission import Admission
-from megatron_distkv.engine.adopting import Adopting
-from megatron_distkv.engine.departure import Departure
 from megatron_distkv.engine.doors import Doors, advertised_address, warn_of_open_doors
 from megatron_distkv.engine.followers import FollowerRanks
-from megatron_distkv.engine.handover import Handover
 from megatron_distkv.engine.host_lender import open_host_lender
 from megatron_distkv.engine.instance_secret import share_instance_secret
+from megatron_distkv.engine.lender import Lender
 from megatron_distkv.engine.lender_handler import LenderHandler
 from megatron_distkv.engine.rank import Rank
 from megatron_distkv.engine.rank_memory import num_own_open_slots
@@ -24,33 +22,36 @@ from megatron_distkv.engine.reporting import Reporting
 from megatron_distkv.engine.scheduler import Scheduler
 from megatron_distkv.engine.unplaceable import Unplaceable
 from megatron_distkv.errors import LedgerUnavailable
+from megatron_distkv.handover import Drain, HandoverClient, IncomingHandovers, Receiver, Sender
 from megatron_distkv.kvcache.open_slots import OpenSlots
 from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
 from megatron_distkv.pool import (
     Candidates,
     DebtLedger,
     EndedLoans,
+    InstanceState,
     Links,
     LoanBook,
     Loans,
     MemberInfo,
     Membership,
+    PoolView,
     Quarantine,
 )
 from megatron_distkv.rmanager import (
-    Adoptions,
     ControlChannels,
     Lending,
     LinkProbe,
     NoFollowers,
     RManager,
-    SuccessorDesk,
 )
 
 # Jobs that may wait for the ledger or for another member at one time: beside them the engine goes on.
 NUM_JOB_THREADS = 8
 # Members whose links are not known are looked for this often.
 PROBE_INTERVAL_S = 2.0
+# An instance that leaves looks for successors in a picture of the pool that is at most so old.
+LOOK_INTERVAL_S = 0.2
 
 
 class Parts:
@@ -63,6 +64,7 @@ class Parts:
         self.rank, self.ledger = rank, ledger
         self.clock: Clock = clock or SystemClock()
         self.fatal = Fatal()
+        self.host_lender: Lender | None = None
         self.allocator = RBlockAllocator(cache.num_rblocks, limits.max_lent(cache.num_rblocks))
         self.host = RBlockAllocator(cache.num_host_rblocks, max_lent=0)
         self.followers = _connect_followers(rank)
@@ -71,7 +73,7 @@ class Parts:
         self.membership = self._membership()
         self.book = LoanBook(ledger, me)
         self.jobs = ThreadPoolExecutor(NUM_JOB_THREADS, thread_name_prefix="pool-job")
-        self.control = ControlChannels(rank.peers, limits.min_deadline_s)
+        self.control = ControlChannels(rank.peers, limits.min_deadline_s, self.clock)
         probe = LinkProbe(rank.peers, rank.shape, limits.deadline_s)
         self.links = Links(self.clock, probe, self.membership.publish_links)
         self.cooldown = Quarantine(self.clock)
@@ -89,32 +91,38 @@ class Parts:
             self.clock,
         )  # fmt: skip
         open_slots = OpenSlots(num_own_open_slots(config))
-        self.adoptions = Adoptions(self.allocator, rank.loan_table, revoker, cache.rblock_size, open_slots)
+        self.incoming = IncomingHandovers(
+            self.allocator, rank.loan_table, revoker, cache.rblock_size, open_slots, self.jobs, self.clock
+        )
         self.rmanager = RManager(
             self.allocator, self.host, self.loans, self.candidates, self.links, self.cooldown, limits,
             cache.rblock_size, open_slots, self.clock, self._want_totals, self.lending.ask_back,
         )  # fmt: skip
         # What it computes
         self.scheduler = Scheduler(config.scheduler, self.rmanager, self.clock)
-        self.admission = Admission(rank.model, self.scheduler, self.rmanager)
+        self.admission = Admission(
+            rank.model, self.scheduler, self.rmanager, lambda request_id: self.receiver.is_arriving(request_id)
+        )
         self.reporting = Reporting(me.instance, self.allocator, self.host, self.loans, self.rmanager, self.scheduler)
         self.unplaceable = Unplaceable(self.admission, self.scheduler, self.clock)
         # Requests that come from instances that leave, and go when this one leaves
-        self.adopting = Adopting(
-            self.adoptions, me, self.allocator, self.lending, self.loans, self.rmanager, self.scheduler
+        self.receiver = Receiver(
+            self.incoming, me, self.allocator, self.lending, self.loans, self.rmanager, self.scheduler
         )
-        desk = SuccessorDesk(self.control, rank.peers, me)
-        handover = Handover(
-            ledger, me, desk, self.loans, self.rmanager, self.scheduler, limits.max_moved_rblocks_per_step
-        )
-        self.departure = Departure(
-            self.admission, self.reporting, self.lending, self.rmanager, self.allocator, self.scheduler, self.loans,
-            self.adoptions, handover,
+        self.view = PoolView(ledger, self.clock)
+        self.sender = Sender(
+            lambda: self.view.picture, me, HandoverClient(self.control, rank.peers.lost, me, self.jobs, self.clock),
+            self.loans, self.rmanager, self.scheduler, limits.max_moved_rblocks_per_step, self.clock,
+        )  # fmt: skip
+        self.drain = Drain(
+            self.sender, self.rmanager, self.loans, lambda: self.is_idle and not self.allocator.num_lent,
+            self._announce_drain, self.clock,
         )  # fmt: skip
         self.doors = self._open_doors()
         # Threads
         self.heartbeat = Periodic("heartbeat", self.membership.beat, self.membership.interval_s, self.fatal)
         self.link_probes = Periodic("links", self._probe_links, lambda: PROBE_INTERVAL_S, self.fatal)
+        self.pool_looks = Periodic("pool view", self.view.look, lambda: LOOK_INTERVAL_S, self.fatal)
 
     def start(self) -> None:
         """Join the pool, and stay in it. Raises UserError."""
@@ -124,9 +132,23 @@ class Parts:
         self.membership.join()
         self.membership.beat()
         self.heartbeat.start()
-        self.departure.host_lender = open_host_lender(self.rank.config, self.rank.shape, self.fatal)
+        self.host_lender = open_host_lender(self.rank.config, self.rank.shape, self.fatal)
+        self.drain.host_lender = self.host_lender
         if self.rank.config.lending.enabled and not self.is_lonely:
             self.link_probes.start()
+
+    @property
+    def is_idle(self) -> bool:
+        """No request runs, waits or arrives."""
+        return self.scheduler.is_idle and self.receiver.is_idle
+
+    def _announce_drain(self, is_draining: bool) -> None:
+        self.admission.draining = self.lending.draining = self.incoming.draining = is_draining
+        self.reporting.state = InstanceState.DRAINING if is_draining else InstanceState.UP
+        self.reporting.update()
+        if is_draining:
+            self.pool_looks.start()
+            self.pool_looks.hurry()
 
     @property
     def is_lonely(self) -> bool:
@@ -169,7 +191,7 @@ class Parts:
             rank_address(config.run_dir, config.instance_id, 0),
             0,
             config.ledger.pool,
-            LenderHandler(self.lending, rank.creditor, self.adoptions).answer,
+            LenderHandler(self.lending, rank.creditor, self.incoming).answer,
             secret=rank.secret,
             on_disconnect=rank.creditor.forget,
             on_fatal=self.fatal.report,

@@ -45,22 +45,31 @@ class Instance:
         request.kv_dtype = self.parts.rank.shape.kv_name
         self.scheduler.add(request)
 
-    def adopt(self, request: Request, adoption_id: str) -> bool:
-        """Go on with a request that another instance has handed over; False: it has not, to this one."""
-        return self.parts.adopting.adopt(request, adoption_id)
+    def receive(self, request: Request, handover_id: str) -> bool:
+        """Go on with a request that another instance has handed over, in some step; False: it has not, to this one."""
+        return self.parts.receiver.receive(request, handover_id)
 
-    def take_farewells(self) -> list[HandedOver | RequestRefused]:
+    def take_final_notices(self) -> list[HandedOver | RequestRefused]:
         """Requests that go on elsewhere, or nowhere, since the last time."""
-        return [*self.parts.departure.take_farewells(), *self.parts.unplaceable.give_up()]
+        return [*self.parts.drain.take_final_notices(), *self.parts.unplaceable.give_up()]
 
     def drain(self, within_s: float) -> None:
         """Take nothing new and give back what is lent; `is_drained` says when it may end."""
-        self.parts.departure.begin(within_s)
+        self.parts.drain.begin(within_s)
+
+    def stay(self) -> None:
+        """After all: end the drain, and take requests again."""
+        self.parts.drain.cancel()
+
+    @property
+    def is_idle(self) -> bool:
+        """No request runs, waits or arrives."""
+        return self.parts.is_idle
 
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return self.parts.departure.is_under_way or not self.scheduler.is_idle
+        return self.parts.drain.is_under_way or not self.is_idle
 
     @property
     def is_alone(self) -> bool:
@@ -69,12 +78,18 @@ class Instance:
 
     @property
     def is_drained(self) -> bool:
-        return self.parts.departure.is_over
+        return self.parts.drain.is_over
 
     def abort(self, request_id: str) -> None:
         request = self.scheduler.find(request_id)
         if request is not None:
             self.scheduler.finish(request, FinishReason.ABORT)
+        else:
+            self.parts.receiver.abort(request_id)
+
+    def give_up_all(self) -> list[TokenOutput]:
+        """This instance ends before its requests: its part of each, for those who go on with them."""
+        return [*self.scheduler.give_up_all(), *self.parts.receiver.give_up_all()]
 
     # ------------------------------------------------------------------ a step
 
@@ -82,7 +97,8 @@ class Instance:
         """Compute the next tokens of the running requests; returns what came out."""
         self.parts.fatal.raise_if_any()
         self._follow_orders()
-        self.parts.departure.begin_step()
+        self.parts.receiver.begin_step()
+        self.parts.drain.begin_step()
         scheduled = self.scheduler.schedule()
         plan = self._plan(scheduled)
         began_s = self.parts.clock.monotonic_s()
@@ -93,8 +109,7 @@ class Instance:
         spoiled = self._lose_creditors(result)
         self.rmanager.end_step()
         outputs = self.scheduler.update([item for item in scheduled if item.request not in spoiled], sampled)
-        self.parts.departure.end_step(result.lost)
-        self.parts.adoptions.expire()
+        self.parts.drain.end_step(result.lost)
         self.parts.reporting.update()
         return outputs
 
@@ -115,13 +130,13 @@ class Instance:
             token_ids,
             slices,
             *self.rmanager.take_moves(),
-            self.parts.departure.plan(),
+            self.parts.drain.plan(),
             list(creditors.values()),
         )
 
     def _run(self, plan: StepPlan) -> StepResult:
         if not (plan.token_ids or plan.moves or plan.pulls or plan.pushes):
-            self.parts.clock.sleep(0 if self.scheduler.is_idle else NO_ROOM_PAUSE_S)
+            self.parts.clock.sleep(0 if self.is_idle else NO_ROOM_PAUSE_S)
             return StepResult(None, {})
         self.parts.reporting.num_steps += 1
         self.parts.reporting.num_computed_tokens += len(plan.token_ids)
@@ -170,8 +185,8 @@ class Instance:
         return self.parts.reporting.status(query_id)
 
     def check_integrity(self) -> None:
-        with self.parts.adoptions.held() as kept_for_others:
-            self.rmanager.check_integrity(kept_for_others, self.parts.adoptions.ids)
+        with self.parts.receiver.held() as incoming:
+            self.rmanager.check_integrity(incoming.block_ids, incoming.handover_ids)
 
     def note_idle(self) -> None:
         """Let the next heartbeat say that nothing runs, and what is kept for requests of others.
@@ -180,7 +195,7 @@ class Instance:
         """
         self.parts.fatal.raise_if_any()
         self.parts.loans.take_results()
-        self.parts.adoptions.expire()
+        self.parts.receiver.begin_step()
         self.parts.reporting.update()
 
     def close(self) -> None:
@@ -189,10 +204,11 @@ class Instance:
         close_in_order(
             [
                 parts.link_probes.stop,
+                parts.pool_looks.stop,
                 parts.heartbeat.stop,
                 self._finish_all,
                 lambda: parts.loans.flush(RETURN_WITHIN_S),
-                *([parts.departure.host_lender.close] if parts.departure.host_lender is not None else []),
+                *([parts.host_lender.close] if parts.host_lender is not None else []),
                 parts.membership.leave,
                 parts.doors.close,
                 *([parts.followers.stop] if parts.followers is not None else []),

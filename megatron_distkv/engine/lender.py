@@ -95,6 +95,11 @@ class Lender:
         membership.join()
         self._heartbeat.start()
 
+    @property
+    def num_lent(self) -> int:
+        """rBlocks."""
+        return self.allocator.num_lent
+
     def run(self, stop: threading.Event) -> None:
         """Until `stop`; raises what ends it: that another has come under its name, or that a thread has failed."""
         while not stop.wait(WATCH_INTERVAL_S):

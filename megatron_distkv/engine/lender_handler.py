@@ -4,9 +4,10 @@ import msgspec
 
 from megatron_distkv.attention import Creditor
 from megatron_distkv.errors import DistkvError
+from megatron_distkv.handover import IncomingHandovers
 from megatron_distkv.messages import (
     Acknowledge,
-    AdoptHeader,
+    CommitHeader,
     InheritHeader,
     LendHeader,
     MessageKind,
@@ -15,20 +16,20 @@ from megatron_distkv.messages import (
     decode,
 )
 from megatron_distkv.rblock import InstanceId, LoanId
-from megatron_distkv.rmanager import Adoptions, Lending
+from megatron_distkv.rmanager import Lending
 from megatron_distkv.transport import Answer, Hello, Request
 
 
 class LenderHandler:
     """The handler of the leader's listener: loans to the rManager, tensors to the creditor.
 
-    Without `adoptions`, as in a memory-only lender, nobody may hand a request over.
+    Without `incoming`, as in a memory-only lender, nobody may hand a request over.
     """
 
-    def __init__(self, lending: Lending, creditor: Creditor, adoptions: Adoptions | None = None) -> None:
+    def __init__(self, lending: Lending, creditor: Creditor, incoming: IncomingHandovers | None = None) -> None:
         self._lending = lending
         self._creditor = creditor
-        self._adoptions = adoptions
+        self._incoming = incoming
 
     def answer(self, hello: Hello, request: Request) -> Answer:
         match MessageKind(request.kind):
@@ -47,15 +48,15 @@ class LenderHandler:
             case MessageKind.INHERIT:
                 header = decode(request.header, InheritHeader)
                 return _answer(self._lending.transfer(header, InstanceId(hello.instance_id)))
-            case MessageKind.PREPARE if self._adoptions is not None:
-                return _answer(self._adoptions.prepare(decode(request.header, PrepareHeader), hello.instance_id))
-            case MessageKind.ADOPT if self._adoptions is not None:
-                return _answer(self._adoptions.hand_over(decode(request.header, AdoptHeader), hello.instance_id))
+            case MessageKind.PREPARE if self._incoming is not None:
+                return _answer(self._incoming.prepare(decode(request.header, PrepareHeader), hello.instance_id))
+            case MessageKind.COMMIT if self._incoming is not None:
+                return _answer(self._incoming.commit(decode(request.header, CommitHeader), hello.instance_id))
             case kind:
                 raise DistkvError(f"this leader does not take {kind.name}")
 
     def _release(self, hello: Hello, header: ReleaseHeader) -> Acknowledge:
-        if self._adoptions is not None and self._adoptions.give_up(header.loan_id, hello.instance_id):
+        if self._incoming is not None and self._incoming.give_up(header.loan_id, hello.instance_id):
             return Acknowledge()
         return Acknowledge(self._lending.release(LoanId(header.loan_id), hello.instance_id))
 

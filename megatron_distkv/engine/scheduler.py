@@ -10,10 +10,9 @@ from typing import NamedTuple
 from megatron_distkv.clock import Clock
 from megatron_distkv.config.instance import SchedulerConfig
 from megatron_distkv.engine.kv_meter import KVMeter
-from megatron_distkv.engine.receipt import receipt
 from megatron_distkv.engine.sampler import SampledToken
 from megatron_distkv.log import get_logger
-from megatron_distkv.messages import TokenLogprobs, TokenOutput
+from megatron_distkv.messages import TokenLogprobs, TokenOutput, receipt_of
 from megatron_distkv.request import FinishReason, Request, RequestStatus
 from megatron_distkv.rmanager.rmanager import RManager
 
@@ -165,9 +164,9 @@ class Scheduler:
     def _start(self, request: Request) -> None:
         self.waiting.remove(request)
         self._waits.pop(request.request_id, None)
-        self.adopt(request)
+        self.enter(request)
 
-    def adopt(self, request: Request) -> None:
+    def enter(self, request: Request) -> None:
         """It runs from now on; the rManager knows it."""
         request.status = RequestStatus.RUNNING
         self.running.append(request)
@@ -197,7 +196,7 @@ class Scheduler:
         """This instance ends before its requests: others go on, and this is its part of each, without tokens."""
         for request in self.running:
             self._meter.settle(request)
-        return [TokenOutput(x.request_id, [], kv=receipt(x)) for x in (*self.running, *self.waiting)]
+        return [TokenOutput(x.request_id, [], kv=receipt_of(x)) for x in (*self.running, *self.waiting)]
 
     def let_go(self, request: Request) -> None:
         """It goes on elsewhere, or nowhere."""
@@ -244,5 +243,5 @@ def _output(request: Request, token_ids: list[int], logprobs: list[TokenLogprobs
         token_ids=token_ids,
         logprobs=logprobs or None,
         finish_reason=request.finish_reason.value if request.finish_reason is not None else None,
-        kv=receipt(request) if is_last else None,
+        kv=receipt_of(request) if is_last else None,
     )

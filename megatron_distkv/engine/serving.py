@@ -44,8 +44,8 @@ class Serving:
                 self._take_messages()
                 if self._instance.has_work:
                     self._was_busy = True
-                    self._send([*self._instance.step(), *self._instance.take_farewells()])
-            self._send(self._instance.scheduler.give_up_all())
+                    self._send([*self._instance.step(), *self._instance.take_final_notices()])
+            self._send(self._instance.give_up_all())
         finally:
             self._io.close()
 
@@ -53,7 +53,7 @@ class Serving:
         """All that wait; an idle instance waits for one, after checking its accounts."""
         try:
             while True:
-                if self._instance.scheduler.is_idle:
+                if self._instance.is_idle:
                     self._when_idle()
                     self._take(self._io.inbox.get(timeout=IDLE_WAIT_S))
                 else:
@@ -90,7 +90,7 @@ class Serving:
             frozenset(new.eos_token_ids),
             output_token_ids=list(new.output_token_ids),
         )
-        if new.adoption_id and self._instance.adopt(request, new.adoption_id):
+        if new.handover_id and self._instance.receive(request, new.handover_id):
             self._client_of[new.request_id] = client
             return
         refused = self._instance.refuse(request)

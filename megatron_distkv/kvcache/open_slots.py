@@ -40,14 +40,14 @@ class OpenSlots:
                     raise IntegrityError(f"more than {self._num_own} running requests have an open rBlock")
                 self._slots[request_id] = self._own.pop()
 
-    def reserve(self, adoption_id: str) -> bool:
+    def reserve(self, handover_id: str) -> bool:
         """For a request that may be handed over to this instance; False: too many come at one time."""
         with self._lock:
-            if not self.are_needed or adoption_id in self._slots:
+            if not self.are_needed or handover_id in self._slots:
                 return True
             if not self._handed_over:
                 return False
-            self._slots[adoption_id] = self._handed_over.pop()
+            self._slots[handover_id] = self._handed_over.pop()
             return True
 
     def rename(self, owner: str, new_owner: str) -> None:

@@ -1,10 +1,10 @@
 """Everything that crosses a process border, as msgspec structs (MessagePack on the wire), a file for each walk.
 
 gateway <-> instance: `requests`. rManager <-> rManager, over a transport channel: one header type per `MessageKind`,
-in `loans`, `queries` and `adoptions`. `decode` refuses what does not fit its type: a peer's bytes are checked there.
+in `loans`, `queries` and `handover`. `decode` refuses what does not fit its type: a peer's bytes are checked there.
 """
 
-from megatron_distkv.messages.adoptions import AdoptHeader, InheritedSpan, InheritHeader, PrepareHeader
+from megatron_distkv.messages.handover import CommitHeader, InheritedSpan, InheritHeader, PrepareHeader
 from megatron_distkv.messages.kinds import Acknowledge, MessageKind, Refusal
 from megatron_distkv.messages.loans import (
     FetchHeader,
@@ -16,7 +16,7 @@ from megatron_distkv.messages.loans import (
     StoreHeader,
 )
 from megatron_distkv.messages.queries import QueryHeader, QueryShare, Scoring
-from megatron_distkv.messages.receipt import RequestKV
+from megatron_distkv.messages.receipt import RequestKV, continue_receipt, receipt_of
 from megatron_distkv.messages.requests import (
     AbortRequest,
     Counted,
@@ -36,8 +36,8 @@ from megatron_distkv.messages.wire import BlockId, Count, Positive, Serial, deco
 __all__ = [
     "AbortRequest",
     "Acknowledge",
-    "AdoptHeader",
     "BlockId",
+    "CommitHeader",
     "Count",
     "Counted",
     "DrainInstance",
@@ -68,5 +68,7 @@ __all__ = [
     "ToInstance",
     "TokenLogprobs",
     "TokenOutput",
+    "continue_receipt",
     "decode",
+    "receipt_of",
 ]

@@ -19,7 +19,7 @@ class MessageKind(IntEnum):
     PROBE = 13  # any member -> another's leader: how long is the way? Any payload; the answer is empty
     STOP = 8  # an instance's leader -> its own followers: exit
     PREPARE = 10  # a leaving instance's leader -> its successor's: room for a request
-    ADOPT = 11  # a leaving instance's leader -> its successor's: the request, whose rBlocks are stored
+    COMMIT = 11  # a leaving instance's leader -> its successor's: the request, whose rBlocks are stored
     INHERIT = 12  # the successor's leader -> a creditor's leader: a loan of the one that leaves, in its own name
 
 
@@ -39,7 +39,7 @@ class Refusal(StrEnum):
 
 
 class Acknowledge(msgspec.Struct, frozen=True):
-    """Answer to STORE, FETCH, QUERY, RELEASE, ADOPT, GRANT and REVOKE: refusal None means done.
+    """Answer to STORE, FETCH, QUERY, RELEASE, COMMIT, GRANT and REVOKE: refusal None means done.
 
     `held_back_s`: for so long the query waited because the creditor has work of its own.
     """

@@ -2,6 +2,8 @@
 
 import msgspec
 
+from megatron_distkv.request import Request
+
 
 class RequestKV(msgspec.Struct, frozen=True):
     """A request's receipt: where its rBlocks lay in one instance, and what that cost.
@@ -22,3 +24,13 @@ class RequestKV(msgspec.Struct, frozen=True):
     host_rblock_s: float = 0.0
     borrowed_rblock_s: dict[str, float] = {}  # by lender
     remote_attention_s: float = 0.0
+
+
+def receipt_of(request: Request) -> RequestKV:
+    return RequestKV(**{name: getattr(request, name) for name in RequestKV.__struct_fields__})
+
+
+def continue_receipt(request: Request, kv: RequestKV) -> None:
+    """Another instance has computed this request so far."""
+    for name, value in msgspec.structs.asdict(kv).items():
+        setattr(request, name, value)

@@ -9,7 +9,7 @@ from megatron_distkv.sampling_params import SamplingParams
 class NewRequest(msgspec.Struct, frozen=True, tag="new"):
     """`output_token_ids`: what another instance has computed and the client has seen; only what follows is sent.
 
-    `adoption_id`: under which that other instance has handed this request's KV over to this one.
+    `handover_id`: under which that other instance has handed this request's KV over to this one.
     """
 
     request_id: str
@@ -17,7 +17,7 @@ class NewRequest(msgspec.Struct, frozen=True, tag="new"):
     sampling: SamplingParams
     eos_token_ids: list[int] = []
     output_token_ids: list[int] = []
-    adoption_id: str = ""
+    handover_id: str = ""
 
 
 class AbortRequest(msgspec.Struct, frozen=True, tag="abort"):
@@ -67,12 +67,12 @@ class RequestRefused(msgspec.Struct, frozen=True, tag="refused"):
 class HandedOver(msgspec.Struct, frozen=True, tag="handed_over"):
     """The instance leaves and has nothing more to say of this request.
 
-    `successor` has its KV, for who names the `adoption_id` within a few seconds; "": nobody has, ask another.
+    `successor` has its KV, for who names the `handover_id` within a few seconds; "": nobody has, ask another.
     """
 
     request_id: str
     successor: str = ""
-    adoption_id: str = ""
+    handover_id: str = ""
 
 
 class Counted(msgspec.Struct, frozen=True, array_like=True):

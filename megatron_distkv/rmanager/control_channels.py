@@ -8,9 +8,10 @@ from typing import TypeVar
 
 import msgspec
 
+from megatron_distkv.clock import Clock
 from megatron_distkv.errors import PeerLost
 from megatron_distkv.messages import MessageKind, decode
-from megatron_distkv.pool import Peer
+from megatron_distkv.pool import Peer, Quarantine
 from megatron_distkv.rmanager.peers import MailboxSizes, Peers
 from megatron_distkv.transport import Channel
 
@@ -34,8 +35,9 @@ class _Lines:
 class ControlChannels:
     """To the leaders of peers, opened when needed. Any thread may ask; each question has a channel to itself."""
 
-    def __init__(self, peers: Peers, deadline_s: float) -> None:
+    def __init__(self, peers: Peers, deadline_s: float, clock: Clock) -> None:
         self._peers = peers
+        self._silent = Quarantine(clock)  # or each question to one that hangs would wait for its own deadline
         self._deadline_s = deadline_s
         self._lines: dict[str, _Lines] = {}
         self._lock = threading.Lock()
@@ -45,9 +47,15 @@ class ControlChannels:
         """Raises DistkvError: `peer` is gone, silent for `deadline_s`, or cannot answer."""
         if self._peers.lost.holds(peer.instance):
             raise PeerLost(peer.instance, "lost a short while ago")
-        with self._channel_to(peer) as channel:
-            reply = channel.call(kind, msgspec.msgpack.encode(header), deadline_s=self._deadline_s)
-            return decode(reply.header, answer)
+        if self._silent.holds(peer.instance):
+            raise PeerLost(peer.instance, "did not answer a question a moment ago")
+        try:
+            with self._channel_to(peer) as channel:
+                reply = channel.call(kind, msgspec.msgpack.encode(header), deadline_s=self._deadline_s)
+                return decode(reply.header, answer)
+        except PeerLost:
+            self._silent.put(peer.instance, self._deadline_s)
+            raise
 
     def close(self) -> None:
         with self._lock:

@@ -135,14 +135,14 @@ class Lending:
             lent = self._lent.get(loan_id)
             if lent is None or new_loan_id in self._lent or new_loan_id in self._ending:
                 return LendReply(refusal=Refusal.UNKNOWN_LOAN)
-        refusal = self._book.transfer(loan_id, new_loan_id, debtor, header.heir_epoch)
+        refusal = self._book.transfer(loan_id, new_loan_id, debtor, header.debtor_epoch)
         if refusal is not None:
             return LendReply(refusal=refusal)
         with self._lock:
             if self._lent.pop(loan_id, None) is None:  # it ended meanwhile, and its rBlocks with it
                 return LendReply(refusal=Refusal.UNKNOWN_LOAN)
             self._ending.add(loan_id)
-            self._lent[new_loan_id] = Lent(debtor, header.heir_epoch, lent.num_rblocks)
+            self._lent[new_loan_id] = Lent(debtor, header.debtor_epoch, lent.num_rblocks)
         self._revoke(loan_id)
         block_ids = self._allocator.rename_loan(loan_id, new_loan_id)
         self._grant(new_loan_id, debtor, block_ids)
@@ -151,18 +151,25 @@ class Lending:
 
     # ------------------------------------------------------------------ what this instance does with them
 
-    def keep(self, loan_id: LoanId) -> tuple[int, ...]:
-        """A debtor's request goes on here: this instance uses what it borrowed itself. Empty: the loan has ended.
+    def begin_keep(self, loan_id: LoanId) -> "Future[bool]":
+        """A debtor's request goes on here: this instance will use what it borrowed itself. A job; then call `keep`.
 
-        The engine's thread calls it: the ledger hears of it later.
+        False: the loan has ended.
         """
-        if not self._begin_end(loan_id):
-            return ()
-        self._revoke(loan_id)
+        return self._jobs.submit(self._revoke_to_keep, loan_id)
+
+    def keep(self, loan_id: LoanId) -> tuple[int, ...]:
+        """The rBlocks of a loan that `begin_keep` has found; own requests use them from now on. Never waits."""
         block_ids = self._allocator.keep_lent(loan_id)
         self._ending.discard(loan_id)
         self._jobs.submit(self._release_in_ledger, loan_id)
         return block_ids
+
+    def _revoke_to_keep(self, loan_id: LoanId) -> bool:
+        if not self._begin_end(loan_id):
+            return False
+        self._revoke(loan_id)
+        return True
 
     def ask_back(self, num_rblocks: int) -> None:
         """Recall so many rBlocks of debtors, through the ledger; never waits."""

@@ -205,9 +205,9 @@ class RManager:
             self._host.free(table.block_ids_under(HOST_LOAN))
         self._loans.end(RequestOwner(request.request_id))
 
-    def adopt(self, request: Request, table: BlockTable, adoption_id: str) -> None:
+    def enter(self, request: Request, table: BlockTable, handover_id: str) -> None:
         """A request comes from another instance, with its KV: the table's local rBlocks are allocated for it."""
-        self._open_slots.rename(adoption_id, request.request_id)
+        self._open_slots.rename(handover_id, request.request_id)
         self._tables.enter(request, table)
 
     def forget(self, request: Request, table: BlockTable, loan_ids: Collection[LoanId]) -> None:
@@ -240,14 +240,14 @@ class RManager:
         """This instance is about to leave."""
         self._ask_back(self._allocator.num_lent)
 
-    def check_integrity(self, kept_for_others: Sequence[int] = (), adoption_ids: Collection[str] = ()) -> None:
-        """Between steps: tables in order, and every used rBlock in exactly one of them, or kept for an adoption."""
+    def check_integrity(self, incoming: Sequence[int] = (), handover_ids: Collection[str] = ()) -> None:
+        """Between steps: tables in order, and every used rBlock in exactly one of them, or of a request to come."""
         self._evictor.check_integrity()
         tables = self._tables.by_request.values()
         for table in tables:
             table.check_integrity()
-        self._allocator.check_integrity([*kept_for_others, *(b for table in tables for b in table.local_block_ids())])
-        self._open_slots.check_integrity([*self._tables.by_request, *adoption_ids])
+        self._allocator.check_integrity([*incoming, *(b for table in tables for b in table.local_block_ids())])
+        self._open_slots.check_integrity([*self._tables.by_request, *handover_ids])
         self._host.check_integrity([b for table in tables for b in table.block_ids_under(HOST_LOAN)])
 
     # ------------------------------------------------------------------ inside

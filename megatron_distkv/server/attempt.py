@@ -18,8 +18,8 @@ PATIENCE_S = 30.0
 # Pictures of the pool that differ for longer than this differ not only in age.
 DOUBT_S = 5.0
 
-# The heir of an instance that leaves is looked for so long; then anybody is as good.
-HEIR_PATIENCE_S = 2.0
+# The successor of an instance that leaves is looked for so long; then anybody is as good.
+SUCCESSOR_PATIENCE_S = 2.0
 
 
 class Life(NamedTuple):
@@ -40,9 +40,9 @@ class Attempt:
         self._pinned = pinned
         self._patience_s = patience_s
         self._patient_until_s = float("-inf")
-        self._heir = ""  # has this request's KV
-        self._heir_until_s = float("-inf")
-        self._adoption_id = ""
+        self._successor = ""  # has this request's KV
+        self._successor_until_s = float("-inf")
+        self._handover_id = ""
         self._prompt_token_ids = prompt_token_ids
         # Every instance that computes a part of it must draw alike.
         seed = sampling.seed if sampling.seed is not None else random.getrandbits(63)
@@ -59,8 +59,8 @@ class Attempt:
 
     @property
     def pinned(self) -> str | None:
-        """The one instance that may take it: the heir, for a moment, or whom the client named."""
-        return self._heir if time.monotonic() < self._heir_until_s else self._pinned
+        """The one instance that may take it: the successor, for a moment, or whom the client named."""
+        return self._successor if time.monotonic() < self._successor_until_s else self._pinned
 
     @property
     def num_sent(self) -> int:
@@ -99,8 +99,8 @@ class Attempt:
 
     def request(self, record: Member) -> NewRequest:
         """What this instance is asked: to go on from the tokens that are out."""
-        adoption_id = self._adoption_id if record.instance == self._heir else ""
-        self._heir_until_s = float("-inf")
+        handover_id = self._handover_id if record.instance == self._successor else ""
+        self._successor_until_s = float("-inf")
         self.request_id = uuid.uuid4().hex[:16]
         return NewRequest(
             self.request_id,
@@ -108,7 +108,7 @@ class Attempt:
             self._sampling,
             list(record.info.eos_token_ids),
             list(self._sent),
-            adoption_id,
+            handover_id,
         )
 
     def note(self, output: TokenOutput) -> None:
@@ -138,11 +138,11 @@ class Attempt:
         self._patient_until_s = time.monotonic() + self._patience_s
 
     def note_handed_over(self, record: Member, left: HandedElsewhere) -> None:
-        """The heir is asked first, and tells this instance's part with its own; without one, anybody."""
+        """The successor is asked first, and tells this instance's part with its own; without one, anybody."""
         self._told = self._told or RequestKV()
         self.note_lost(record)
-        self._heir, self._adoption_id = left.successor, left.adoption_id
-        self._heir_until_s = time.monotonic() + (HEIR_PATIENCE_S if left.successor else 0.0)
+        self._successor, self._handover_id = left.successor, left.handover_id
+        self._successor_until_s = time.monotonic() + (SUCCESSOR_PATIENCE_S if left.successor else 0.0)
 
     def note_refused(self, record: Member, error: ApiError) -> None:
         """Raises `error` unless another instance, or a later time, may answer differently.

@@ -58,7 +58,7 @@ class EngineClient:
                 if answer is None:
                     raise InstanceLost(f"instance {self.instance_id} is gone")
                 if isinstance(answer, HandedOver):
-                    raise HandedElsewhere(self.instance_id, answer.successor, answer.adoption_id)
+                    raise HandedElsewhere(self.instance_id, answer.successor, answer.handover_id)
                 if isinstance(answer, RequestRefused):
                     raise from_refusal(answer.code, answer.message)
                 yield answer

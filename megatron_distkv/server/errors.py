@@ -26,12 +26,12 @@ class InstanceLost(DistkvError):
 
 
 class HandedElsewhere(InstanceLost):
-    """The instance leaves; its successor, if it names one, has the request's KV under `adoption_id`."""
+    """The instance leaves; its successor, if it names one, has the request's KV under `handover_id`."""
 
-    def __init__(self, instance_id: str, successor: str, adoption_id: str) -> None:
+    def __init__(self, instance_id: str, successor: str, handover_id: str) -> None:
         super().__init__(f"instance {instance_id} leaves, and hands over to {successor or 'anybody'}")
         self.successor = successor
-        self.adoption_id = adoption_id
+        self.handover_id = handover_id
 
 
 def bad_request(message: str, param: str | None = None) -> ApiError:

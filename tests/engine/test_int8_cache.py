@@ -15,7 +15,7 @@ from megatron_distkv.kvcache.rblock_pool import rank_pool
 from megatron_distkv.kvcache.rblock_shape import RBlockShape
 from megatron_distkv.ledger import open_ledger
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
-from megatron_distkv.messages import TokenLogprobs
+from megatron_distkv.messages import HandedOver, TokenLogprobs
 from megatron_distkv.request import Request
 from megatron_distkv.sampling_params import SamplingParams
 from tests.conftest import MakeConfig
@@ -153,14 +153,17 @@ def test_a_request_that_is_handed_over_leaves_only_its_open_rblock_behind(
         assert d.instance.rmanager.table(request).remote_by_creditor()
         # When d leaves
         d.instance.drain(within_s=60)
-        farewells = []
-        while not farewells:
+        notices = []
+        while not notices:
             for output in d.instance.step():
                 got.add(output)
-            farewells = d.instance.take_farewells()
-        successor = {"s": s}[farewells[0].successor]
+            notices = d.instance.take_final_notices()
+            time.sleep(0.02)  # or it would be done before anybody has answered anything
+        (notice,) = notices
+        assert isinstance(notice, HandedOver)
+        successor = {"s": s}[notice.successor]
         request = Request("r2", prompt, GREEDY, output_token_ids=list(got.token_ids))
-        assert successor.instance.adopt(request, farewells[0].adoption_id)
+        assert successor.instance.receive(request, notice.handover_id)
         # Then the successor goes on from its last full rBlock
         assert request.num_computed_tokens % RBLOCK_SIZE == 0
         assert 0 < len(prompt) + len(got.token_ids) - request.num_computed_tokens <= RBLOCK_SIZE

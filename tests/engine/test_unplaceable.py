@@ -43,7 +43,7 @@ def lose_its_creditor(instance: Instance, creditor: LLM) -> Request:
     while not instance.scheduler.waiting:
         assert time.monotonic() < end
         instance.step()
-        assert instance.take_farewells() == []
+        assert instance.take_final_notices() == []
     return request
 
 
@@ -52,14 +52,14 @@ def test_a_request_that_fits_nowhere_any_more_ends(make_config: MakeConfig, serv
         # Given a request that only fits with b's memory, and no b any more
         lose_its_creditor(a.instance, start(make_config, server, "b"))
         # When nobody comes for a while
-        farewells: list[object] = []
+        notices: list[object] = []
         end = time.monotonic() + 10
-        while not farewells:
+        while not notices:
             assert time.monotonic() < end
             a.instance.step()
-            farewells += a.instance.take_farewells()
+            notices += a.instance.take_final_notices()
         # Then its client hears why, and nothing stays
-        (refused,) = farewells
+        (refused,) = notices
         assert isinstance(refused, RequestRefused)
         assert (refused.request_id, refused.code) == ("r", "too_long")
         assert refused.message == "its 153 tokens no longer fit: the pool has shrunk, and the longest is 128"
@@ -77,6 +77,6 @@ def test_a_request_that_somebody_comes_for_goes_on(make_config: MakeConfig, serv
         stack.enter_context(start(make_config, server, "c"))
         while request.finish_reason is None:
             a.instance.step()
-            assert a.instance.take_farewells() == []
+            assert a.instance.take_final_notices() == []
         assert request.finish_reason is FinishReason.LENGTH
         assert request.output_token_ids == expected

@@ -5,16 +5,16 @@ import time
 import msgspec
 import pytest
 
-from megatron_distkv.attention import LoanTable
 from megatron_distkv.engine.instance import Instance
-from megatron_distkv.errors import DistkvError
-from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
+from megatron_distkv.handover import incoming
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
-from megatron_distkv.messages import AdoptHeader, HandedOver, InheritedSpan, PrepareHeader, Refusal, RequestKV
+from megatron_distkv.messages import HandedOver
 from megatron_distkv.pool import loans
-from megatron_distkv.rmanager import Adoptions, NoFollowers, adoptions
-from tests.engine.test_handover import SAMPLED, Check, Client, expected, pool, random_prompt
+from megatron_distkv.rblock import InstanceId
+from megatron_distkv.rmanager.fetch_back import FetchBack
+from tests.handover.test_handover import SAMPLED, Check, Client, expected, pool, random_prompt
 from tests.ledger.snapshot import snapshot
+from tests.soon import SOON_S
 
 __all__ = ["expected", "pool"]
 Pool = dict[str, Instance]
@@ -22,12 +22,18 @@ Pool = dict[str, Instance]
 
 @pytest.fixture(autouse=True)
 def little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adoptions, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(incoming, "PATIENCE_S", 0.5)
     monkeypatch.setattr(loans, "TRANSFER_WITHIN_S", 0.5)
 
 
+@pytest.fixture(autouse=True)
+def what_is_lent_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or it would come back early, as there is room for all of it here."""
+    monkeypatch.setattr(FetchBack, "find_early_ones", lambda *_: None)
+
+
 def assert_all_comes_back(pool: Pool, server: EmbeddedServer) -> None:
-    end = time.monotonic() + 10
+    end = time.monotonic() + SOON_S
     while any(x.status(0).free_rblocks < 16 for x in pool.values()) or snapshot(server).loans:
         assert time.monotonic() < end, ([x.status(0) for x in pool.values()], snapshot(server).loans)
         for instance in pool.values():
@@ -44,13 +50,12 @@ def decoding(pool: Pool, length: int) -> Client:
 
 
 def begin_to_leave(pool: Pool, client: Client) -> str:
-    """d has chosen a successor, and has not yet said good-bye; returns its name."""
-    handover = pool["d"].parts.departure._handover
+    """d has chosen a successor, which keeps room for the request, and has it not yet; returns its name."""
+    sender = pool["d"].parts.sender
     pool["d"].drain(within_s=60)
-    client.until(lambda: handover._passage is not None)
-    assert handover._passage is not None
-    assert client.farewell is None
-    return str(handover._passage.successor.instance)
+    client.until(lambda: sender.successor and pool[sender.successor].status(0).used_rblocks > 0)
+    assert client.notice is None
+    return sender.successor
 
 
 def test_a_successor_lost_before_it_has_all_costs_nothing(pool: Pool, server: EmbeddedServer, expected: Check) -> None:
@@ -58,11 +63,11 @@ def test_a_successor_lost_before_it_has_all_costs_nothing(pool: Pool, server: Em
     client = decoding(pool, 60)
     first = begin_to_leave(pool, client)
     # When nobody reaches the successor any more
-    pool[first]._doors.close()
+    pool[first].parts.doors.close()
     # Then another one gets it
-    client.until(lambda: client.farewell is not None)
-    assert client.farewell is not None
-    assert client.farewell.successor not in (first, "")
+    client.until(lambda: client.notice is not None)
+    assert client.notice is not None
+    assert client.notice.successor not in (first, "")
     assert client.follow()
     client.finish()
     assert client.request.num_recomputed_tokens == 0
@@ -73,11 +78,11 @@ def test_a_successor_lost_before_it_has_all_costs_nothing(pool: Pool, server: Em
 def test_a_successor_lost_with_the_request_costs_its_kv(pool: Pool, server: EmbeddedServer, expected: Check) -> None:
     client = decoding(pool, 60)
     begin_to_leave(pool, client)
-    client.until(lambda: client.farewell is not None)
+    client.until(lambda: client.notice is not None)
     # When nobody asks for it where it went, but elsewhere
-    assert client.farewell is not None
-    other = "c" if client.farewell.successor == "s" else "s"
-    client.farewell = msgspec.structs.replace(client.farewell, successor=other)
+    assert client.notice is not None
+    other = "c" if client.notice.successor == "s" else "s"
+    client.notice = msgspec.structs.replace(client.notice, successor=other)
     assert not client.follow()
     client.finish()
     # Then it is computed again, and what was kept for it is freed
@@ -93,7 +98,7 @@ def test_one_that_dies_while_it_leaves(pool: Pool, server: EmbeddedServer, expec
     assert pool[successor].status(0).used_rblocks > 0
     # When the one that leaves is gone, and the gateway asks another with the tokens that it has
     pool["d"].close()
-    client.farewell = HandedOver("r", successor)
+    client.notice = HandedOver("r", successor)
     assert not client.follow()
     client.finish()
     # Then it is computed again there, and nothing stays
@@ -107,12 +112,14 @@ def test_a_creditor_lost_before_the_successor_has_its_loan(pool: Pool, server: E
     client = decoding(pool, 60)
     pool["d"].rmanager.move_to("r", 3, "c")
     third, lost = "c", 3
+    held = pool["d"].rmanager.table(client.request).remote_by_creditor
+    client.until(lambda: held().get(InstanceId(third)) == lost)
     begin_to_leave(pool, client)
-    client.until(lambda: client.farewell is not None)
-    assert client.farewell is not None
-    assert client.farewell.successor == "s"
+    client.until(lambda: client.notice is not None)
+    assert client.notice is not None
+    assert client.notice.successor == "s"
     # When that one is lost before the successor has taken over the loan
-    pool[third]._doors.close()
+    pool[third].parts.doors.close()
     assert client.follow()
     client.finish()
     # Then what lay there, and nothing else, is computed again
@@ -124,7 +131,7 @@ def test_a_creditor_lost_before_the_successor_has_its_loan(pool: Pool, server: E
 def test_a_gateway_that_has_other_tokens_is_served_as_any(pool: Pool, server: EmbeddedServer, expected: Check) -> None:
     client = decoding(pool, 60)
     begin_to_leave(pool, client)
-    client.until(lambda: client.farewell is not None)
+    client.until(lambda: client.notice is not None)
     # When the last token of the answer has not reached the gateway
     client.token_ids.pop()
     client.logprobs.pop()
@@ -132,58 +139,3 @@ def test_a_gateway_that_has_other_tokens_is_served_as_any(pool: Pool, server: Em
     client.finish()
     expected(client)
     assert_all_comes_back(pool, server)
-
-
-# ------------------------------------------------------------------ what a stranger may say
-
-RBLOCK_SIZE = 4
-SPAN = InheritedSpan(1, [3], "c", 1, "unix:c", "loan")
-GOOD = AdoptHeader("x", 10, 2, 11, [], 1, 0.0, RequestKV(), {0: 7, 2: 6}, [SPAN])
-
-
-@pytest.fixture
-def kept() -> Adoptions:
-    """Room for three rBlocks of `d`: 7, 6 and 5."""
-    allocator = RBlockAllocator(8, 8)
-    assert allocator.allocate_up_to(0) == []
-    allocator._free.reverse()
-    adoptions = Adoptions(allocator, LoanTable(), NoFollowers(), RBLOCK_SIZE)
-    assert adoptions.prepare(PrepareHeader("x", 3), "d").block_ids == [7, 6, 5]
-    return adoptions
-
-
-def change(**fields: object) -> AdoptHeader:
-    return msgspec.structs.replace(GOOD, **fields)
-
-
-@pytest.mark.parametrize(
-    "header",
-    [
-        change(here={0: 7, 2: 4}),  # not prepared
-        change(here={0: 7, 2: 7}),  # twice
-        change(here={0: 7}),  # rBlock 2 lies nowhere
-        change(here={0: 7, 1: 5, 2: 6}),  # rBlock 1 lies in two places
-        change(num_computed_tokens=20),  # rBlocks 3 and 4 lie nowhere
-        change(lost=[(4, 4)]),
-        change(lost=[(5, 3)]),
-        change(lost=[(4, 6), (6, 8)]),
-        change(lost=[(8, 12)]),
-    ],
-)
-def test_a_request_that_makes_no_sense_is_refused(header: AdoptHeader, kept: Adoptions) -> None:
-    with pytest.raises(DistkvError):
-        kept.hand_over(header, "d")
-    assert kept.claim("x") is None
-    # And one that does is not
-    assert kept.hand_over(GOOD, "d").refusal is None
-    assert kept.claim("x") is not None
-
-
-def test_nobody_hands_over_in_the_name_of_another(kept: Adoptions) -> None:
-    assert kept.hand_over(GOOD, "e").refusal is Refusal.UNKNOWN_LOAN
-    assert kept.prepare(PrepareHeader("x", 4), "e").refusal is Refusal.CONFLICT
-    assert not kept.give_up("x", "e")
-    assert kept.prepare(PrepareHeader("y", 6), "e").refusal is Refusal.FULL
-    assert kept.give_up("x", "d")
-    with kept.held() as block_ids:
-        assert block_ids == []

@@ -17,7 +17,7 @@ import pytest
 from megatron_distkv.config.instance import InstanceConfig
 from megatron_distkv.engine.instance import Instance
 from megatron_distkv.engine.llm import LLM
-from megatron_distkv.ledger import DebtLedger, InstanceState, open_ledger
+from megatron_distkv.ledger import DebtLedger, open_ledger
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
 from megatron_distkv.messages import HandedOver, TokenOutput
 from megatron_distkv.rblock import HOST, RemoteSpan, loan_key
@@ -230,24 +230,22 @@ class Driver:
         self._stay(instance)
 
     def _stay(self, instance: Instance) -> None:
-        departure = instance.parts.departure
-        departure._ends_by_s = None
-        instance.parts.admission.draining = instance.parts.lending.draining = instance.parts.adoptions.draining = False
-        instance.parts.reporting.state = InstanceState.UP
-        if departure._handover._passage is not None:
-            departure._handover._give_up()
+        instance.stay()
+        end = time.monotonic() + STUCK_AFTER_S
         while instance.parts.loans.has_transfers:
-            instance.parts.loans.settle_transfers()
+            assert time.monotonic() < end, f"loans that nobody takes over: {self._state()}"
+            for name in self._pool.instances:
+                self._step(name)
             time.sleep(0.02)
         instance.note_idle()
 
-    def _follow(self, farewell: HandedOver) -> None:
+    def _follow(self, notice: HandedOver) -> None:
         """As a gateway does."""
-        old, home = self._requests[farewell.request_id], farewell.successor or self._home[farewell.request_id]
+        old, home = self._requests[notice.request_id], notice.successor or self._home[notice.request_id]
         tokens = list(self._tokens[old.request_id])
         new = Request(old.request_id, old.prompt_token_ids, old.sampling, output_token_ids=tokens)
         self._requests[old.request_id], self._home[old.request_id] = new, home
-        if not self._pool.instances[home].adopt(new, farewell.adoption_id):
+        if not self._pool.instances[home].receive(new, notice.handover_id):
             self._pool.instances[home].add(new)
         else:
             self.num_handed_over += 1
@@ -265,7 +263,7 @@ class Driver:
     def drain(self) -> None:
         self._note("drain")
         end = time.monotonic() + STUCK_AFTER_S
-        while not all(instance.scheduler.is_idle for instance in self._pool.instances.values()):
+        while not all(instance.is_idle for instance in self._pool.instances.values()):
             assert time.monotonic() < end, f"stuck: {self._state()}"
             for name in self._pool.instances:
                 self._step(name)
@@ -287,8 +285,9 @@ class Driver:
         outputs: list[TokenOutput] = self._pool.instances[name].step()
         for output in outputs:
             self._tokens[output.request_id] += output.token_ids
-        for farewell in self._pool.instances[name].take_farewells():
-            self._follow(farewell)
+        for notice in self._pool.instances[name].take_final_notices():
+            assert isinstance(notice, HandedOver)
+            self._follow(notice)
 
     def _any_instance(self) -> str:
         return self._random.choice(sorted(self._pool.instances))

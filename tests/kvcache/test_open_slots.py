@@ -37,20 +37,20 @@ class SlotsMachine(RuleBasedStateMachine):
 
     @rule(name=NAMES)
     def prepare(self, name: str) -> None:
-        adoption_id = f"coming {name}"
-        had = adoption_id in self.handed_over
-        is_granted = self.slots.reserve(adoption_id)
+        handover_id = f"coming {name}"
+        had = handover_id in self.handed_over
+        is_granted = self.slots.reserve(handover_id)
         assert is_granted == (had or len(self.handed_over) < NUM_OWN)
         if is_granted:
-            self.handed_over[adoption_id] = self.slots.slot_of(adoption_id)
+            self.handed_over[handover_id] = self.slots.slot_of(handover_id)
 
     @precondition(lambda self: any(x.startswith("coming") for x in self.handed_over))
     @rule(name=NAMES)
-    def adopt(self, name: str) -> None:
+    def come(self, name: str) -> None:
         if name not in self.held:
-            adoption_id = next(x for x in self.handed_over if x.startswith("coming"))
-            self.slots.rename(adoption_id, name)
-            self.handed_over[name] = self.handed_over.pop(adoption_id)
+            handover_id = next(x for x in self.handed_over if x.startswith("coming"))
+            self.slots.rename(handover_id, name)
+            self.handed_over[name] = self.handed_over.pop(handover_id)
 
     @rule(name=NAMES)
     def end(self, name: str) -> None:

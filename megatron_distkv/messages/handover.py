@@ -1,4 +1,4 @@
-"""A request in mid-flight goes from an instance that leaves to its successor: PREPARE, STORE, ADOPT, INHERIT."""
+"""A request in mid-flight goes from an instance that leaves to its successor: PREPARE, STORE, COMMIT, INHERIT."""
 
 import msgspec
 
@@ -9,7 +9,7 @@ from megatron_distkv.messages.wire import BlockId, Count, Serial
 class PrepareHeader(msgspec.Struct, frozen=True):
     """Room for `num_rblocks` in all. Asked again, more are added. Answer: `LendReply`, all of them in order."""
 
-    adoption_id: str
+    handover_id: str
     num_rblocks: Count
 
 
@@ -24,13 +24,13 @@ class InheritedSpan(msgspec.Struct, frozen=True):
     loan_id: str
 
 
-class AdoptHeader(msgspec.Struct, frozen=True):
+class CommitHeader(msgspec.Struct, frozen=True):
     """A request in mid-flight, less its tokens: those come from the gateway, which knows them. Answer: `Acknowledge`.
 
     `here`: rBlock of the request -> physical id at the successor. `lost`: positions `[start, stop)` without their KV.
     """
 
-    adoption_id: str
+    handover_id: str
     num_prompt_tokens: Count
     num_output_tokens: Count
     num_computed_tokens: Count
@@ -47,4 +47,4 @@ class InheritHeader(msgspec.Struct, frozen=True):
 
     loan_id: str
     new_loan_id: str
-    heir_epoch: Serial
+    debtor_epoch: Serial

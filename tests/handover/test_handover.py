@@ -1,5 +1,6 @@
 """An instance that leaves hands its running requests over, with their KV: the same tokens, nothing computed again."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
@@ -9,13 +10,16 @@ import torch
 from megatron_distkv.engine.instance import Instance
 from megatron_distkv.engine.llm import LLM
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
-from megatron_distkv.messages import HandedOver, TokenLogprobs
+from megatron_distkv.messages import HandedOver, InstanceStatus, TokenLogprobs
 from megatron_distkv.request import Request
 from megatron_distkv.sampling_params import SamplingParams
 from tests.conftest import MakeConfig
 from tests.ledger.snapshot import snapshot
+from tests.soon import SOON_S, wait_until
 
 NAMES = ("d", "s", "c")
+# Between two steps of a test: a model as small as these would be done before anybody has answered anything.
+PAUSE_S = 0.02
 SAMPLED = SamplingParams(max_tokens=30, temperature=0.8, top_p=0.9, seed=11, logprobs=2, ignore_eos=True)
 
 
@@ -51,7 +55,7 @@ class Client:
         self.at = "d"
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
-        self.farewell: HandedOver | None = None
+        self.notice: HandedOver | None = None
         self.request = Request("r", prompt, sampling)
         pool["d"].add(self.request)
 
@@ -60,37 +64,45 @@ class Client:
         for output in instance.step():
             self.token_ids += output.token_ids
             self.logprobs += output.logprobs or []
-        for farewell in instance.take_farewells():
-            self.farewell = farewell
+        for notice in instance.take_final_notices():
+            assert isinstance(notice, HandedOver)
+            self.notice = notice
 
     def until(self, condition: Callable[[], bool]) -> None:
         while not condition():
             assert self.request.finish_reason is None, "the request ended too early for this test"
             self.step()
+            time.sleep(PAUSE_S)
 
     def follow(self) -> bool:
-        """Ask where the farewell says; whether the request goes on there with its KV."""
-        assert self.farewell is not None
-        self.at = self.farewell.successor
+        """Ask where the notice says; whether the request goes on there with its KV."""
+        assert self.notice is not None
+        self.at = self.notice.successor
         self.request = Request("r2", self.prompt, self.sampling, output_token_ids=list(self.token_ids))
-        is_adopted = self.pool[self.at].adopt(self.request, self.farewell.adoption_id)
-        if not is_adopted:
+        is_received = self.pool[self.at].receive(self.request, self.notice.handover_id)
+        if not is_received:
             self.pool[self.at].add(self.request)
-        return is_adopted
+        return is_received
 
     def finish(self) -> None:
+        end_s = time.monotonic() + SOON_S
         while self.request.finish_reason is None:
+            assert time.monotonic() < end_s, self.request
             self.step()
 
 
 def assert_nothing_is_owed(pool: dict[str, Instance], server: EmbeddedServer) -> None:
-    for instance in pool.values():
-        instance.step()
-        instance.check_integrity()
-        status = instance.status(0)
-        assert (status.free_rblocks, status.lent_rblocks, status.borrowed_rblocks) == (16, 0, 0)
-        assert status.used_host_rblocks == 0
-    assert snapshot(server).loans == ()
+    def is_so() -> bool:
+        for instance in pool.values():
+            instance.step()
+            instance.check_integrity()
+        accounts = [(x.free_rblocks, x.lent_rblocks, x.borrowed_rblocks, x.used_host_rblocks) for x in statuses()]
+        return set(accounts) == {(16, 0, 0, 0)} and snapshot(server).loans == ()
+
+    def statuses() -> list[InstanceStatus]:
+        return [instance.status(0) for instance in pool.values()]
+
+    wait_until(is_so, lambda: (statuses(), snapshot(server).loans))
 
 
 @pytest.fixture
@@ -119,14 +131,13 @@ def test_a_request_goes_on_elsewhere_from_the_same_token(
     )
     # When d is told to leave
     pool["d"].drain(within_s=60)
-    client.until(lambda: client.farewell is not None)
+    client.until(lambda: client.notice is not None)
     assert pool["d"].scheduler.is_idle
     # Then another goes on, d is empty soon, and nothing was computed again
     assert client.follow()
     computed = client.request.num_computed_tokens
-    while not pool["d"].is_drained:
-        pool["d"].step()
     client.finish()
+    wait_until(lambda: pool["d"].step() == [] and pool["d"].is_drained)
     assert computed >= num_tokens
     assert (client.request.num_recomputed_tokens, client.request.num_preemptions) == (0, 0)
     assert client.request.max_local_rblocks > 0

@@ -1,19 +1,30 @@
 """One request on its way from an instance that leaves to its successor: what of it is where."""
 
-import time
 from collections.abc import Container, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from enum import Enum, auto
+from typing import Any, NamedTuple
 
 from msgspec.structs import replace
 
-from megatron_distkv.engine.receipt import receipt
 from megatron_distkv.kvcache.block_table import BlockTable
-from megatron_distkv.messages import AdoptHeader, InheritedSpan
+from megatron_distkv.messages import CommitHeader, InheritedSpan, receipt_of
 from megatron_distkv.pool import Member, Peer
 from megatron_distkv.rblock import HOST, LocalSpan, Span
 from megatron_distkv.request import Request, RequestStatus, gaps_before
 from megatron_distkv.rmanager import Move
+
+# Room for so many rBlocks more than there are: a request that grows is not asked for at every rBlock.
+SLACK_RBLOCKS = 2
+
+
+class Phase(Enum):
+    """Of a handover, in order; a request that has outgrown its room goes back from COPYING to PREPARING."""
+
+    PREPARING = auto()  # PREPARE is under way; the request goes on
+    COPYING = auto()  # it goes on until one step can copy the rest
+    COMMITTING = auto()  # COMMIT is under way; it stands still
 
 
 class RBlockHere(NamedTuple):
@@ -24,15 +35,20 @@ class RBlockHere(NamedTuple):
 
 
 @dataclass
-class Passage:
+class HandoverSession:
     """The request's rBlocks -> physical ids at the successor: `there` they have been copied to, `planned` they are now.
 
-    `block_ids`: what the successor has room for.
+    `block_ids`: what the successor has room for. `question`: what it was asked last, and has not answered yet.
+    `slack`: how much more room than needed it is asked for. `header`: what it was told, when COMMITTING.
     """
 
     request: Request
     successor: Member
-    adoption_id: str
+    handover_id: str
+    phase: Phase = Phase.PREPARING
+    slack: int = SLACK_RBLOCKS
+    question: "Future[Any] | None" = None
+    header: CommitHeader | None = None
     block_ids: list[int] = field(default_factory=list)
     there: dict[int, int] = field(default_factory=dict)
     planned: dict[int, int] = field(default_factory=dict)
@@ -42,30 +58,24 @@ class Passage:
 
     @property
     def goes_on(self) -> bool:
-        """The request has neither ended nor lost anything since its passage began."""
+        """The request has neither ended nor lost anything since its handover began."""
         is_running = self.request.status in (RequestStatus.RUNNING, RequestStatus.LEAVING)
         return is_running and self._count_setbacks() == self._setbacks
+
+    @property
+    def stands_still(self) -> bool:
+        return self.request.status is RequestStatus.LEAVING
 
     def _count_setbacks(self) -> tuple[int, int]:
         return self.request.num_preemptions, self.request.num_recomputed_tokens
 
     # ------------------------------------------------------------------ copying
 
-    def left(self, table: BlockTable, rblocks: Sequence[range]) -> dict[int, RBlockHere]:
-        """Which of these rBlocks are here and not at the successor yet."""
-        left: dict[int, RBlockHere] = {}
-        for span in table.spans:
-            if not isinstance(span, LocalSpan) and span.creditor != HOST:
-                continue
-            for rblock, block_id in enumerate(span.block_ids, start=span.first):
-                if rblock not in self.there and any(rblock in some for some in rblocks):
-                    left[rblock] = RBlockHere(block_id, not isinstance(span, LocalSpan))
-        return left
-
-    def plan(self, chosen: Mapping[int, RBlockHere]) -> list[Move]:
-        """This step copies the chosen ones."""
+    def plan(self, left: Mapping[int, RBlockHere], count: int) -> list[Move]:
+        """This step copies up to `count` of these, as far as there is room."""
         taken = set(self.there.values())
         free = [block_id for block_id in self.block_ids if block_id not in taken]
+        chosen = dict(list(left.items())[: min(count, len(free))])
         self.planned = dict(zip(chosen, free, strict=False))
         return [*self._copies(chosen, from_host=False), *self._copies(chosen, from_host=True)]
 
@@ -75,35 +85,33 @@ class Passage:
             return []
         local_ids = [chosen[rblock].block_id for rblock in rblocks]
         remote_ids = [self.planned[rblock] for rblock in rblocks]
-        return [Move(self.request.request_id, self.peer, self.adoption_id, local_ids, remote_ids, from_host)]
+        return [Move(self.request.request_id, self.successor.peer, self.handover_id, local_ids, remote_ids, from_host)]
 
-    @property
-    def peer(self) -> Peer:
-        return self.successor.peer
-
-    def arrive(self) -> None:
+    def note_copied(self) -> None:
         """The step has done what was planned for it."""
         self.there.update(self.planned)
         self.planned = {}
 
     # ------------------------------------------------------------------ telling the successor
 
-    def describe(self, table: BlockTable, peers: Mapping[str, Peer], kept: Sequence[range]) -> AdoptHeader:
+    def describe(
+        self, table: BlockTable, peers: Mapping[str, Peer], kept: Sequence[range], now_s: float
+    ) -> CommitHeader:
         """All of the request that is not tokens. `peers`: the creditor of each loan.
 
         `kept`: positions whose KV goes along; the successor computes the others again.
         """
-        request, kv = self.request, receipt(self.request)
+        request, kv = self.request, receipt_of(self.request)
         num_left = request.num_computed_tokens - request.num_lost_tokens - sum(len(piece) for piece in kept)
         held = {rblock for span in table.spans for rblock in _rblocks(span)}
-        return AdoptHeader(
-            self.adoption_id,
+        return CommitHeader(
+            self.handover_id,
             len(request.prompt_token_ids),
             len(request.output_token_ids),
             kept[-1].stop if kept else 0,
             [(lost.start, lost.stop) for lost in gaps_before(kept)],
             request.sampling_seed,
-            time.monotonic() - request.arrival_s,
+            now_s - request.arrival_s,
             replace(kv, num_recomputed_tokens=kv.num_recomputed_tokens + num_left),
             {rblock: block_id for rblock, block_id in self.there.items() if rblock in held},
             self._elsewhere(table, peers),
@@ -119,6 +127,18 @@ class Passage:
             if span.creditor != HOST
             for first, block_ids in _runs(span, without=self.there)
         ]
+
+
+def rblocks_here(table: BlockTable, rblocks: Sequence[range], without: Container[int]) -> dict[int, RBlockHere]:
+    """Which of these rBlocks are in this instance's pool or host memory."""
+    here: dict[int, RBlockHere] = {}
+    for span in table.spans:
+        if not isinstance(span, LocalSpan) and span.creditor != HOST:
+            continue
+        for rblock, block_id in enumerate(span.block_ids, start=span.first):
+            if rblock not in without and any(rblock in some for some in rblocks):
+                here[rblock] = RBlockHere(block_id, not isinstance(span, LocalSpan))
+    return here
 
 
 def _rblocks(span: Span) -> range:
