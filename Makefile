@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check wheel nightly bench clean
+.PHONY: demo test check docs wheel nightly bench clean
 
 # torch first, from wherever pip finds the CPU build: nothing below may pull a CUDA build.
 $(VENV)/.installed: pyproject.toml setup.py $(wildcard kernels/cpu/*.h kernels/cpu/*.cpp)
@@ -25,6 +25,11 @@ check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/mkdocs build --strict -f tools/docs/mkdocs.yml
+
+docs: $(VENV)/.installed
+	$(BIN)/python -m tools.docs
+	$(BIN)/mkdocs build --strict -f tools/docs/mkdocs.yml
 
 # What a user gets who has no checkout.
 wheel: $(VENV)/.installed

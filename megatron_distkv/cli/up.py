@@ -86,7 +86,7 @@ def _say_where(cluster: LocalCluster) -> None:
     config = cluster.config
     found = cluster.child(cluster.instance_ids[0]).line_after(" loading ") or str(config.model)
     name = config.served_model_name
-    _say(f"{config.instances} instances serve {found} at {cluster.base_url}, model name {name!r} (Ctrl-C ends all)")
+    _say(f"{config.instances} instances serve {found} at {cluster.base_url} (model name {name!r}, Ctrl-C ends all)")
     _say(f"ledger: distkv ledger --ledger {shown(cluster.ledger_url)} --pool {config.ledger.pool}")
     if cluster.secret_file is not None:
         _say(f"who joins must know its secret: DISTKV_SECRET=$(cat {cluster.secret_file})")

@@ -43,7 +43,7 @@ class ClusterConfig(FrozenConfig):
     """Where the parts' logs stay. None: in a directory of their own, which is removed after a clean end and kept where
     a part has failed."""
     admission: AdmissionConfig = AdmissionConfig()
-    """Of requests at the gateway."""
+    """When the gateway holds back or refuses requests."""
     kv_cache: KVCacheConfig = KVCacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     lending: LendingConfig = LendingConfig()

@@ -24,7 +24,7 @@ class KVCacheConfig(FrozenConfig):
     rblock_size: int = Field(64, ge=1)
     """Tokens per rBlock. 64 is the smallest size at which reads run near the memory's speed: docs/experiments.md."""
     dtype: Literal["auto", "int8"] = "auto"
-    """Of K and V, here and with creditors; all members of a pool have the same. auto: the model's. int8: about half the
+    """Of K and V, here and at creditors; all members of a pool have the same. auto: the model's. int8: about half the
     memory of bf16, at an error of about 1e-2 of attention's output. rBlocks that are not full yet lie beside the pool
     in the model's dtype, one for each running request."""
 
@@ -48,15 +48,16 @@ class LendingConfig(FrozenConfig):
     max_moved_rblocks_per_step: int = Field(16, ge=1)
     """rBlocks that migrate to creditors in one step at most, so that decoding does not feel it."""
     recall_patience_s: float = Field(1.0, ge=0.0)
-    """rBlocks that a creditor wants back come home; without room for them for this long, they are computed again."""
+    """rBlocks that a creditor recalls are fetched back; where they find no room for this long, they are recomputed."""
     deadline_s: float = Field(10.0, gt=0)
     """A creditor that does not answer within this time is lost; what lay there is recomputed."""
     min_deadline_s: float = Field(2.0, gt=0)
-    """One that usually answers much more quickly is asked whether it lives, after this time at the soonest, and is lost
-    if it does not answer that within the same time. As long as `deadline_s`: nobody is asked."""
+    """A creditor that usually answers much more quickly is asked on a new connection whether it is alive, after this
+    time at the soonest, and is lost if it does not answer within the same time. With `deadline_s` or more it is not
+    asked."""
     max_step_share: float = Field(0.5, gt=0.0, le=1.0)
     """While this instance computes its own requests, queries of debtors may take this share of its time; those beyond
-    it wait, and their debtors are told. 1: no bound."""
+    it are throttled, and their debtors are told. 1: no bound."""
 
     verify_one_in: int = Field(0, ge=0)
     """One in so many partial results of creditors is computed again here, from a copy of the borrowed rBlocks, and
@@ -70,12 +71,12 @@ class LendingConfig(FrozenConfig):
 
 class LedgerConfig(FrozenConfig):
     url: str = LONELY_LEDGER
-    """redis://, rediss:// (TLS) or unix:// with password and database in the URL; memory:// for one lonely instance."""
+    """redis://, rediss:// (TLS) or unix:// with password and database in the URL; memory:// for one instance alone."""
     pool: str = Field("default", pattern=r"^[A-Za-z0-9_.-]{1,64}$")
     """Instances of one pool lend to each other."""
     secret_file: Path | None = None
-    """What the pool's members prove to each other that they know; mode 0600. Without one $DISTKV_SECRET is the secret,
-    and without that everybody who reaches an instance's sockets is a member."""
+    """Holds the pool's secret, which members prove to each other that they know; mode 0600. Without a file
+    $DISTKV_SECRET is the secret, and without that everybody who reaches an instance's sockets is a member."""
     lease_s: float = Field(10.0, gt=0)
     """An instance silent for this long is dead: its debts are void, its credits return."""
     heartbeat_interval_s: float = Field(0.5, gt=0)
@@ -97,7 +98,7 @@ class InstanceConfig(FrozenConfig):
     """CPU threads per rank."""
     deterministic: bool = False
     """The same bits for the same request, wherever its rBlocks lie and whatever else is in the batch, at the price of
-    speed: docs/architecture.md, Determinism. All instances of a pool must say the same and have the same processor."""
+    speed: docs/determinism.md. All instances of a pool must say the same and have the same processor."""
     kv_cache: KVCacheConfig = KVCacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     lending: LendingConfig = LendingConfig()

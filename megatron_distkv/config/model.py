@@ -58,8 +58,8 @@ class MixtureConfig(FrozenConfig):
 
 
 class GemmaConfig(FrozenConfig):
-    """What Gemma 2 and 3 do otherwise, always together: norms multiply by 1 + weight and also follow attention and MLP,
-    the MLP's gate is a GELU (tanh), embeddings are multiplied by sqrt(hidden_size)."""
+    """What Gemma 2 and 3 do differently from Llama, always together: norms multiply by 1 + weight and also
+    follow attention and MLP, the MLP's gate is a GELU (tanh), embeddings are multiplied by sqrt(hidden_size)."""
 
     score_scale_dims: float = Field(gt=0)
     """Scores are divided by the square root of this (query_pre_attn_scalar), not of head_dim."""
@@ -108,7 +108,7 @@ class ModelConfig(FrozenConfig):
     windowed_layers: tuple[bool, ...] | None = None
     """Which layers have the sliding window, one entry a layer; None: all, if there is a window."""
     gemma: GemmaConfig | None = None
-    """Gemma's own ways; None: Llama's."""
+    """What Gemma does differently; None: nothing."""
     norm_epsilon: float = Field(1e-5, gt=0)
     """RMSNorm's epsilon."""
     tie_embeddings: bool = False

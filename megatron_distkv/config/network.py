@@ -17,14 +17,14 @@ class NetworkConfig(FrozenConfig):
     """`tcp://HOST:PORT`: members on other hosts may use this one's memory over TCP; rank r listens at PORT + r. Without
     it only members of this host may."""
     advertised_host: str | None = None
-    """Under which name others reach HOST: needed where that is all interfaces, and the name in the certificate."""
+    """The name under which others reach HOST, and the name in the certificate; needed where HOST is all interfaces."""
     shared_memory: bool = True
     """False: members of this host use TCP too."""
     carrier: Literal["tcp", "nixl"] = "tcp"
     """What carries messages to this member from other hosts; nixl needs the extra of that name on both sides, and does
     not encrypt."""
     certificate_file: Path | None = None
-    """PEM. With it channels to other hosts are TLS and nothing else, both ways; the two files below are needed too."""
+    """PEM. With it channels to and from other hosts are TLS and nothing else; the two files below are needed too."""
     key_file: Path | None = None
     """PEM, without a password."""
     authority_file: Path | None = None

@@ -8,6 +8,8 @@ from megatron_distkv.messages import RequestRefused
 from megatron_distkv.request import Request
 from megatron_distkv.rmanager import RManager
 
+_HOLDS = "the longest that the pool's memory holds now is"
+
 
 class Admission:
     """With `draining` True nothing is taken any more."""
@@ -37,11 +39,13 @@ class Admission:
 
     def _why_impossible(self, request: Request) -> tuple[str, str] | None:
         """Code and sentence."""
-        longest = self.longest_context_tokens()
+        longest, limit = self.longest_context_tokens(), self._model.max_context_tokens
         if request.max_total_tokens > longest:
+            is_the_models = limit is not None and request.max_total_tokens > limit
             return "too_long", (
                 f"prompt ({len(request.prompt_token_ids)} tokens) and max_tokens ({request.sampling.max_tokens}) need "
-                f"a context of {request.max_total_tokens} tokens; the longest that fits now is {longest}"
+                f"a context of {request.max_total_tokens} tokens; "
+                + (f"this model attends to {limit} tokens at most" if is_the_models else f"{_HOLDS} {longest}")
             )
         if any(not 0 <= token < self._model.vocab_size for token in request.prompt_token_ids):
             return "bad_request", (f"a token id of the prompt is outside of the vocabulary of {self._model.vocab_size}")

@@ -25,10 +25,11 @@ from megatron_distkv.errors import LedgerUnavailable
 from megatron_distkv.handover import Drain, HandoverClient, IncomingHandovers, Receiver, Sender
 from megatron_distkv.kvcache.open_slots import OpenSlots
 from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
-from megatron_distkv.ledger import DebtLedger, InstanceState
 from megatron_distkv.pool import (
     Candidates,
+    DebtLedger,
     EndedLoans,
+    InstanceState,
     Links,
     LoanBook,
     Loans,
@@ -72,7 +73,7 @@ class Parts:
         self.membership = self._membership()
         self.book = LoanBook(ledger, me)
         self.jobs = ThreadPoolExecutor(NUM_JOB_THREADS, thread_name_prefix="pool-job")
-        self.control = ControlChannels(rank.peers, limits.min_deadline_s)
+        self.control = ControlChannels(rank.peers, limits.min_deadline_s, self.clock)
         probe = LinkProbe(rank.peers, rank.shape, limits.deadline_s)
         self.links = Links(self.clock, probe, self.membership.publish_links)
         self.cooldown = Quarantine(self.clock)
@@ -133,7 +134,7 @@ class Parts:
         self.heartbeat.start()
         self.host_lender = open_host_lender(self.rank.config, self.rank.shape, self.fatal)
         self.drain.host_lender = self.host_lender
-        if self.rank.config.lending.enabled and not self._is_lonely:
+        if self.rank.config.lending.enabled and not self.is_lonely:
             self.link_probes.start()
 
     @property
@@ -150,7 +151,7 @@ class Parts:
             self.pool_looks.hurry()
 
     @property
-    def _is_lonely(self) -> bool:
+    def is_lonely(self) -> bool:
         return self.rank.config.ledger.url == LONELY_LEDGER
 
     def _want_totals(self) -> None:
@@ -183,7 +184,7 @@ class Parts:
 
     def _open_doors(self) -> Doors:
         rank, config = self.rank, self.rank.config
-        if not self._is_lonely:
+        if not self.is_lonely:
             warn_of_open_doors(config.network, rank.secret, config.ledger.pool)
         return Doors(
             config.network,

@@ -6,7 +6,7 @@ from megatron_distkv.config.lender import LenderConfig
 from megatron_distkv.config.network import NetworkConfig
 from megatron_distkv.engine.lender import Lender
 from megatron_distkv.kvcache.rblock_shape import RBlockShape
-from megatron_distkv.ledger import open_ledger
+from megatron_distkv.pool import open_ledger
 
 
 def open_host_lender(config: InstanceConfig, shape: RBlockShape, fatal: Fatal) -> Lender | None:

@@ -9,10 +9,9 @@ from megatron_distkv.engine.model_runner import StepResult
 from megatron_distkv.engine.rank import Rank
 from megatron_distkv.engine.sampler import SampledToken, sample
 from megatron_distkv.engine.scheduler import Scheduled
-from megatron_distkv.ledger import DebtLedger, Move
 from megatron_distkv.log import get_logger
 from megatron_distkv.messages import HandedOver, InstanceStatus, RequestRefused, TokenOutput
-from megatron_distkv.pool import Peer, RequestOwner
+from megatron_distkv.pool import DebtLedger, Move, Peer, RequestOwner
 from megatron_distkv.request import FinishReason, Request
 
 logger = get_logger(__name__)
@@ -71,6 +70,11 @@ class Instance:
     def has_work(self) -> bool:
         """Whether a step would do anything."""
         return self.parts.drain.is_under_way or not self.is_idle
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether it never borrows."""
+        return self.parts.is_lonely or not self.config.lending.enabled
 
     @property
     def is_drained(self) -> bool:

@@ -17,9 +17,17 @@ from megatron_distkv.errors import LedgerUnavailable, UserError
 from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
 from megatron_distkv.kvcache.rblock_pool import rank_pool, torch_dtype
 from megatron_distkv.kvcache.rblock_shape import RBlockShape
-from megatron_distkv.ledger import DebtLedger, InstanceReport, InstanceState
 from megatron_distkv.log import get_logger
-from megatron_distkv.pool import Identity, LoanBook, MemberInfo, Membership, picture_of
+from megatron_distkv.pool import (
+    DebtLedger,
+    Identity,
+    InstanceReport,
+    InstanceState,
+    LoanBook,
+    MemberInfo,
+    Membership,
+    picture_of,
+)
 from megatron_distkv.rblock import InstanceId
 from megatron_distkv.rmanager import Lending, NoFollowers
 from megatron_distkv.transport import read_secret

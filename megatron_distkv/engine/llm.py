@@ -7,11 +7,14 @@ from megatron_distkv.config.instance import InstanceConfig
 from megatron_distkv.engine.instance import Instance
 from megatron_distkv.engine.rank import build_rank
 from megatron_distkv.errors import UserError
-from megatron_distkv.ledger import open_ledger
-from megatron_distkv.messages import TokenLogprobs, TokenOutput
+from megatron_distkv.messages import RequestRefused, TokenLogprobs, TokenOutput
 from megatron_distkv.model import init_tensor_parallel
+from megatron_distkv.pool import open_ledger
 from megatron_distkv.request import Request
 from megatron_distkv.sampling_params import SamplingParams
+
+# Members that have joined within this time may not be known yet.
+DOUBT_S = 1.0
 
 
 class Completion:
@@ -49,7 +52,7 @@ class LLM:
         pairs = enumerate(zip(prompts, each, strict=True))
         requests = [Request(f"offline-{i}", list(prompt), params, eos) for i, (prompt, params) in pairs]
         for request in requests:
-            refused = self.instance.refuse(request)
+            refused = self._refused(request)
             if refused is not None and refused.code != "queue_full":
                 raise UserError(refused.message)
         for request in requests:
@@ -61,6 +64,16 @@ class LLM:
         self.instance.check_integrity()
         self.instance.note_idle()
         return list(completions.values())
+
+    def _refused(self, request: Request) -> RequestRefused | None:
+        """What is too long for the pool as it was with the last heartbeat may fit into the one that is there now."""
+        clock = self.instance.parts.clock
+        until_s = clock.monotonic_s() + DOUBT_S
+        while (refused := self.instance.refuse(request)) is not None and refused.code == "too_long":
+            if clock.monotonic_s() > until_s or self.instance.is_alone:
+                break
+            clock.sleep(0.05)
+        return refused
 
     def close(self) -> None:
         self.instance.close()

@@ -2,10 +2,9 @@
 
 from megatron_distkv.engine.scheduler import Scheduler
 from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
-from megatron_distkv.ledger import InstanceReport, InstanceState, RequestPlacementEntry
 from megatron_distkv.messages import Counted, InstanceStatus
 from megatron_distkv.metrics import instance_counts
-from megatron_distkv.pool import Loans
+from megatron_distkv.pool import InstanceReport, InstanceState, Loans, RequestPlacementEntry
 from megatron_distkv.rblock import InstanceId
 from megatron_distkv.request import Request
 from megatron_distkv.rmanager import RManager

@@ -17,6 +17,7 @@ from megatron_distkv.background import Fatal
 from megatron_distkv.errors import UserError
 from megatron_distkv.log import calm_shortages, get_logger
 from megatron_distkv.messages import FromInstance, ToInstance
+from megatron_distkv.transport import SocketFile
 
 logger = get_logger(__name__)
 # A client that does not read has this long to take what was sent to it, when the door closes.
@@ -36,8 +37,8 @@ class RequestIO:
     """`inbox` is read by the engine's thread; `fatal` says that nobody can come in any more. Raises UserError."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
         self._socket = _bind(path)
+        self._file = SocketFile(path)
         self.inbox: queue.SimpleQueue[Inbound] = queue.SimpleQueue()
         self._writers: dict[int, asyncio.StreamWriter] = {}
         self._clients = itertools.count()
@@ -61,7 +62,7 @@ class RequestIO:
         with contextlib.suppress(RuntimeError):  # it has ended by itself
             self._loop.call_soon_threadsafe(self._closing.set)
         self._thread.join()
-        self._path.unlink(missing_ok=True)
+        self._file.remove()
 
     def _write(self, client: int, data: bytes) -> None:
         writer = self._writers.get(client)

@@ -85,6 +85,10 @@ class RedisLedger:
                 socket_timeout=timeout_s,
                 socket_connect_timeout=timeout_s,
                 retry=Retry(NoBackoff(), 0),
+                # A new connection to a server far away should cost no more words than it must
+                protocol=2,
+                lib_name=None,
+                lib_version=None,
                 redis_connect_func=self._greet,
             )
         except ValueError as error:

@@ -36,7 +36,7 @@ def explain(url: str, error: Exception) -> UserError:
     """The sentence for an error of the first contact."""
     where, text = shown(url), str(error)
     if isinstance(error, redis.AuthenticationError):
-        has_none = "HELLO must be called" in text or "NOAUTH" in text
+        has_none = "Authentication required" in text or "NOAUTH" in text
         return UserError(
             f"the ledger at {where} wants a password: put it into the URL as {urlsplit(url).scheme}://:PASSWORD@..."
             if has_none

@@ -1,8 +1,20 @@
-"""What this process knows of the pool: members, their loans, and what they could lend. The way to the ledger."""
+"""What this process knows of the pool: members, their loans, and what they could lend. The way to the ledger.
 
+Engine, rManager and server reach the ledger through this room only: its records are named here, too.
+"""
+
+from megatron_distkv.ledger import (
+    Creditor,
+    DebtLedger,
+    InstanceReport,
+    InstanceState,
+    Move,
+    RequestPlacementEntry,
+    open_ledger,
+)
 from megatron_distkv.pool.audit import check_instance, check_picture
 from megatron_distkv.pool.candidates import Candidates
-from megatron_distkv.pool.capacity import PoolCapacity, longest_context_tokens
+from megatron_distkv.pool.capacity import PoolCapacity
 from megatron_distkv.pool.ended_loans import EndedLoans
 from megatron_distkv.pool.links import LinkCost, Links, link_cost
 from megatron_distkv.pool.loan_book import LoanBook
@@ -27,9 +39,13 @@ __all__ = [
     "COOLDOWN_S",
     "Candidates",
     "Control",
+    "Creditor",
+    "DebtLedger",
     "EndedLoans",
     "HeldLoan",
     "Identity",
+    "InstanceReport",
+    "InstanceState",
     "LinkCost",
     "Links",
     "LoanBook",
@@ -38,6 +54,7 @@ __all__ = [
     "MemberInfo",
     "MemberUnreadable",
     "Membership",
+    "Move",
     "Peer",
     "Picture",
     "PoolCapacity",
@@ -45,10 +62,11 @@ __all__ = [
     "PoolView",
     "Quarantine",
     "RequestOwner",
+    "RequestPlacementEntry",
     "check_instance",
     "check_picture",
     "link_cost",
-    "longest_context_tokens",
+    "open_ledger",
     "picture_of",
     "read_info",
     "read_member",

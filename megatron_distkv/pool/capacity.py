@@ -1,4 +1,4 @@
-"""How much the pool can give: to a newcomer now, and to one request when nobody else uses any memory."""
+"""How much the pool can give to a newcomer now."""
 
 from collections import Counter
 
@@ -34,11 +34,3 @@ class PoolCapacity:
 
     def promise(self, member: Member, num_tokens: int) -> None:
         self._promised[member.instance] += num_rblocks_for(num_tokens, member.rblock_size)
-
-
-def longest_context_tokens(picture: Picture, member: Member) -> int:
-    """The longest context that a request of this instance can have, when nobody else uses any memory."""
-    num_rblocks = member.total + member.host_rblocks + picture.lendable_to(member.instance)
-    longest = num_rblocks * member.rblock_size
-    limit = member.info.max_context_tokens
-    return longest if limit is None else min(longest, limit)

@@ -346,9 +346,9 @@ class Loans:
         self._tasks.append(self._jobs.submit(self._tell_of_end, loan))
 
     def _end_unwanted(self, loans: "Future[list[HeldLoan]]") -> None:
-        """Of an owner that has ended meanwhile; where the job ended, so that it needs no step."""
+        """Of an owner that has ended meanwhile; whoever's thread this is, so that it needs no step."""
         for loan in [] if loans.cancelled() or loans.exception() else loans.result():
-            self._tell_of_end(loan)
+            self._release(loan)
 
     def _tell_of_end(self, loan: HeldLoan) -> None:
         header = ReleaseHeader(loan.loan_id, self._book.identity.instance)

@@ -41,6 +41,20 @@ class Picture:
         return held
 
     @cached_property
+    def longest_contexts(self) -> Mapping[InstanceId, int]:
+        """Tokens, of each instance that takes requests: when nobody else uses any memory."""
+        return {x.instance: self._longest_context(x) for x in self.up if x.takes_requests}
+
+    def _longest_context(self, member: Member) -> int:
+        num_rblocks = member.total + member.host_rblocks + self.lendable_to(member.instance)
+        longest, limit = num_rblocks * member.rblock_size, member.info.max_context_tokens
+        return longest if limit is None else min(longest, limit)
+
+    def work_out(self) -> None:
+        """What several readers will ask for: by who has the time for it, beside those who have not."""
+        _ = self.longest_contexts, self.held_rblocks
+
+    @cached_property
     def _sum_of_caps(self) -> int:
         return sum(member.lendable_at_most for member in self.up)
 

@@ -34,7 +34,9 @@ class PoolView:
     def look(self) -> None:
         """Never raises: a record that cannot be read is left out, and said once."""
         try:
-            self.picture = picture_of(self._reader.snapshot())
+            picture = picture_of(self._reader.snapshot())
+            picture.work_out()
+            self.picture = picture
             self.ledger_is_away = False
         except LedgerUnavailable as error:
             if not self.ledger_is_away:

@@ -1,83 +1,99 @@
 """Channels for short questions about loans, beside those of attention: jobs use them while the engine computes."""
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 import msgspec
 
+from megatron_distkv.clock import Clock
 from megatron_distkv.errors import PeerLost
 from megatron_distkv.messages import MessageKind, decode
-from megatron_distkv.pool import Peer
+from megatron_distkv.pool import Peer, Quarantine
 from megatron_distkv.rmanager.peers import MailboxSizes, Peers
 from megatron_distkv.transport import Channel
 
 _Reply = TypeVar("_Reply")
 # A question names rBlocks, an answer lists them: a hundred thousand fit.
 _SIZES = MailboxSizes(512 << 10, 512 << 10)
-# Channels to peers that nothing is asked of any more are closed, the oldest first.
-MAX_OPEN = 64
+# Peers whose channels are kept open; those that nothing was asked of for longest are closed.
+MAX_PEERS = 64
+# Channels to one peer that are kept open: a creditor that asks a ledger far away answers several at one time.
+MAX_KEPT = 4
 
 
 @dataclass
-class _Line:
+class _Lines:
+    """To one life of a peer. `free`: channels that nobody asks over at the moment."""
+
     peer: Peer
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    channel: Channel | None = None
-    num_failures: int = 0
+    free: list[Channel] = field(default_factory=list)
 
 
 class ControlChannels:
-    """One to the leader of each peer, opened when first needed. Any thread may ask, one at a time each peer."""
+    """To the leaders of peers, opened when needed. Any thread may ask; each question has a channel to itself."""
 
-    def __init__(self, peers: Peers, deadline_s: float) -> None:
+    def __init__(self, peers: Peers, deadline_s: float, clock: Clock) -> None:
         self._peers = peers
+        self._silent = Quarantine(clock)  # or each question to one that hangs would wait for its own deadline
         self._deadline_s = deadline_s
-        self._lines: dict[str, _Line] = {}
+        self._lines: dict[str, _Lines] = {}
         self._lock = threading.Lock()
+        self._is_closed = False
 
     def ask(self, peer: Peer, kind: MessageKind, header: msgspec.Struct, answer: type[_Reply]) -> _Reply:
         """Raises DistkvError: `peer` is gone, silent for `deadline_s`, or cannot answer."""
-        line = self._line_to(peer)
-        num_failures = line.num_failures
-        with line.lock:
-            if line.num_failures != num_failures:  # each would wait for its own deadline, one after the other
-                raise PeerLost(peer.instance, "did not answer a question that was asked before")
-            if self._peers.lost.holds(peer.instance):
-                raise PeerLost(peer.instance, "lost a short while ago")
-            try:
-                if line.channel is None or not line.channel.is_open:
-                    line.channel = self._peers.dial(peer, _SIZES, self._deadline_s)
-                reply = line.channel.call(kind, msgspec.msgpack.encode(header), deadline_s=self._deadline_s)
+        if self._peers.lost.holds(peer.instance):
+            raise PeerLost(peer.instance, "lost a short while ago")
+        if self._silent.holds(peer.instance):
+            raise PeerLost(peer.instance, "did not answer a question a moment ago")
+        try:
+            with self._channel_to(peer) as channel:
+                reply = channel.call(kind, msgspec.msgpack.encode(header), deadline_s=self._deadline_s)
                 return decode(reply.header, answer)
-            except PeerLost:
-                line.channel = None
-                line.num_failures += 1
-                raise
+        except PeerLost:
+            self._silent.put(peer.instance, self._deadline_s)
+            raise
 
     def close(self) -> None:
         with self._lock:
-            lines = list(self._lines.values())
+            self._is_closed = True
+            channels = [channel for lines in self._lines.values() for channel in lines.free]
             self._lines.clear()
-        for line in lines:
-            _close(line)
+        for channel in channels:
+            channel.close()
 
-    def _line_to(self, peer: Peer) -> _Line:
-        """Of this life of the peer; what led to an earlier one is closed."""
+    @contextmanager
+    def _channel_to(self, peer: Peer) -> Iterator[Channel]:
+        channel = self._take(peer) or self._peers.dial(peer, _SIZES, self._deadline_s)
+        try:
+            yield channel
+        finally:
+            if not channel.is_open or not self._give_back(peer, channel):
+                channel.close()
+
+    def _take(self, peer: Peer) -> Channel | None:
+        """A free channel to this life of the peer; those to an earlier one are closed."""
         with self._lock:
-            line = self._lines.pop(peer.instance, None)
-            replaced = [line] if line is not None and line.peer.epoch != peer.epoch else []
-            line = _Line(peer) if line is None or replaced else line
-            self._lines[peer.instance] = line  # the latest last
-            if len(self._lines) > MAX_OPEN:
-                replaced.append(self._lines.pop(next(iter(self._lines))))
-        for old in replaced:
-            _close(old)
-        return line
+            lines = self._lines.pop(peer.instance, None)
+            old = lines.free if lines is not None and lines.peer.epoch != peer.epoch else []
+            lines = _Lines(peer) if lines is None or lines.peer.epoch != peer.epoch else lines
+            self._lines[peer.instance] = lines  # the latest last
+            if len(self._lines) > MAX_PEERS:
+                old += self._lines.pop(next(iter(self._lines))).free
+            channel = lines.free.pop() if lines.free else None
+        for other in old:
+            other.close()
+        return channel
 
-
-def _close(line: _Line) -> None:
-    with line.lock:
-        if line.channel is not None:
-            line.channel.close()
-            line.channel = None
+    def _give_back(self, peer: Peer, channel: Channel) -> bool:
+        """False: enough are kept, or this life of the peer is over."""
+        with self._lock:
+            lines = self._lines.get(peer.instance)
+            is_kept = not self._is_closed and lines is not None and lines.peer.epoch == peer.epoch
+            if not is_kept or lines is None or len(lines.free) >= MAX_KEPT:
+                return False
+            lines.free.append(channel)
+            return True

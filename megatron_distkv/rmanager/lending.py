@@ -87,6 +87,12 @@ class Lending:
         self._ask_back_again_at_s = float("-inf")
         self.draining = False
 
+    @property
+    def lent(self) -> dict[LoanId, Lent]:
+        """What others have of this instance now."""
+        with self._lock:
+            return dict(self._lent)
+
     # ------------------------------------------------------------------ what debtors ask, on channel threads
 
     def lend(self, header: LendHeader) -> LendReply:

@@ -6,9 +6,8 @@ import torch
 
 from megatron_distkv.attention import CreditorChannel
 from megatron_distkv.kvcache.rblock_shape import RBlockShape
-from megatron_distkv.ledger import Creditor
 from megatron_distkv.messages import MessageKind
-from megatron_distkv.pool import LinkCost, Peer, link_cost
+from megatron_distkv.pool import Creditor, LinkCost, Peer, link_cost
 from megatron_distkv.rmanager.peers import MailboxSizes, Peers
 
 # The best of so many: what the link costs, not what else the other side did.

@@ -165,8 +165,12 @@ class Admission:
         return self._busy(f"no memory became free within {self._config.max_queue_wait_s:g} s", "queue_timeout")
 
     def _too_long(self, attempt: Attempt) -> ApiError:
+        limits = [x.info.max_context_tokens for x in self._view.instances if x.info.max_context_tokens is not None]
         longest = self._longest.now(attempt.pinned)
-        sentence = f"{attempt.lengths}; the longest that fits now is {longest}"
+        if limits and attempt.num_tokens_at_most > max(limits):
+            sentence = f"{attempt.lengths}; this model attends to {max(limits)} tokens at most"
+        else:
+            sentence = f"{attempt.lengths}; the longest that the pool's memory holds now is {longest}"
         return ApiError(400, sentence, param="prompt", code="context_length_exceeded")
 
     def _busy(self, why: str, code: str) -> ApiError:

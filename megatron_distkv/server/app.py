@@ -15,9 +15,8 @@ from starlette.routing import Route
 from megatron_distkv import metrics
 from megatron_distkv.config.admission import AdmissionConfig
 from megatron_distkv.errors import UserError
-from megatron_distkv.ledger import DebtLedger
 from megatron_distkv.log import calm_shortages, get_logger
-from megatron_distkv.pool import render_debts
+from megatron_distkv.pool import DebtLedger, render_debts
 from megatron_distkv.server.answer import Answer, PieceStream, Shape, or_disconnect
 from megatron_distkv.server.errors import ApiError, bad_request
 from megatron_distkv.server.generation import generate

@@ -1,11 +1,12 @@
 """How much room there is: what has been promised since the last look, and the longest contexts of late."""
 
 from collections import Counter, deque
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from megatron_distkv.clock import Clock
-from megatron_distkv.pool import Member, Picture, longest_context_tokens
-from megatron_distkv.rblock import num_rblocks_for
+from megatron_distkv.pool import Member, Picture
+from megatron_distkv.rblock import InstanceId, num_rblocks_for
 from megatron_distkv.server.attempt import Attempt
 from megatron_distkv.server.pool_view import takes_requests_here
 
@@ -45,7 +46,7 @@ class InFlight:
 
 class _Seen(NamedTuple):
     until_s: float
-    longest: dict[str, int]  # tokens, by instance
+    longest: Mapping[InstanceId, int]  # tokens, by instance
 
 
 class LongestContexts:
@@ -57,8 +58,8 @@ class LongestContexts:
         self._seen: deque[_Seen] = deque()
 
     def note(self, picture: Picture) -> None:
-        members = [member for member in picture.up if takes_requests_here(member)]
-        seen = _Seen(self._clock.monotonic_s(), {x.instance: longest_context_tokens(picture, x) for x in members})
+        here = {x: tokens for x, tokens in picture.longest_contexts.items() if takes_requests_here(picture.members[x])}
+        seen = _Seen(self._clock.monotonic_s(), here)
         if self._seen and self._seen[-1].longest == seen.longest:
             self._seen.pop()
         self._seen.append(seen)
@@ -73,5 +74,5 @@ class LongestContexts:
         return max((_longest(seen.longest, pinned) for seen in self._seen), default=0)
 
 
-def _longest(longest: dict[str, int], pinned: str | None) -> int:
+def _longest(longest: Mapping[InstanceId, int], pinned: str | None) -> int:
     return max((tokens for instance, tokens in longest.items() if pinned in (None, instance)), default=0)

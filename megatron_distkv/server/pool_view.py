@@ -6,9 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_distkv.clock import SystemClock
-from megatron_distkv.ledger import DebtLedger
 from megatron_distkv.log import get_logger
-from megatron_distkv.pool import Member, Picture, PoolView
+from megatron_distkv.pool import DebtLedger, Member, Picture, PoolView
 from megatron_distkv.transport import is_elsewhere
 
 logger = get_logger(__name__)

@@ -9,6 +9,7 @@ from megatron_distkv.transport.hello import PROTOCOL_VERSION, Hello
 from megatron_distkv.transport.listener import Answer, Handler, Listener, OnFatal, Request
 from megatron_distkv.transport.mailbox import pack_tensors
 from megatron_distkv.transport.pool_secret import OPEN_POOL, read_secret, write_new_secret
+from megatron_distkv.transport.socket_file import SocketFile
 from megatron_distkv.transport.tensors import TensorSpec, read_tensors
 from megatron_distkv.transport.tls import Tls, load_tls
 
@@ -24,6 +25,7 @@ __all__ = [
     "OnFatal",
     "Reply",
     "Request",
+    "SocketFile",
     "TensorSpec",
     "Tls",
     "connect",

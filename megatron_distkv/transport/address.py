@@ -70,6 +70,7 @@ def parse_address(text: str) -> Address:
     return address
 
 
+@functools.lru_cache(maxsize=1 << 14)  # of a pool's members, looked at several times a second
 def is_elsewhere(address: str) -> bool:
     """Whether a member says that it is on another host: the sockets that it names are none of ours. False: unknown."""
     try:

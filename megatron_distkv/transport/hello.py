@@ -13,7 +13,7 @@ from typing import Annotated
 import msgspec
 
 # Raised whenever a frame, a header or the mailbox's layout changes.
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 MAX_HELLO_BYTES = 4096
 NONCE_BYTES = 32
 

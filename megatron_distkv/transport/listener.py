@@ -23,6 +23,7 @@ from megatron_distkv.transport.mailbox import MessageTooLong
 from megatron_distkv.transport.nixl_link import NixlWire, nixl_package
 from megatron_distkv.transport.pool_secret import OPEN_POOL
 from megatron_distkv.transport.shared_link import DatagramWire
+from megatron_distkv.transport.socket_file import SocketFile
 from megatron_distkv.transport.stream_link import STALLED_S, StreamWire, set_options
 from megatron_distkv.transport.tls import Tls
 
@@ -96,6 +97,7 @@ class Listener:
         self._closing = threading.Event()
         self._shortage = Seldom(logger)
         self._socket = _listen(self._address)
+        self._file = SocketFile(Path(self._address.unix_path)) if self._address.unix_path is not None else None
         threading.Thread(target=self._accept, name=f"listen {address}", daemon=True).start()
 
     def close(self) -> None:
@@ -107,8 +109,8 @@ class Listener:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
         self._socket.close()
-        if self._address.unix_path is not None:
-            Path(self._address.unix_path).unlink(missing_ok=True)
+        if self._file is not None:
+            self._file.remove()
 
     def _accept(self) -> None:
         try:

@@ -19,6 +19,8 @@ from megatron_distkv.messages import NewRequest, RequestKV, TokenOutput, decode
 from megatron_distkv.sampling_params import SamplingParams
 
 START_TIMEOUT_S = 180.0
+# Two heartbeats, and what a busy machine adds.
+KNOWN_WITHIN_S = 20.0
 _ENVIRONMENT = {"PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1", "DISTKV_SECRET": "correct horse battery staple"}
 
 
@@ -77,7 +79,14 @@ class Members:
                 time.sleep(0.1)
 
     def ask(self, name: str, prompt: list[int], max_tokens: int) -> "Conversation":
-        return Conversation(request_socket(self.directory, name), prompt, max_tokens)
+        """Who has just joined knows the others with its next heartbeats: what is too long then, may fit now."""
+        end_s = time.monotonic() + KNOWN_WITHIN_S
+        while True:
+            conversation = Conversation(request_socket(self.directory, name), prompt, max_tokens)
+            if conversation.is_taken or time.monotonic() > end_s:
+                return conversation
+            conversation.close()
+            time.sleep(0.1)
 
     def _start(self, name: str, config: str, command: Any, within: Sequence[str]) -> None:
         file = self.directory / f"{name}.json"
@@ -95,12 +104,25 @@ class Conversation:
         sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
         self._connection.sendall(framing.pack(NewRequest("asked", prompt, sampling)))
         self._token_ids: list[int] = []
+        self._first: bytes | None = self._read()
+
+    @property
+    def is_taken(self) -> bool:
+        """False: the instance refused it, before any work."""
+        return self._first is None or b"refused" not in self._first
+
+    def close(self) -> None:
+        self._connection.close()
 
     def next(self) -> TokenOutput:
-        (size,) = struct.unpack(">I", self._receive(4))
-        output = decode(self._receive(size), TokenOutput)
+        data, self._first = self._first or self._read(), None
+        output = decode(data, TokenOutput)
         self._token_ids += output.token_ids
         return output
+
+    def _read(self) -> bytes:
+        (size,) = struct.unpack(">I", self._receive(4))
+        return self._receive(size)
 
     def rest(self) -> Said:
         while True:

@@ -14,6 +14,7 @@ from megatron_distkv.launch.local_cluster import LocalCluster
 from openai import BadRequestError, OpenAI, RateLimitError
 
 from megatron_distkv.cli.pool_arguments import LEDGER_VARIABLE
+from megatron_distkv.pool import picture_of
 from megatron_distkv.rblock import InstanceId, LoanId
 from tests.e2e.conftest import NUM_RBLOCKS, OWN_TOKENS, RBLOCK_SIZE, Reference
 from tests.e2e.test_api import GREEDY, as_text, random_prompt, wait_for_no_debts
@@ -62,7 +63,7 @@ def little_room(cluster: LocalCluster, *gateways: OpenAI) -> Iterator[None]:
     """Somebody has reserved all that may be lent, and gateways know it."""
     ledger, guest = cluster.ledger, InstanceId("guest")
     epoch = ledger.register(guest, "unix:nowhere", 0, 0, 60, info=info(role="lender")).epoch
-    for record in ledger.snapshot().live:
+    for record in picture_of(ledger.snapshot()).live:
         if record.takes_requests:
             ledger.borrow(
                 LoanId(f"guest.{record.instance}"), guest, epoch, record.instance, record.epoch, record.free_to_lend, 60
@@ -76,7 +77,7 @@ def little_room(cluster: LocalCluster, *gateways: OpenAI) -> Iterator[None]:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_what_can_never_fit_is_refused_with_the_longest_that_fits(stream: bool, client: OpenAI) -> None:
-    with pytest.raises(BadRequestError, match=f"the longest that fits now is {LONGEST}") as refused:
+    with pytest.raises(BadRequestError, match=f"the longest that the pool's memory holds now is {LONGEST}") as refused:
         client.completions.create(prompt=random_prompt(LONGEST), max_tokens=2, stream=stream, **GREEDY)
     assert refused.value.code == "context_length_exceeded"
     assert metric(client, 'distkv_refused_requests_total{reason="context_length_exceeded"}') > 0

@@ -135,10 +135,10 @@ def test_leaving_a_stream_frees_the_memory(client: OpenAI, cluster: LocalCluster
 
 
 def test_errors_have_openais_shape(client: OpenAI, cluster: LocalCluster) -> None:
-    with pytest.raises(BadRequestError, match="the longest that fits now is") as too_long:
+    with pytest.raises(BadRequestError, match="the longest that the pool's memory holds now is") as too_long:
         client.completions.create(prompt=random_prompt(1000), max_tokens=10, **GREEDY)
     assert too_long.value.code == "context_length_exceeded"
-    with pytest.raises(BadRequestError, match="the longest that fits now is"):
+    with pytest.raises(BadRequestError, match="the longest that the pool's memory holds now is"):
         client.chat.completions.create(
             model="distkv", messages=[{"role": "user", "content": "x" * 1000}], stream=True
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The README's walk, command by command as it stands there, only smaller: train, convert, verify, serve, evaluate."""
+"""The walk of docs/training.md, command by command, only smaller: train, convert, verify, serve, evaluate."""
 
 import json
 import os
@@ -16,16 +16,19 @@ from megatron_distkv.config.base import load_config
 from megatron_distkv.config.train import TrainConfig
 
 ROOT = Path(__file__).parents[2]
-HEADING = "**Train, verify, serve, evaluate**"
+PAGE = ROOT / "docs" / "training.md"
+HEADING = "## Passkeys"
 ENV = {"OMP_NUM_THREADS": "1"}
-READY_WITHIN_S = 240
+READY_WITHIN_S = 600
+# Of one command: on a busy machine the imports of two ranks alone may take minutes.
+RUN_WITHIN_S = 900
 
 
 def commands(**smaller: str) -> list[list[str]]:
     """The block below the heading; every text in `smaller` must be there to be replaced."""
-    block = (ROOT / "README.md").read_text().split(HEADING, 1)[1].split("```")[1]
+    block = PAGE.read_text().split(HEADING, 1)[1].split("```")[1]
     for text, other in smaller.items():
-        assert text in block, f"the README's walk does not say {text!r} any more"
+        assert text in block, f"the walk does not say {text!r} any more"
         block = block.replace(text, other)
     lines = [shlex.split(line) for line in block.strip().splitlines()]
     assert [line[:2] for line in lines] == [["distkv", name] for name in ("train", "convert", "verify", "up", "eval")]
@@ -33,13 +36,15 @@ def commands(**smaller: str) -> list[list[str]]:
 
 
 def run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **ENV}, timeout=280, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, **ENV}, timeout=RUN_WITHIN_S, check=False
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return done.stdout
 
 
-@pytest.mark.timeout(900)
-def test_the_walk_of_the_readme(tmp_path: Path) -> None:
+@pytest.mark.timeout(4 * RUN_WITHIN_S + READY_WITHIN_S)
+def test_the_walk_of_the_training_page(tmp_path: Path) -> None:
     # Given the walk's configuration with fewer steps, and its commands with fewer instances and shorter contexts
     config = load_config(TrainConfig, ROOT / "configs" / "train" / "passkey.yaml").model_dump(mode="json")
     (tmp_path / "small.json").write_text(json.dumps({**config, "steps": 3, "evaluation_length": 64}))

@@ -60,7 +60,7 @@ def test_a_context_longer_than_the_pool_of_a_lonely_instance(
         assert request.max_borrowed_rblocks == {}
         assert request.num_recomputed_tokens == 0
         assert_all_is_free(a)
-        with pytest.raises(UserError, match=f"the longest that fits now is {(16 + 32) * 8}"):
+        with pytest.raises(UserError, match=f"the longest that the pool's memory holds now is {(16 + 32) * 8}"):
             a.generate(random_prompts(380), GREEDY)
 
 

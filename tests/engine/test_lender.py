@@ -72,7 +72,7 @@ def tokens_of(make_config: MakeConfig, prompt: list[int], sampling: SamplingPara
 def test_a_prompt_that_only_fits_thanks_to_the_lender(a: LLM, start: Start, make_config: MakeConfig) -> None:
     # Given an instance of 128 tokens that is told so, and a lender of 320 tokens more
     prompt = random_prompt(350)
-    with pytest.raises(UserError, match="the longest that fits now is 128"):
+    with pytest.raises(UserError, match="the longest that the pool's memory holds now is 128"):
         a.generate([prompt], GREEDY)
     lender = start()
     time.sleep(0.3)  # longer than the instance's view of the pool lasts

@@ -72,7 +72,7 @@ def test_stop_tokens_and_logprobs(llm: LLM, llama: Path) -> None:
 
 
 def test_a_prompt_that_can_never_fit_is_refused_with_the_longest(llm: LLM) -> None:
-    with pytest.raises(UserError, match="the longest that fits now is 512"):
+    with pytest.raises(UserError, match="the longest that the pool's memory holds now is 512"):
         llm.generate(random_prompts(510), GREEDY)
     with pytest.raises(UserError, match="outside of the vocabulary"):
         llm.generate([[131]], GREEDY)

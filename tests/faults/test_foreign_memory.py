@@ -6,18 +6,19 @@ from typing import NamedTuple
 import msgspec
 import pytest
 import torch
-from megatron_distkv.rmanager.borrowing import HeldLoan
 
 from megatron_distkv.engine.llm import LLM
 from megatron_distkv.errors import PeerLost
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
 from megatron_distkv.messages import Acknowledge, MessageKind, QueryHeader, QueryShare, Refusal, StoreHeader
 from megatron_distkv.metrics import INSTANCE_REGISTRY
-from megatron_distkv.pool import RequestOwner
+from megatron_distkv.pool import HeldLoan, RequestOwner
+from megatron_distkv.rblock import new_loan_id
 from megatron_distkv.request import Request
 from megatron_distkv.sampling_params import SamplingParams
 from megatron_distkv.transport import Channel, connect, read_secret, write_new_secret
 from tests.conftest import MakeConfig
+from tests.soon import wait_until
 from tests.transport.raw_peer import hello
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
@@ -100,8 +101,8 @@ def test_another_debtors_rblocks_are_neither_read_nor_written(debt: Debt) -> Non
     queries, stores = num_refused("query", "foreign"), num_refused("store", "foreign")
 
     # When it asks for the debtor's rBlocks, and writes to them
-    assert query(debt, thief, debt.loan.key, debt.block_ids[:1]) == (Refusal.UNKNOWN_LOAN, 0)
-    assert store(debt, thief, debt.loan.key, debt.block_ids[:1]) is Refusal.UNKNOWN_LOAN
+    assert query(debt, thief, debt.loan.loan_id, debt.block_ids[:1]) == (Refusal.UNKNOWN_LOAN, 0)
+    assert store(debt, thief, debt.loan.loan_id, debt.block_ids[:1]) is Refusal.UNKNOWN_LOAN
 
     # Then it is refused and counted, and the memory is as it was
     assert (num_refused("query", "foreign"), num_refused("store", "foreign")) == (queries + 1, stores + 1)
@@ -112,7 +113,7 @@ def test_another_debtors_rblocks_are_neither_read_nor_written(debt: Debt) -> Non
 def test_a_false_name_does_not_help_without_the_loans_unguessable_end(debt: Debt) -> None:
     # Given somebody who calls himself the debtor, and counts loans as the debtor does
     thief, before = channel(debt, "a"), debt.pool.clone()
-    guess = debt.loan.key.rpartition(".")[0]
+    guess = debt.loan.loan_id.rpartition(".")[0]
     refused = num_refused("query", "ended")
     for loan_id in (guess, f"{guess}.", f"{guess}.{'0' * 32}"):
         assert query(debt, thief, loan_id, debt.block_ids[:1]) == (Refusal.UNKNOWN_LOAN, 0)
@@ -131,8 +132,8 @@ def test_a_false_name_does_not_help_without_the_loans_unguessable_end(debt: Debt
 def test_a_debtor_does_not_get_beyond_its_loan(debt: Debt) -> None:
     me, before = channel(debt, "a"), debt.pool.clone()
     others = sorted(set(range(len(debt.pool))) - set(debt.block_ids) - set(debt.loan.unused))[:2]
-    assert query(debt, me, debt.loan.key, others) == (Refusal.UNKNOWN_LOAN, 0)
-    assert store(debt, me, debt.loan.key, [debt.block_ids[0], others[0]]) is Refusal.UNKNOWN_LOAN
+    assert query(debt, me, debt.loan.loan_id, others) == (Refusal.UNKNOWN_LOAN, 0)
+    assert store(debt, me, debt.loan.loan_id, [debt.block_ids[0], others[0]]) is Refusal.UNKNOWN_LOAN
     assert torch.equal(debt.pool, before)
     me.close()
 
@@ -143,9 +144,7 @@ def test_a_stranger_gets_no_channel_to_a_real_instance(debt: Debt) -> None:
 
 
 def test_loans_cannot_be_told_from_their_number(debt: Debt) -> None:
-    ends = {debt.loan.key.rpartition(".")[2]} | {
-        debt.debtor.instance.parts.loans._next_loan_id().rpartition(".")[2] for _ in range(20)
-    }
+    ends = {debt.loan.loan_id.rpartition(".")[2]} | {new_loan_id("a", 1, 1).rpartition(".")[2] for _ in range(20)}
     assert len(ends) == 21
     assert all(len(end) == 32 for end in ends)
 
@@ -159,8 +158,11 @@ def test_two_instances_with_different_secrets_do_not_lend(
         monkeypatch.setenv("DISTKV_SECRET", "the secret of another")
         with LLM(make_config("a", ledger=ledger)) as debtor:
             # When one asks the other, which the ledger recommends
-            assert debtor.instance.parts.loans.borrow("r", 4) == 0
+            loans, owner = debtor.instance.parts.loans, RequestOwner("r")
+            loans.wish(owner, 4)
+            loans.flush(30.0)
 
-            # Then no loan is left anywhere
+            # Then there is none, and no loan is left anywhere
+            assert loans.of(owner) == []
             assert creditor.instance.status(0).lent_rblocks == 0
-            assert debtor.instance.parts.ledger.snapshot().loans == ()
+            wait_until(lambda: debtor.instance.parts.ledger.snapshot().loans == ())

@@ -20,7 +20,7 @@ from megatron_distkv.transport import Channel, connect, read_secret, write_new_s
 from tests.conftest import MakeConfig
 from tests.transport.raw_peer import hello
 
-IDLE = StepPlan(7, [], [], [], [], [], {})
+IDLE = StepPlan(7, [], [], [], [], [], [])
 ORDERS = [
     (MessageKind.STEP, IDLE),
     (MessageKind.GRANT, GrantHeader("loan", "thief", [1])),

@@ -66,7 +66,7 @@ class HostileCreditor:
         self.membership.join()
         self.ledger.register(InstanceId("h"), self.address, 64, 0, 600.0, info=info())
         self.peers = Peers("p", self.identity, Quarantine(self.clock), 0, SIZES, DEADLINE_S)
-        self.control = ControlChannels(self.peers, DEADLINE_S)
+        self.control = ControlChannels(self.peers, DEADLINE_S, self.clock)
 
     def loans(self) -> Loans:
         """Of a debtor that holds nothing against it."""

@@ -28,7 +28,7 @@ from megatron_distkv.messages import (
     StoreHeader,
     decode,
 )
-from megatron_distkv.rblock import InstanceId, LoanId
+from megatron_distkv.rblock import InstanceId, LoanId, loan_key
 from megatron_distkv.transport import Channel, connect
 from megatron_distkv.transport.frame import ERROR_KIND, FRAME_BYTES, Frame, aligned, unpack
 from tests.faults.hostile import DEEP, anything, messages, numbers, pack, wild
@@ -49,7 +49,9 @@ class Victim:
         me = ledger.register(InstanceId("honest"), "unix:nowhere", 4, 0, LEASE_S)
         self.epoch = me.epoch
         creditor = InstanceId("v"), rank.identity.epoch
-        assert ledger.borrow(LoanId(LOAN), InstanceId("honest"), me.epoch, *creditor, NUM_LENT, LEASE_S) is None
+        assert (
+            ledger.borrow(loan_key(LoanId(LOAN)), InstanceId("honest"), me.epoch, *creditor, NUM_LENT, LEASE_S) is None
+        )
         self.honest = self.channel("honest")
         lend = pack(LendHeader(LOAN, "honest", me.epoch, NUM_LENT))
         self.block_ids = decode(self.honest.call(MessageKind.LEND, lend, deadline_s=5).header, LendReply).block_ids

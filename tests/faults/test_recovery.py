@@ -151,7 +151,7 @@ def test_a_creditor_lost_while_rblocks_travel(
     # When it is lost before they have arrived
     monkeypatch.setattr(run.a, "_run", lose_on_the_way)
     if way == "home":
-        run.pool[run.creditors()[0]].instance.rmanager.reclaim_all()
+        run.pool[run.creditors()[0]].instance.rmanager.ask_back_all()
         until_s = time.monotonic() + 10.0
         while run.a.parts.membership.orders.empty():  # of the recall it hears with its next report
             assert time.monotonic() < until_s

@@ -15,7 +15,7 @@ from megatron_distkv.engine.instance import DISTRUST_S
 from megatron_distkv.engine.llm import LLM
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
 from megatron_distkv.metrics import INSTANCE_REGISTRY
-from megatron_distkv.rblock import RemoteSpan
+from megatron_distkv.rblock import RemoteSpan, loan_key
 from megatron_distkv.request import Request
 from megatron_distkv.sampling_params import SamplingParams
 from megatron_distkv.transport import Answer, Hello
@@ -153,7 +153,7 @@ def test_rblocks_that_come_home_changed_are_not_taken(pool: Pool, expected: list
     span = pool.begin(verify_one_in=10**9)
     before = num_alarms("rblocks")
     pool.memory_of(span.creditor)[span.block_ids[0], 1, 0, 0, 0, 0] += 1e-3
-    pool.a.instance.rmanager.recall(span.loan_id)
+    pool.a.instance.rmanager.recall(loan_key(span.loan_id))
     # When they come home, then they are compared, and computed again
     assert pool.finish() == expected
     assert num_alarms("rblocks") == before + 1

@@ -20,7 +20,7 @@ from megatron_distkv.engine.llm import LLM
 from megatron_distkv.ledger import DebtLedger, open_ledger
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
 from megatron_distkv.messages import HandedOver, TokenOutput
-from megatron_distkv.rblock import HOST, RemoteSpan
+from megatron_distkv.rblock import HOST, RemoteSpan, loan_key
 from megatron_distkv.request import Request
 from megatron_distkv.sampling_params import SamplingParams
 
@@ -64,18 +64,19 @@ class Pool:
         return {
             Debt(loan.key, name, loan.creditor, loan.num_rblocks)
             for name, instance in self.instances.items()
-            for loans in instance.parts.loans._loans.values()
-            for loan in loans
+            for loan in instance.parts.loans.all()
         }
 
     def debts_lent_by_creditors(self) -> set[Debt]:
         return {
-            Debt(loan_id, instance.parts.lending._lent[loan_id].debtor, name, num_rblocks)
+            Debt(loan_key(loan_id), instance.parts.lending.lent[loan_id].debtor, name, num_rblocks)
             for name, instance in self.instances.items()
             for loan_id, num_rblocks in instance.parts.allocator.loans().items()
         }
 
     def accounts_agree(self) -> bool:
+        for instance in self.instances.values():
+            instance.parts.loans.take_results()
         return self.debts_in_ledger() == self.debts_held_by_debtors() == self.debts_lent_by_creditors()
 
     def assert_accounts_settle(self) -> None:

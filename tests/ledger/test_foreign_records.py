@@ -16,12 +16,13 @@ from megatron_distkv.ledger import (
     InstanceReport,
     Move,
     RequestPlacementEntry,
-    check_snapshot,
     open_ledger,
 )
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
 from megatron_distkv.ledger.redis_ledger import RedisLedger
+from megatron_distkv.pool import check_picture, picture_of
 from megatron_distkv.rblock import InstanceId, LoanId
+from tests.pool.members import info
 
 A, B = InstanceId("a"), InstanceId("b")
 KEYS = [
@@ -56,7 +57,7 @@ def ledger() -> Iterator[RedisLedger]:
 def fill(ledger: RedisLedger) -> tuple[int, int]:
     """A pool of two with a loan, a pending one, placements, a plan and a leader; the epochs."""
     ledger._redis.flushall()
-    epochs = [ledger.register(name, "unix:x", 64, 0, 60.0, info={"k": "v"}).epoch for name in (A, B)]
+    epochs = [ledger.register(name, "unix:x", 64, 0, 60.0, info=info()).epoch for name in (A, B)]
     for loan in ("l1", "l2"):
         assert ledger.borrow(LoanId(loan), A, epochs[0], B, epochs[1], 4, 60.0) is None
     ledger.accept(LoanId("l1"), B, epochs[1])
@@ -157,7 +158,9 @@ class Pool:
 
     def join(self, name: InstanceId, epoch: int = 0) -> int:
         generation = str(self.raw.hget(f"{{{self.name}}}:state", "generation"))
-        registered = self.ledger.register(name, f"at:{name}", 64, 0, 10.0, epoch=epoch, generation=generation)
+        registered = self.ledger.register(
+            name, f"at:{name}", 64, 0, 10.0, epoch=epoch, generation=generation, info=info()
+        )
         return registered.epoch
 
     def report(self, name: InstanceId) -> None:
@@ -207,7 +210,7 @@ def test_one_odd_record_spoils_no_other_and_heals(odd_server: EmbeddedServer, ke
             pool.report(InstanceId(name))
     healed = pool.ledger.snapshot()
     assert (healed.unreadable, [record.instance for record in healed.instances]) == ({}, ["a", "b", "c", "d"])
-    assert check_snapshot(healed) == []
+    assert check_picture(picture_of(healed)) == []
     assert "l2" in {loan.key for loan in healed.loans}
     pool.close()
 

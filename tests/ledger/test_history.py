@@ -28,7 +28,8 @@ def test_all_events_are_found() -> None:
 
 @pytest.mark.parametrize("event", sorted(events_written()))
 def test_each_event_is_a_sentence(event: str) -> None:
-    facts = {"loan": f"a.1.1.{SECRET}", "debtor": "a", "creditor": "b", "rblocks": "4", "instance": "a", "epoch": "1"}
+    facts = {"loan": f"a.1.1.{SECRET}", "debtor": "a", "creditor": "b", "rblocks": "4", "instance": "a",
+             "epoch": "1", "heir": "c"}  # fmt: skip
     said = render_history([{"at_ms": "0", "event": event, **facts}])
     assert "event=" not in said
     assert SECRET not in said
@@ -54,6 +55,6 @@ def test_a_debt_handed_over_is_two_lines_and_stays_owed() -> None:
     lines = [" ".join(line[20:].split()) for line in render_history(pool.events(100)).splitlines()[4:]]
     assert lines == [
         "4 a borrowed 4 rBlocks of b (a.1.1)",
-        "0 a handed its debt of 4 rBlocks to b over to another (a.1.1)",
+        "0 a handed its debt of 4 rBlocks at b on to c (a.1.1)",
         "4 c borrowed 4 rBlocks of b (c.1.1)",
     ]

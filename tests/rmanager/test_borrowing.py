@@ -207,13 +207,13 @@ def test_an_aborted_request_gives_everything_back(pool: Pool, server: EmbeddedSe
 
 
 def test_a_prompt_beyond_the_whole_pool_is_refused_with_the_longest(pool: Pool) -> None:
-    with pytest.raises(UserError, match=f"the longest that fits now is {LONGEST}"):
+    with pytest.raises(UserError, match=f"the longest that the pool's memory holds now is {LONGEST}"):
         pool["a"].generate([random_prompt(400)], GREEDY)
 
 
 def test_with_lending_off_nothing_is_borrowed(make_config: MakeConfig, server: EmbeddedServer, pool: Pool) -> None:
     with LLM(make_config("d", num_rblocks=16, url=server.url, lending={"enabled": False})) as alone:
-        with pytest.raises(UserError, match="the longest that fits now is 128"):
+        with pytest.raises(UserError, match="the longest that the pool's memory holds now is 128"):
             alone.generate([random_prompt(200)], GREEDY)
         record = snapshot(server).find(alone.instance.config.instance_id)  # type: ignore[arg-type]
         assert record is not None

@@ -85,14 +85,14 @@ def test_what_can_never_fit_is_refused_at_once() -> None:
         assert fitting.at is None
         error = await too_long.refused()
         assert (error.status, error.code) == (400, "context_length_exceeded")
-        assert f"need a context of {20 * RBLOCK_SIZE} tokens; the longest that fits now is {19 * RBLOCK_SIZE}" in str(
-            error
-        )
+        needs, holds = f"need a context of {20 * RBLOCK_SIZE} tokens", f"memory holds now is {19 * RBLOCK_SIZE}"
+        assert needs in str(error)
+        assert holds in str(error)
         # And not longer than the model can attend to
         pool.view.show(member("a", 400, max_context_tokens=20))
         pool = Pool()
         pool.view.show(member("a", 400, max_context_tokens=20))
-        assert "fits now is 20" in str(await pool.ask(3).refused())
+        assert "this model attends to 20 tokens at most" in str(await pool.ask(3).refused())
 
     play(story)
 
@@ -301,11 +301,11 @@ def test_whom_an_instance_refuses_waits_again_at_its_place() -> None:
 
 
 def test_too_long_for_an_instance_is_believed_when_it_is_said_again() -> None:
-    too_long = from_refusal("too_long", "the longest that fits now is 3")
+    too_long = from_refusal("too_long", "the longest that the pool's memory holds now is 3")
     attempt = Attempt([1] * 10, SamplingParams(max_tokens=2), None)
     attempt.note_refused(member("a", 8), too_long)
     attempt._doubted_since_s -= 10
-    with pytest.raises(ApiError, match="fits now is 3"):
+    with pytest.raises(ApiError, match="memory holds now is 3"):
         attempt.note_refused(member("a", 8), too_long)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.soon import wait_until
 from tools.nightly import record
 from tools.nightly.interpreters import supported_minors
 from tools.nightly.lane import Lane, run_lane
@@ -35,7 +36,7 @@ def test_a_lane_past_its_time_is_ended_with_all_that_it_started(tmp_path: Path) 
     # Then neither of them lives
     assert outcome.result == "timed out"
     state = Path(f"/proc/{(tmp_path / 'log').read_text().strip()}/stat")
-    assert not state.exists() or state.read_text().split()[2] == "Z"
+    wait_until(lambda: not state.exists() or state.read_text().split()[2] == "Z")
 
 
 @pytest.fixture

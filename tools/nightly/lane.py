@@ -1,6 +1,7 @@
 """A lane: one command of the nightly run, and how it ended."""
 
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -24,7 +25,8 @@ class Lane:
 
     @property
     def shown_command(self) -> str:
-        return shlex.join(self.command).replace(f"{ROOT}/", "")
+        """Without where this checkout and the environments lie on this machine."""
+        return re.sub(r"/\S+/(py3\d+)\b", r"\1", shlex.join(self.command).replace(f"{ROOT}/", ""))
 
 
 @dataclass
