@@ -1,7 +1,6 @@
 """Channels for short questions about loans, beside those of attention: jobs use them while the engine computes."""
 
 import threading
-from dataclasses import dataclass, field
 from typing import TypeVar
 
 import msgspec
@@ -16,18 +15,9 @@ from megatron_distkv.transport import Channel
 _Reply = TypeVar("_Reply")
 # A question names rBlocks, an answer lists them: a hundred thousand fit.
 _SIZES = MailboxSizes(512 << 10, 512 << 10)
-# Peers whose channels are kept open; those that nothing was asked of for longest are closed.
+# Peers to which a channel is kept open; the one that nothing was asked of for longest is closed. One for each: a second
+# question at the same time dials, which costs a few milliseconds, where a channel kept costs both sides memory.
 MAX_PEERS = 64
-# Channels to one peer that are kept open: a creditor that asks a ledger far away answers several at one time.
-MAX_KEPT = 4
-
-
-@dataclass
-class _Lines:
-    """To one life of a peer. `free`: channels that nobody asks over at the moment."""
-
-    peer: Peer
-    free: list[Channel] = field(default_factory=list)
 
 
 class ControlChannels:
@@ -38,7 +28,7 @@ class ControlChannels:
         self._clock = clock
         self._silent = Quarantine(clock)  # or each question to one that hangs would wait for its own deadline
         self._deadline_s = deadline_s
-        self._lines: dict[str, _Lines] = {}
+        self._kept: dict[str, tuple[Peer, Channel]] = {}  # nobody asks over them at the moment
         self._lock = threading.Lock()
         self._is_closed = False
 
@@ -70,31 +60,29 @@ class ControlChannels:
     def close(self) -> None:
         with self._lock:
             self._is_closed = True
-            channels = [channel for lines in self._lines.values() for channel in lines.free]
-            self._lines.clear()
+            channels = [channel for _, channel in self._kept.values()]
+            self._kept.clear()
         for channel in channels:
             channel.close()
 
     def _take(self, peer: Peer) -> Channel | None:
-        """A free channel to this life of the peer; those to an earlier one are closed."""
+        """The kept channel, if it is to this life of the peer; one to an earlier life is closed."""
         with self._lock:
-            lines = self._lines.pop(peer.instance, None)
-            old = lines.free if lines is not None and lines.peer.epoch != peer.epoch else []
-            lines = _Lines(peer) if lines is None or lines.peer.epoch != peer.epoch else lines
-            self._lines[peer.instance] = lines  # the latest last
-            if len(self._lines) > MAX_PEERS:
-                old += self._lines.pop(next(iter(self._lines))).free
-            channel = lines.free.pop() if lines.free else None
-        for other in old:
-            other.close()
+            life, channel = self._kept.pop(peer.instance, (peer, None))
+        if channel is not None and life.epoch != peer.epoch:
+            channel.close()
+            return None
         return channel
 
     def _give_back(self, peer: Peer, channel: Channel) -> bool:
-        """False: enough are kept, or this life of the peer is over."""
+        """False: one is kept already."""
+        oldest = None
         with self._lock:
-            lines = self._lines.get(peer.instance)
-            is_kept = not self._is_closed and lines is not None and lines.peer.epoch == peer.epoch
-            if not is_kept or lines is None or len(lines.free) >= MAX_KEPT:
+            if self._is_closed or peer.instance in self._kept:
                 return False
-            lines.free.append(channel)
-            return True
+            self._kept[peer.instance] = (peer, channel)  # the latest last
+            if len(self._kept) > MAX_PEERS:
+                _, oldest = self._kept.pop(next(iter(self._kept)))
+        if oldest is not None:
+            oldest.close()
+        return True

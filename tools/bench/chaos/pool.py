@@ -79,8 +79,16 @@ class Pool:
 
     @property
     def pids(self) -> dict[str, int]:
-        """Of what runs now, the ledger server and the line to it included. Any thread may ask."""
-        running = {name: self.child(name).process.pid for name in self.parts if self.child(name).is_running}
+        """Of what serves now, the ledger server and the line to it included. Any thread may ask.
+
+        Not of what still starts: its libraries come, request after request of others, and would look like a leak.
+        """
+        children = {name: self.child(name) for name in self.parts}
+        running = {
+            name: child.process.pid
+            for name, child in children.items()
+            if child.is_running and child.ready_line() is not None
+        }
         with suppress(RuntimeError):  # the ledger is away
             running[LEDGER] = self.server.pid
         return {**running, LINE: self.line.pid}
