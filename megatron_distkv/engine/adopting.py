@@ -76,8 +76,8 @@ class Adopting:
     def _keep(self, table: BlockTable, loan_id: LoanId) -> bool:
         """What the other had borrowed from this very instance."""
         used, kept = table.block_ids_under(loan_id), self._lending.keep(loan_id)
-        has_it = set(used) <= set(kept)
-        self._allocator.free([block_id for block_id in kept if not has_it or block_id not in set(used)])
+        has_it = kept.stored.issuperset(used)
+        self._allocator.free([block_id for block_id in kept.block_ids if not has_it or block_id not in set(used)])
         if has_it:
             table.bring_home(loan_id, used)
         return has_it

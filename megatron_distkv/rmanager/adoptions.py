@@ -16,7 +16,7 @@ from megatron_distkv.kvcache.block_table import BlockTable
 from megatron_distkv.kvcache.open_slots import OpenSlots
 from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
 from megatron_distkv.log import get_logger
-from megatron_distkv.messages import Acknowledge, AdoptHeader, LendReply, PrepareHeader, Refusal
+from megatron_distkv.messages import Acknowledge, AdoptHeader, Holder, LendReply, PrepareHeader, Refusal
 from megatron_distkv.rblock import InstanceId, LoanId, num_rblocks_for
 from megatron_distkv.rmanager.lending import Followers
 
@@ -29,7 +29,7 @@ PATIENCE_S = 10.0
 class Adoption:
     """rBlocks of this pool for one request of `parent`; `header` says what it is, once all has come."""
 
-    parent: str
+    parent: Holder
     block_ids: list[int]
     until_s: float
     header: AdoptHeader | None = None
@@ -55,12 +55,12 @@ class Adoptions:
         self._lock = threading.RLock()
         self.draining = False
 
-    def prepare(self, header: PrepareHeader, parent: str) -> LendReply:
+    def prepare(self, header: PrepareHeader, parent: Holder) -> LendReply:
         with self._lock:
             adoption = self._adoptions.get(header.adoption_id)
             if self.draining:
                 return LendReply(refusal=Refusal.DRAINING)
-            if adoption is not None and (adoption.parent != parent or adoption.header is not None):
+            if adoption is not None and (not adoption.parent.is_proven_by(parent) or adoption.header is not None):
                 return LendReply(refusal=Refusal.CONFLICT)
             had = adoption.block_ids if adoption is not None else []
             more = self._allocator.allocate_up_to(max(0, header.num_rblocks - len(had)))
@@ -68,28 +68,32 @@ class Adoptions:
                 self._allocator.free(more)
                 return LendReply(refusal=Refusal.FULL)
             block_ids = [*had, *more]
-            self._adoptions[header.adoption_id] = Adoption(parent, block_ids, _patience())
-            self._followers.grant(header.adoption_id, parent, block_ids)
-            self._loan_table.grant(header.adoption_id, parent, block_ids)
+            holder = parent if adoption is None else adoption.parent
+            self._adoptions[header.adoption_id] = Adoption(holder, block_ids, _patience())
+            self._followers.grant(header.adoption_id, holder, block_ids)
+            self._loan_table.grant(header.adoption_id, holder, block_ids)
         return LendReply(block_ids=block_ids)
 
-    def hand_over(self, header: AdoptHeader, parent: str) -> Acknowledge:
+    def hand_over(self, header: AdoptHeader, parent: Holder) -> Acknowledge:
         """All its rBlocks are stored: nobody writes them any more. Raises DistkvError when it makes no sense."""
         with self._lock:
             adoption = self._adoptions.get(header.adoption_id)
-            if adoption is None or adoption.parent != parent:
+            if adoption is None or not adoption.parent.is_proven_by(parent):
                 return Acknowledge(Refusal.UNKNOWN_LOAN)
             _check(header, adoption, self._rblock_size)
-            self._revoke(header.adoption_id)
+            if not self._revoke(header.adoption_id).issuperset(header.here.values()):
+                self.free(header.adoption_id, self._adoptions.pop(header.adoption_id))
+                logger.warning("refusing a request of %s: not all of its KV was stored here", parent.name)
+                return Acknowledge(Refusal.UNKNOWN_LOAN)
             adoption.header = header
             adoption.until_s = _patience()
         return Acknowledge()
 
-    def give_up(self, adoption_id: str, parent: str) -> bool:
+    def give_up(self, adoption_id: str, parent: Holder) -> bool:
         """The one that leaves has changed its mind; False: there is no such handover of its."""
         with self._lock:
             adoption = self._adoptions.get(adoption_id)
-            if adoption is None or adoption.parent != parent or adoption.header is not None:
+            if adoption is None or not adoption.parent.is_proven_by(parent) or adoption.header is not None:
                 return False
             self._drop(adoption_id)
             return True
@@ -105,7 +109,7 @@ class Adoptions:
         with self._lock:
             overdue = [x for x, adoption in self._adoptions.items() if adoption.until_s < time.monotonic()]
             for adoption_id in overdue:
-                logger.warning("nobody asked for a request of %s: freeing it", self._adoptions[adoption_id].parent)
+                logger.warning("nobody asked for a request of %s: freeing it", self._adoptions[adoption_id].parent.name)
                 self._drop(adoption_id)
 
     @property
@@ -129,9 +133,9 @@ class Adoptions:
         self._open_slots.give_back(adoption_id)
         self._allocator.free(adoption.block_ids)
 
-    def _revoke(self, adoption_id: str) -> None:
-        self._loan_table.revoke(adoption_id)
-        self._followers.revoke(adoption_id)
+    def _revoke(self, adoption_id: str) -> frozenset[int]:
+        """What was stored for it on all ranks."""
+        return self._loan_table.revoke(adoption_id).intersection(*self._followers.revoke(adoption_id))
 
 
 def _patience() -> float:

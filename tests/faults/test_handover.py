@@ -10,7 +10,7 @@ from megatron_distkv.engine.instance import Instance
 from megatron_distkv.errors import DistkvError
 from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
-from megatron_distkv.messages import AdoptHeader, HandedOver, InheritedSpan, PrepareHeader, Refusal, RequestKV
+from megatron_distkv.messages import AdoptHeader, HandedOver, Holder, InheritedSpan, PrepareHeader, Refusal, RequestKV
 from megatron_distkv.rmanager import Adoptions, NoFollowers, adoptions, bequests
 from tests.engine.test_handover import SAMPLED, Check, Client, expected, pool, random_prompt
 from tests.ledger.snapshot import snapshot
@@ -137,6 +137,7 @@ def test_a_gateway_that_has_other_tokens_is_served_as_any(pool: Pool, server: Em
 
 RBLOCK_SIZE = 4
 SPAN = InheritedSpan(1, [3], "c", "unix:c", "loan")
+PARENT, OTHER = Holder("d"), Holder("e")
 GOOD = AdoptHeader("x", 10, 2, 11, [], 1, 0.0, RequestKV(), {0: 7, 2: 6}, [SPAN])
 
 
@@ -146,8 +147,10 @@ def kept() -> Adoptions:
     allocator = RBlockAllocator(8, 8)
     assert allocator.allocate_up_to(0) == []
     allocator._free.reverse()
-    adoptions = Adoptions(allocator, LoanTable(), NoFollowers(), RBLOCK_SIZE)
-    assert adoptions.prepare(PrepareHeader("x", 3), "d").block_ids == [7, 6, 5]
+    table = LoanTable()
+    adoptions = Adoptions(allocator, table, NoFollowers(), RBLOCK_SIZE)
+    assert adoptions.prepare(PrepareHeader("x", 3), PARENT).block_ids == [7, 6, 5]
+    table.note_stored("x", [7, 6], slice(0, 1), 1)
     return adoptions
 
 
@@ -171,18 +174,18 @@ def change(**fields: object) -> AdoptHeader:
 )
 def test_a_request_that_makes_no_sense_is_refused(header: AdoptHeader, kept: Adoptions) -> None:
     with pytest.raises(DistkvError):
-        kept.hand_over(header, "d")
+        kept.hand_over(header, PARENT)
     assert kept.claim("x") is None
     # And one that does is not
-    assert kept.hand_over(GOOD, "d").refusal is None
+    assert kept.hand_over(GOOD, PARENT).refusal is None
     assert kept.claim("x") is not None
 
 
 def test_nobody_hands_over_in_the_name_of_another(kept: Adoptions) -> None:
-    assert kept.hand_over(GOOD, "e").refusal is Refusal.UNKNOWN_LOAN
-    assert kept.prepare(PrepareHeader("x", 4), "e").refusal is Refusal.CONFLICT
-    assert not kept.give_up("x", "e")
-    assert kept.prepare(PrepareHeader("y", 6), "e").refusal is Refusal.FULL
-    assert kept.give_up("x", "d")
+    assert kept.hand_over(GOOD, OTHER).refusal is Refusal.UNKNOWN_LOAN
+    assert kept.prepare(PrepareHeader("x", 4), OTHER).refusal is Refusal.CONFLICT
+    assert not kept.give_up("x", OTHER)
+    assert kept.prepare(PrepareHeader("y", 6), OTHER).refusal is Refusal.FULL
+    assert kept.give_up("x", PARENT)
     with kept.held() as block_ids:
         assert block_ids == []
