@@ -112,7 +112,7 @@ class LoanTable:
 
 
 def _is_inside(loans: Sequence[_GrantedLoan], block_ids: Collection[int]) -> Access:
-    allowed = loans[0].block_ids if len(loans) == 1 else frozenset().union(*(loan.block_ids for loan in loans))
+    allowed = loans[0].block_ids if len(loans) == 1 else frozenset[int]().union(*(loan.block_ids for loan in loans))
     return Access.GRANTED if allowed.issuperset(block_ids) else Access.FOREIGN
 
 
