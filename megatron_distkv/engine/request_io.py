@@ -37,6 +37,7 @@ class RequestIO:
     """`inbox` is read by the engine's thread; `fatal` says that nobody can come in any more. Raises UserError."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._socket = _bind(path)
         self._file = SocketFile(path)
         self.inbox: queue.SimpleQueue[Inbound] = queue.SimpleQueue()

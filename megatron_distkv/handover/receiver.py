@@ -41,7 +41,7 @@ class Arrival:
 
     @property
     def is_complete(self) -> bool:
-        return all(job.done() for job in self.inherited.values()) and all(job.done() for job in self.kept.values())
+        return all(x.done() for x in self.inherited.values()) and all(x.done() for x in self.kept.values())
 
     @property
     def is_aborted(self) -> bool:

@@ -16,7 +16,7 @@ from megatron_distkv.handover.client import HandoverClient, new_handover_id
 from megatron_distkv.handover.session import HandoverSession, Phase, RBlockHere, rblocks_here
 from megatron_distkv.log import get_logger
 from megatron_distkv.messages import HandedOver, Refusal
-from megatron_distkv.pool import HeldLoan, Identity, Loans, Member, Picture, RequestOwner
+from megatron_distkv.pool import HeldLoan, Identity, Loans, Member, Peer, Picture, RequestOwner
 from megatron_distkv.rblock import num_rblocks_for
 from megatron_distkv.request import Request, RequestStatus
 from megatron_distkv.rmanager import Move, RManager
@@ -235,7 +235,7 @@ class Sender:
         request = session.request
         self._requests.settle(request)
         table, kept = self._rmanager.table(request), self._rmanager.movable_ranges(request)
-        peers = {loan.loan_id: loan.peer for loan in self._loans_of(session)}
+        peers: dict[str, Peer] = {loan.loan_id: loan.peer for loan in self._loans_of(session)}
         session.header = session.describe(table, peers, kept, self._clock.monotonic_s())
         session.phase = Phase.COMMITTING
         session.question = self._client.commit(session.successor, session.header)

@@ -1,8 +1,6 @@
 """Channels for short questions about loans, beside those of attention: jobs use them while the engine computes."""
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -37,6 +35,7 @@ class ControlChannels:
 
     def __init__(self, peers: Peers, deadline_s: float, clock: Clock) -> None:
         self._peers = peers
+        self._clock = clock
         self._silent = Quarantine(clock)  # or each question to one that hangs would wait for its own deadline
         self._deadline_s = deadline_s
         self._lines: dict[str, _Lines] = {}
@@ -49,13 +48,24 @@ class ControlChannels:
             raise PeerLost(peer.instance, "lost a short while ago")
         if self._silent.holds(peer.instance):
             raise PeerLost(peer.instance, "did not answer a question a moment ago")
+        began_s, data = self._clock.monotonic_s(), msgspec.msgpack.encode(header)
         try:
-            with self._channel_to(peer) as channel:
-                reply = channel.call(kind, msgspec.msgpack.encode(header), deadline_s=self._deadline_s)
-                return decode(reply.header, answer)
+            return self._ask(peer, self._take(peer), kind, data, answer)
         except PeerLost:
+            if self._clock.monotonic_s() - began_s < self._deadline_s / 2:  # a kept channel has ended meanwhile
+                return self._ask(peer, None, kind, data, answer)
             self._silent.put(peer.instance, self._deadline_s)
             raise
+
+    def _ask(self, peer: Peer, kept: Channel | None, kind: MessageKind, data: bytes, answer: type[_Reply]) -> _Reply:
+        """All questions are idempotent: one that is asked again gets the same answer."""
+        channel = kept or self._peers.dial(peer, _SIZES, self._deadline_s)
+        try:
+            reply = channel.call(kind, data, deadline_s=self._deadline_s)
+            return decode(reply.header, answer)
+        finally:
+            if not channel.is_open or not self._give_back(peer, channel):
+                channel.close()
 
     def close(self) -> None:
         with self._lock:
@@ -64,15 +74,6 @@ class ControlChannels:
             self._lines.clear()
         for channel in channels:
             channel.close()
-
-    @contextmanager
-    def _channel_to(self, peer: Peer) -> Iterator[Channel]:
-        channel = self._take(peer) or self._peers.dial(peer, _SIZES, self._deadline_s)
-        try:
-            yield channel
-        finally:
-            if not channel.is_open or not self._give_back(peer, channel):
-                channel.close()
 
     def _take(self, peer: Peer) -> Channel | None:
         """A free channel to this life of the peer; those to an earlier one are closed."""

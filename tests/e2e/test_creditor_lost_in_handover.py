@@ -16,7 +16,7 @@ from tests.e2e.conftest import RBLOCK_SIZE, cluster_config, openai_client
 LEAVES, HEIR = "instance-0", "instance-1"
 NUM_RBLOCKS = 48
 PROMPT = [40 + i % 80 for i in range(NUM_RBLOCKS * RBLOCK_SIZE + 64)]
-SAMPLED = {"model": "distkv", "seed": 7, "temperature": 0.9, "logprobs": 1, "max_tokens": 300}
+SAMPLED = {"model": "distkv", "seed": 7, "temperature": 0.9, "logprobs": 1, "max_tokens": 500}
 
 
 class Answer(NamedTuple):

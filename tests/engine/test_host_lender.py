@@ -42,7 +42,7 @@ def test_kv_lies_in_another_instances_host_memory(ends: str, make_config: MakeCo
         while len(request.output_token_ids) < 4:
             a.instance.step()
         held = a.instance.rmanager.table(request).remote_by_creditor()
-        lender = b.instance.parts.departure.host_lender
+        lender = b.instance.parts.host_lender
         assert lender is not None
         assert 0 < held.get("b.host", 0) <= lender.allocator.num_lent  # a little is borrowed ahead
         # When it is told to leave, or is lost, in the middle of it, and others have memory, too

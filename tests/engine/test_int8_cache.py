@@ -47,7 +47,7 @@ def expected(make_config: MakeConfig) -> Callable[[list[int]], Completion]:
 
 def finish(llm: LLM, request: Request, until: Callable[[], bool] = lambda: False) -> Completion:
     got = Completion()
-    while not llm.instance.scheduler.is_idle and not until():
+    while not llm.instance.is_idle and not until():
         for output in llm.instance.step():
             assert output.request_id == request.request_id
             got.add(output)

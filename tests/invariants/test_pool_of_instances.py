@@ -15,6 +15,7 @@ from typing import NamedTuple
 import pytest
 
 from megatron_distkv.config.instance import InstanceConfig
+from megatron_distkv.engine import unplaceable
 from megatron_distkv.engine.instance import Instance
 from megatron_distkv.engine.llm import LLM
 from megatron_distkv.ledger import DebtLedger, open_ledger
@@ -112,6 +113,12 @@ class Pool:
             status = instance.status(0)
             assert (status.free_rblocks, status.lent_rblocks, status.borrowed_rblocks) == (NUM_RBLOCKS, 0, 0)
             assert status.used_host_rblocks == 0
+
+
+@pytest.fixture(autouse=True)
+def all_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no gateway here that a request could go back to."""
+    monkeypatch.setattr(unplaceable, "NO_PROGRESS_S", 10 * STUCK_AFTER_S)
 
 
 @pytest.fixture(scope="module")
