@@ -66,7 +66,8 @@ WRONG_CREDITORS = Counter(
 )
 REFUSED_ACCESSES = Counter(
     "distkv_refused_accesses",
-    "Queries and stores refused: the loan has `ended`, or the memory is another's (`foreign`)",
+    "Queries, stores and fetches refused: the loan has `ended`, the memory is another's (`foreign`), or nothing was "
+    "stored there (`unwritten`)",
     ["kind", "reason"],
     registry=INSTANCE_REGISTRY,
 )

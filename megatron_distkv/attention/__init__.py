@@ -1,6 +1,6 @@
 """DistAttention: attention over rBlocks computed where they lie, merged exactly by log-sum-exp."""
 
-from megatron_distkv.attention.creditor import Creditor
+from megatron_distkv.attention.creditor import Creditor, asker_of
 from megatron_distkv.attention.creditor_channel import CreditorChannel
 from megatron_distkv.attention.deadlines import Deadlines
 from megatron_distkv.attention.debtor import Debtor
@@ -47,6 +47,7 @@ __all__ = [
     "SequenceSlice",
     "SplitChannel",
     "Verification",
+    "asker_of",
     "build_metadata",
     "forward_context",
 ]

@@ -18,6 +18,7 @@ from megatron_distkv.log import get_logger
 from megatron_distkv.messages import (
     Acknowledge,
     FetchHeader,
+    Holder,
     QueryHeader,
     QueryShare,
     Refusal,
@@ -90,15 +91,15 @@ class Creditor:
         header = decode(request.header, QueryHeader)
         if header.layer >= self._pool.shape[1]:
             raise DistkvError(f"layer {header.layer} of a pool with {self._pool.shape[1]}")
-        prepared = self._prepare(hello, header)
+        asker, heads = asker_of(hello, request), self._heads_of(hello)
+        prepared = self._prepare(hello.nonce, header, asker, heads)
         if isinstance(prepared, Refusal):
             return _acknowledge(prepared)
-        heads = self._heads_of(hello)
         shape = (prepared.index.num_rows, (heads.stop - heads.start) * self._group, self._head_dim)
         (q_THD,) = read_tensors(request.payload, [TensorSpec(shape, self._model_dtype)])
         with self._limiter.turn() as throttled_s:
             out, lse = attend_heads(q_THD, self._kv, header.layer, prepared.index, self._scale, heads)
-        if self._loans.version != prepared.version and not self._may_query(hello, prepared.shares):
+        if self._loans.version != prepared.version and not self._may_query(asker, prepared.shares, heads):
             return _acknowledge(Refusal.UNKNOWN_LOAN)  # a loan ended while we computed: the rBlocks may be another's
         dtype = torch.float32 if header.num_partials else wire_dtype(self._model_dtype)
         return Answer(msgspec.msgpack.encode(Acknowledge(None, throttled_s)), [out.to(dtype), lse])
@@ -108,25 +109,27 @@ class Creditor:
         header = decode(request.header, StoreHeader)
         if len(set(header.block_ids)) < len(header.block_ids):
             raise DistkvError("a store names an rBlock twice")
-        pool = self._pool[:, :, self._heads_of(hello)]
+        asker, heads = asker_of(hello, request), self._heads_of(hello)
+        pool = self._pool[:, :, heads]
         spec = TensorSpec((len(header.block_ids), *pool.shape[1:]), pool.dtype)
         (data,) = read_tensors(request.payload, [spec])
         with self._loans.held():
-            access = self._loans.access(hello.instance_id, [header.loan_id], header.block_ids)
-            if not _is_granted(access, "store", hello):
+            access = self._loans.may_write(asker, [header.loan_id], header.block_ids)
+            if not _is_granted(access, "store", asker):
                 return _acknowledge(Refusal.UNKNOWN_LOAN)
             _scatter(data, pool, torch.tensor(header.block_ids, dtype=torch.int64))
+            self._loans.note_stored(header.loan_id, header.block_ids, heads, self._pool.shape[2])
         return _acknowledge(None)
 
     def fetch(self, hello: Hello, request: Request) -> Answer:
         """Give borrowed rBlocks back (contract: messages.FetchHeader)."""
         header = decode(request.header, FetchHeader)
-        pool = self._pool[:, :, self._heads_of(hello)]
+        asker, heads = asker_of(hello, request), self._heads_of(hello)
         with self._loans.held():
-            access = self._loans.access(hello.instance_id, [header.loan_id], header.block_ids)
-            if not _is_granted(access, "fetch", hello):
+            access = self._loans.may_read(asker, [header.loan_id], header.block_ids, heads)
+            if not _is_granted(access, "fetch", asker):
                 return _acknowledge(Refusal.UNKNOWN_LOAN)
-            data = _gather(pool, torch.tensor(header.block_ids, dtype=torch.int64))
+            data = _gather(self._pool[:, :, heads], torch.tensor(header.block_ids, dtype=torch.int64))
         return Answer(msgspec.msgpack.encode(Acknowledge()), [data])
 
     def forget(self, hello: Hello) -> None:
@@ -144,21 +147,21 @@ class Creditor:
             raise DistkvError(f"rank {hello.rank} of {hello.num_ranks} has no KV heads at this rank")
         return heads
 
-    def _prepare(self, hello: Hello, header: QueryHeader) -> _PreparedQuery | Refusal:
+    def _prepare(self, channel: bytes, header: QueryHeader, asker: Holder, heads: slice) -> _PreparedQuery | Refusal:
         asked = (header.scoring, header.part)
         with self._lock:
-            of_step = {key: x for key, x in self._prepared.get(hello.nonce, {}).items() if x.step == header.step}
+            of_step = {key: x for key, x in self._prepared.get(channel, {}).items() if x.step == header.step}
         if header.shares is None:
             return of_step.get(asked, Refusal.UNKNOWN_LOAN)
         ways = {scoring for scoring, _ in (*of_step, asked)}
         if len(ways) > self._pool.shape[1]:
             raise DistkvError(f"{len(ways)} ways of scoring in {self._pool.shape[1]} layers")
         version = self._loans.version
-        if not self._may_query(hello, header.shares):
+        if not self._may_query(asker, header.shares, heads):
             return Refusal.UNKNOWN_LOAN
         prepared = _PreparedQuery(header.step, header.shares, version, self._index(header, header.shares))
         with self._lock:
-            self._prepared[hello.nonce] = {**of_step, asked: prepared}
+            self._prepared[channel] = {**of_step, asked: prepared}
         return prepared
 
     def _index(self, header: QueryHeader, shares: list[QueryShare]) -> ShareIndex | FixedIndex:
@@ -167,18 +170,22 @@ class Creditor:
         numbers_BLK2ND = self._kv.pool_BLK2ND if isinstance(self._kv, Int8RBlocks) else self._kv
         return index_in_fixed_order(shares, header.scoring, numbers_BLK2ND.shape[4], header.num_partials)
 
-    def _may_query(self, hello: Hello, shares: list[QueryShare]) -> bool:
-        loans, debtor = self._loans, hello.instance_id
-        each = (loans.access(debtor, share.loan_ids, share.block_ids) for share in shares)
-        return all(_is_granted(access, "query", hello) for access in each)
+    def _may_query(self, asker: Holder, shares: list[QueryShare], heads: slice) -> bool:
+        each = (self._loans.may_read(asker, share.loan_ids, share.block_ids, heads) for share in shares)
+        return all(_is_granted(access, "query", asker) for access in each)
 
 
-def _is_granted(access: Access, kind: str, hello: Hello) -> bool:
+def asker_of(hello: Hello, request: Request) -> Holder:
+    """Who asks, as the loans know it."""
+    return Holder(hello.instance_id, request.certificate)
+
+
+def _is_granted(access: Access, kind: str, asker: Holder) -> bool:
     if access is Access.GRANTED:
         return True
     metrics.REFUSED_ACCESSES.labels(kind, access.value).inc()
-    if access is Access.FOREIGN:
-        logger.warning("refusing a %s of %s: it names memory of another", kind, hello.instance_id)
+    if access is not Access.ENDED:
+        logger.warning("refusing a %s of %s: it names memory of another", kind, asker.name)
     return False
 
 

@@ -10,7 +10,7 @@ import msgspec
 from megatron_distkv.engine.addresses import control_address
 from megatron_distkv.engine.batch import StepPlan, StepReply
 from megatron_distkv.errors import PeerLost, RankLost
-from megatron_distkv.messages import GrantHeader, MessageKind, RevokeHeader, decode
+from megatron_distkv.messages import GrantHeader, Holder, MessageKind, Revoked, RevokeHeader, TransferHeader, decode
 from megatron_distkv.rblock import InstanceId
 from megatron_distkv.transport import PROTOCOL_VERSION, Channel, Hello, connect
 
@@ -50,11 +50,16 @@ class FollowerRanks:
             wrong.update(reply.wrong)
         return StepReply(lost, sorted(wrong))
 
-    def grant(self, loan_id: str, debtor: str, block_ids: Sequence[int]) -> None:
-        self._tell(MessageKind.GRANT, GrantHeader(loan_id, debtor, list(block_ids)))
+    def grant(self, loan_id: str, holder: Holder, block_ids: Sequence[int]) -> None:
+        self._tell(MessageKind.GRANT, GrantHeader(loan_id, holder, list(block_ids)))
 
-    def revoke(self, loan_id: str) -> None:
-        self._tell(MessageKind.REVOKE, RevokeHeader(loan_id))
+    def transfer(self, loan_id: str, new_loan_id: str, holder: Holder) -> None:
+        self._tell(MessageKind.TRANSFER, TransferHeader(loan_id, new_loan_id, holder))
+
+    def revoke(self, loan_id: str) -> list[frozenset[int]]:
+        """For each rank, what was stored there under it."""
+        replies = self._tell(MessageKind.REVOKE, RevokeHeader(loan_id))
+        return [frozenset(decode(reply, Revoked).stored) for reply in replies]
 
     def stop(self) -> None:
         header = msgspec.msgpack.encode(RevokeHeader(""))
@@ -65,10 +70,11 @@ class FollowerRanks:
         for channel in (*self._steps, *self._grants):
             channel.close()
 
-    def _tell(self, kind: MessageKind, header: msgspec.Struct) -> None:
+    def _tell(self, kind: MessageKind, header: msgspec.Struct) -> list[bytes]:
+        """Their answers, each of them."""
+        order = msgspec.msgpack.encode(header)
         with self._lock, _lost_for_good():
-            for channel in self._grants:
-                channel.call(kind, msgspec.msgpack.encode(header), deadline_s=GRANT_DEADLINE_S)
+            return [channel.call(kind, order, deadline_s=GRANT_DEADLINE_S).header for channel in self._grants]
 
 
 @contextlib.contextmanager

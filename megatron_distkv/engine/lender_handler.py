@@ -2,12 +2,13 @@
 
 import msgspec
 
-from megatron_distkv.attention import Creditor
+from megatron_distkv.attention import Creditor, asker_of
 from megatron_distkv.errors import DistkvError
 from megatron_distkv.handover import IncomingHandovers
 from megatron_distkv.messages import (
     Acknowledge,
     CommitHeader,
+    Holder,
     InheritHeader,
     LendHeader,
     MessageKind,
@@ -15,7 +16,7 @@ from megatron_distkv.messages import (
     ReleaseHeader,
     decode,
 )
-from megatron_distkv.rblock import InstanceId, LoanId
+from megatron_distkv.rblock import LoanId
 from megatron_distkv.rmanager import Lending
 from megatron_distkv.transport import Answer, Hello, Request
 
@@ -32,6 +33,7 @@ class LenderHandler:
         self._incoming = incoming
 
     def answer(self, hello: Hello, request: Request) -> Answer:
+        asker = asker_of(hello, request)
         match MessageKind(request.kind):
             case MessageKind.QUERY:
                 return self._creditor.query(hello, request)
@@ -42,23 +44,22 @@ class LenderHandler:
             case MessageKind.PROBE:
                 return Answer(b"")
             case MessageKind.LEND:
-                return _answer(self._lending.lend(self._own(hello, request)))
+                return _answer(self._lending.lend(self._own(hello, request), asker))
             case MessageKind.RELEASE:
-                return _answer(self._release(hello, decode(request.header, ReleaseHeader)))
+                return _answer(self._release(asker, decode(request.header, ReleaseHeader)))
             case MessageKind.INHERIT:
-                header = decode(request.header, InheritHeader)
-                return _answer(self._lending.transfer(header, InstanceId(hello.instance_id)))
+                return _answer(self._lending.transfer(decode(request.header, InheritHeader), asker))
             case MessageKind.PREPARE if self._incoming is not None:
-                return _answer(self._incoming.prepare(decode(request.header, PrepareHeader), hello.instance_id))
+                return _answer(self._incoming.prepare(decode(request.header, PrepareHeader), asker))
             case MessageKind.COMMIT if self._incoming is not None:
-                return _answer(self._incoming.commit(decode(request.header, CommitHeader), hello.instance_id))
+                return _answer(self._incoming.commit(decode(request.header, CommitHeader), asker))
             case kind:
                 raise DistkvError(f"this leader does not take {kind.name}")
 
-    def _release(self, hello: Hello, header: ReleaseHeader) -> Acknowledge:
-        if self._incoming is not None and self._incoming.give_up(header.loan_id, hello.instance_id):
+    def _release(self, asker: Holder, header: ReleaseHeader) -> Acknowledge:
+        if self._incoming is not None and self._incoming.give_up(header.loan_id, asker):
             return Acknowledge()
-        return Acknowledge(self._lending.release(LoanId(header.loan_id), hello.instance_id))
+        return Acknowledge(self._lending.release(LoanId(header.loan_id), asker))
 
     @staticmethod
     def _own(hello: Hello, request: Request) -> LendHeader:

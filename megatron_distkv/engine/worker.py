@@ -13,7 +13,15 @@ from megatron_distkv.engine.instance_secret import share_instance_secret
 from megatron_distkv.engine.rank import Rank
 from megatron_distkv.errors import DistkvError
 from megatron_distkv.log import get_logger
-from megatron_distkv.messages import Acknowledge, GrantHeader, MessageKind, RevokeHeader, decode
+from megatron_distkv.messages import (
+    Acknowledge,
+    GrantHeader,
+    MessageKind,
+    Revoked,
+    RevokeHeader,
+    TransferHeader,
+    decode,
+)
 from megatron_distkv.transport import Answer, Hello, Listener, Request
 
 logger = get_logger(__name__)
@@ -81,9 +89,13 @@ class Worker:
             return Answer(msgspec.msgpack.encode(self._replies.get()))
         if kind is MessageKind.GRANT:
             grant = decode(request.header, GrantHeader)
-            self._rank.loan_table.grant(grant.loan_id, grant.debtor, grant.block_ids)
+            self._rank.loan_table.grant(grant.loan_id, grant.holder, grant.block_ids)
+        elif kind is MessageKind.TRANSFER:
+            transfer = decode(request.header, TransferHeader)
+            self._rank.loan_table.transfer(transfer.loan_id, transfer.new_loan_id, transfer.holder)
         elif kind is MessageKind.REVOKE:
-            self._rank.loan_table.revoke(decode(request.header, RevokeHeader).loan_id)
+            stored = self._rank.loan_table.revoke(decode(request.header, RevokeHeader).loan_id)
+            return Answer(msgspec.msgpack.encode(Revoked(sorted(stored))))
         elif kind is MessageKind.STOP:
             self._plans.put(None)
         else:

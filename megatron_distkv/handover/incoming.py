@@ -17,7 +17,7 @@ from megatron_distkv.kvcache.block_table import BlockTable
 from megatron_distkv.kvcache.open_slots import OpenSlots
 from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
 from megatron_distkv.log import get_logger
-from megatron_distkv.messages import Acknowledge, CommitHeader, LendReply, PrepareHeader, Refusal
+from megatron_distkv.messages import Acknowledge, CommitHeader, Holder, LendReply, PrepareHeader, Refusal
 from megatron_distkv.rblock import InstanceId, LoanId, num_rblocks_for
 from megatron_distkv.rmanager import Followers, Grants
 
@@ -33,7 +33,7 @@ class IncomingHandover:
     `is_changing`: all ranks are being told of its rBlocks, and nobody else changes it meanwhile.
     """
 
-    sender: str
+    sender: Holder
     block_ids: list[int]
     until_s: float
     header: CommitHeader | None = None
@@ -77,41 +77,47 @@ class IncomingHandovers:
 
     # ------------------------------------------------------------------ what the one that leaves asks
 
-    def prepare(self, header: PrepareHeader, sender: str) -> LendReply:
+    def prepare(self, header: PrepareHeader, sender: Holder) -> LendReply:
         with self._lock:
             handover = self._handovers.get(header.handover_id) or IncomingHandover(sender, [], 0.0)
             if self.draining:
                 return LendReply(refusal=Refusal.DRAINING)
-            if handover.sender != sender or handover.header is not None or handover.is_changing:
+            is_its_own = handover.sender.is_proven_by(sender)
+            if not is_its_own or handover.header is not None or handover.is_changing:
                 return LendReply(refusal=Refusal.CONFLICT)
             if not self._add_room(header, handover):
                 return LendReply(refusal=Refusal.FULL)
             self._handovers[header.handover_id] = handover
             handover.is_changing = True
-        self._followers.grant(header.handover_id, sender, handover.block_ids)
-        self._grants.grant(header.handover_id, sender, handover.block_ids)
+        self._followers.grant(header.handover_id, handover.sender, handover.block_ids)
+        self._grants.grant(header.handover_id, handover.sender, handover.block_ids)
         self._note_changed(handover)
         return LendReply(block_ids=list(handover.block_ids))
 
-    def commit(self, header: CommitHeader, sender: str) -> Acknowledge:
+    def commit(self, header: CommitHeader, sender: Holder) -> Acknowledge:
         """All its rBlocks are stored: nobody writes them any more. Raises DistkvError when it makes no sense."""
         with self._lock:
             handover = self._handovers.get(header.handover_id)
-            if handover is None or handover.sender != sender:
+            if handover is None or not handover.sender.is_proven_by(sender):
                 return Acknowledge(Refusal.UNKNOWN_LOAN)
             if handover.is_changing:
                 return Acknowledge(Refusal.CONFLICT)
+            if handover.header is not None:  # a sender may ask twice
+                return Acknowledge(None if handover.header == header else Refusal.CONFLICT)
             _check(header, handover, self._rblock_size)
             handover.is_changing = True
-        self._revoke(header.handover_id)
+        if not self._revoke(header.handover_id).issuperset(header.here.values()):
+            logger.warning("refusing a request of %s: not all of its KV was stored here", sender.name)
+            self._drop(header.handover_id)
+            return Acknowledge(Refusal.UNKNOWN_LOAN)
         self._note_changed(handover, header)
         return Acknowledge()
 
-    def give_up(self, handover_id: str, sender: str) -> bool:
+    def give_up(self, handover_id: str, sender: Holder) -> bool:
         """The one that leaves has changed its mind; False: there is no such handover of its."""
         with self._lock:
             handover = self._handovers.get(handover_id)
-            if handover is None or handover.sender != sender:
+            if handover is None or not handover.sender.is_proven_by(sender):
                 return False
             if handover.is_changing:
                 handover.until_s = float("-inf")  # it ends as soon as it does not
@@ -143,7 +149,7 @@ class IncomingHandovers:
             for _, handover in overdue:
                 handover.is_changing = True
         for handover_id, handover in overdue:
-            logger.warning("nobody asked for a request of %s: freeing it", handover.sender)
+            logger.warning("nobody asked for a request of %s: freeing it", handover.sender.name)
             self._jobs.submit(self._end, handover_id)
 
     @contextmanager
@@ -175,12 +181,15 @@ class IncomingHandovers:
     def _end(self, handover_id: str) -> None:
         """Revoke on every rank first, then free: no late write can reach a reused rBlock."""
         self._revoke(handover_id)
+        self._drop(handover_id)
+
+    def _drop(self, handover_id: str) -> None:
         with self._lock:
             self.free(handover_id, self._handovers.pop(handover_id).block_ids)
 
-    def _revoke(self, handover_id: str) -> None:
-        self._grants.revoke(handover_id)
-        self._followers.revoke(handover_id)
+    def _revoke(self, handover_id: str) -> frozenset[int]:
+        """What was stored for it on all ranks."""
+        return self._grants.revoke(handover_id).intersection(*self._followers.revoke(handover_id))
 
 
 def _check(header: CommitHeader, handover: IncomingHandover, rblock_size: int) -> None:

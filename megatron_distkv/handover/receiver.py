@@ -37,7 +37,7 @@ class Arrival:
     table: BlockTable
     handover_id: str
     inherited: "dict[LoanId, Future[HeldLoan | None]]"
-    kept: "dict[LoanId, Future[bool]]"
+    kept: "dict[LoanId, Future[frozenset[int] | None]]"
 
     @property
     def is_complete(self) -> bool:
@@ -156,11 +156,12 @@ class Receiver:
         self._entry.enter(request)
         logger.info("%s goes on here after %d tokens", request.request_id, request.num_computed_tokens)
 
-    def _keep(self, arrival: Arrival, loan_id: LoanId, job: "Future[bool]") -> bool:
-        """What the other had borrowed from this very instance."""
-        used = arrival.table.block_ids_under(loan_id)
-        kept = self._lending.keep(loan_id) if job.result() else ()
-        has_it = set(used) <= set(kept)
+    def _keep(self, arrival: Arrival, loan_id: LoanId, job: "Future[frozenset[int] | None]") -> bool:
+        """What the other had borrowed from this very instance, if all that it names was stored there."""
+        used, stored = arrival.table.block_ids_under(loan_id), job.result()
+        if stored is None:
+            return False
+        has_it, kept = stored.issuperset(used), self._lending.keep(loan_id)
         self._allocator.free([block_id for block_id in kept if not has_it or block_id not in set(used)])
         if has_it:
             arrival.table.bring_home(loan_id, used)

@@ -9,11 +9,14 @@ from megatron_distkv.messages.kinds import Acknowledge, MessageKind, Refusal
 from megatron_distkv.messages.loans import (
     FetchHeader,
     GrantHeader,
+    Holder,
     LendHeader,
     LendReply,
     ReleaseHeader,
+    Revoked,
     RevokeHeader,
     StoreHeader,
+    TransferHeader,
 )
 from megatron_distkv.messages.queries import QueryHeader, QueryShare, Scoring
 from megatron_distkv.messages.receipt import RequestKV, continue_receipt, receipt_of
@@ -45,6 +48,7 @@ __all__ = [
     "FromInstance",
     "GrantHeader",
     "HandedOver",
+    "Holder",
     "InheritHeader",
     "InheritedSpan",
     "InstanceStatus",
@@ -61,6 +65,7 @@ __all__ = [
     "RequestKV",
     "RequestRefused",
     "RevokeHeader",
+    "Revoked",
     "Scoring",
     "Serial",
     "StatusQuery",
@@ -68,6 +73,7 @@ __all__ = [
     "ToInstance",
     "TokenLogprobs",
     "TokenOutput",
+    "TransferHeader",
     "continue_receipt",
     "decode",
     "receipt_of",

@@ -14,6 +14,7 @@ class MessageKind(IntEnum):
     QUERY = 4  # debtor's rank r -> creditor's rank r: MicroAttention over borrowed rBlocks
     GRANT = 5  # creditor's leader -> its own followers: a loan's rBlocks
     REVOKE = 6  # creditor's leader -> its own followers: a loan has ended
+    TRANSFER = 14  # creditor's leader -> its own followers: a loan has another holder
     STEP = 7  # an instance's leader -> its own followers: run one engine step
     FETCH = 9  # debtor's rank r -> creditor's rank r: KV bytes of borrowed rBlocks, back home
     PROBE = 13  # any member -> another's leader: how long is the way? Any payload; the answer is empty
@@ -39,7 +40,7 @@ class Refusal(StrEnum):
 
 
 class Acknowledge(msgspec.Struct, frozen=True):
-    """Answer to STORE, FETCH, QUERY, RELEASE, COMMIT, GRANT and REVOKE: refusal None means done.
+    """Answer to STORE, FETCH, QUERY, RELEASE, COMMIT, GRANT and TRANSFER: refusal None means done.
 
     `held_back_s`: for so long the query waited because the creditor has work of its own.
     """

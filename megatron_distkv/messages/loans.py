@@ -6,6 +6,20 @@ from megatron_distkv.messages.kinds import Refusal
 from megatron_distkv.messages.wire import BlockId, Count, Serial
 
 
+class Holder(msgspec.Struct, frozen=True):
+    """Who has a loan: the name it gives, and what proves who it is.
+
+    `certificate`: the fingerprint of the one that its channel showed; "" where channels show none (one host, TCP).
+    """
+
+    name: str
+    certificate: str = ""
+
+    def is_proven_by(self, asker: "Holder") -> bool:
+        """Whether `asker` may be this one: a certificate that the loan was taken with is wanted at each use of it."""
+        return self.name == asker.name and self.certificate in ("", asker.certificate)
+
+
 class LendHeader(msgspec.Struct, frozen=True):
     loan_id: str
     debtor: str
@@ -22,8 +36,16 @@ class LendReply(msgspec.Struct, frozen=True):
 
 class GrantHeader(msgspec.Struct, frozen=True):
     loan_id: str
-    debtor: str
+    holder: Holder
     block_ids: list[BlockId]
+
+
+class TransferHeader(msgspec.Struct, frozen=True):
+    """The loan has another holder, and another id; what was stored under it is its."""
+
+    loan_id: str
+    new_loan_id: str
+    holder: Holder
 
 
 class StoreHeader(msgspec.Struct, frozen=True):
@@ -49,4 +71,12 @@ class ReleaseHeader(msgspec.Struct, frozen=True):
 
 
 class RevokeHeader(msgspec.Struct, frozen=True):
+    """Answer: `Revoked`."""
+
     loan_id: str
+
+
+class Revoked(msgspec.Struct, frozen=True):
+    """Which of its rBlocks were stored under a loan that has ended, with all heads of this rank."""
+
+    stored: list[BlockId] = []

@@ -74,7 +74,7 @@ class HeldLoan:
     be fetched back without being recalled is never overdue (infinity).
     """
 
-    loan_id: LoanId
+    loan_id: LoanId = field(repr=False)  # a secret: no log may have it
     owner: Owner
     peer: Peer
     num_rblocks: int

@@ -15,7 +15,7 @@ from megatron_distkv.clock import Clock
 from megatron_distkv.errors import LedgerUnavailable
 from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
 from megatron_distkv.log import get_logger
-from megatron_distkv.messages import InheritHeader, LendHeader, LendReply, Refusal
+from megatron_distkv.messages import Holder, InheritHeader, LendHeader, LendReply, Refusal
 from megatron_distkv.pool import LoanBook
 from megatron_distkv.rblock import InstanceId, LoanId, loan_key, loan_name
 
@@ -27,32 +27,45 @@ ASK_BACK_INTERVAL_S = 1.0
 class Grants(Protocol):
     """Which rBlocks of this rank each debtor may use (attention.LoanTable)."""
 
-    def grant(self, loan_id: str, debtor: str, block_ids: Sequence[int]) -> None: ...
-    def revoke(self, loan_id: str) -> None: ...
+    def grant(self, loan_id: str, holder: Holder, block_ids: Sequence[int]) -> None: ...
+    def transfer(self, loan_id: str, new_loan_id: str, holder: Holder) -> None: ...
+    def revoke(self, loan_id: str) -> frozenset[int]:
+        """Which rBlocks were stored in full under it."""
+        ...
 
 
 class Followers(Protocol):
     """The other tensor-parallel ranks of this instance: each keeps its heads of every lent rBlock."""
 
-    def grant(self, loan_id: str, debtor: str, block_ids: Sequence[int]) -> None: ...
-    def revoke(self, loan_id: str) -> None: ...
+    def grant(self, loan_id: str, holder: Holder, block_ids: Sequence[int]) -> None: ...
+    def transfer(self, loan_id: str, new_loan_id: str, holder: Holder) -> None: ...
+    def revoke(self, loan_id: str) -> Sequence[frozenset[int]]:
+        """For each of them, which rBlocks were stored there under it."""
+        ...
 
 
 class NoFollowers:
     """One rank only."""
 
-    def grant(self, loan_id: str, debtor: str, block_ids: Sequence[int]) -> None:
+    def grant(self, loan_id: str, holder: Holder, block_ids: Sequence[int]) -> None:
         pass
 
-    def revoke(self, loan_id: str) -> None:
+    def transfer(self, loan_id: str, new_loan_id: str, holder: Holder) -> None:
         pass
+
+    def revoke(self, loan_id: str) -> Sequence[frozenset[int]]:
+        return ()
 
 
 @dataclass(frozen=True)
 class Lent:
-    debtor: InstanceId
+    holder: Holder
     debtor_epoch: int
     num_rblocks: int
+
+    @property
+    def debtor(self) -> InstanceId:
+        return InstanceId(self.holder.name)
 
 
 class Lending:
@@ -95,10 +108,10 @@ class Lending:
 
     # ------------------------------------------------------------------ what debtors ask, on channel threads
 
-    def lend(self, header: LendHeader) -> LendReply:
+    def lend(self, header: LendHeader, debtor: Holder) -> LendReply:
         """Answer to a debtor that has reserved in the ledger: the rBlocks, or why not. Idempotent by loan id."""
         loan_id = LoanId(header.loan_id)
-        terms = Lent(InstanceId(header.debtor), header.debtor_epoch, header.num_rblocks)
+        terms = Lent(debtor, header.debtor_epoch, header.num_rblocks)
         with self._lock:
             refusal = self._why_not(loan_id, terms)
             if refusal is not None:
@@ -109,52 +122,52 @@ class Lending:
             if loan_id not in self._lent:  # a debtor may ask twice
                 metrics.LOANS_MADE.inc()
             self._lent[loan_id] = terms
-        self._grant(loan_id, terms.debtor, block_ids)
+        self._grant(loan_id, debtor, block_ids)
         refusal = self._book.accept(loan_id)
         if refusal is not None:
             self._end(loan_id)
             return LendReply(refusal=refusal)
         return LendReply(block_ids=list(block_ids))
 
-    def release(self, loan_id: LoanId, debtor: str) -> Refusal | None:
+    def release(self, loan_id: LoanId, debtor: Holder) -> Refusal | None:
         """The debtor gives a loan back. An unknown loan is fine: it ended before."""
         with self._lock:
             lent = self._lent.get(loan_id)
         if lent is None:
             return None
-        if lent.debtor != debtor:
+        if not lent.holder.is_proven_by(debtor):
             return Refusal.UNKNOWN_LOAN
         self._end(loan_id)
         self._release_in_ledger(loan_id)
         return None
 
-    def transfer(self, header: InheritHeader, debtor: InstanceId) -> LendReply:
-        """Another debtor takes a loan over, with all that lies in it."""
+    def transfer(self, header: InheritHeader, heir: Holder) -> LendReply:
+        """Another debtor takes a loan over, with all that lies in it. That it knows the id proves that it may."""
         loan_id, new_loan_id = LoanId(header.loan_id), LoanId(header.new_loan_id)
         with self._lock:
             lent = self._lent.get(loan_id)
             if lent is None or new_loan_id in self._lent or new_loan_id in self._ending:
                 return LendReply(refusal=Refusal.UNKNOWN_LOAN)
-        refusal = self._book.transfer(loan_id, new_loan_id, debtor, header.debtor_epoch)
+        refusal = self._book.transfer(loan_id, new_loan_id, InstanceId(heir.name), header.debtor_epoch)
         if refusal is not None:
             return LendReply(refusal=refusal)
         with self._lock:
             if self._lent.pop(loan_id, None) is None:  # it ended meanwhile, and its rBlocks with it
                 return LendReply(refusal=Refusal.UNKNOWN_LOAN)
             self._ending.add(loan_id)
-            self._lent[new_loan_id] = Lent(debtor, header.debtor_epoch, lent.num_rblocks)
-        self._revoke(loan_id)
+            self._lent[new_loan_id] = Lent(heir, header.debtor_epoch, lent.num_rblocks)
         block_ids = self._allocator.rename_loan(loan_id, new_loan_id)
-        self._grant(new_loan_id, debtor, block_ids)
+        self._grants.transfer(loan_id, new_loan_id, heir)
+        self._followers.transfer(loan_id, new_loan_id, heir)
         self._ending.discard(loan_id)
         return LendReply(block_ids=list(block_ids))
 
     # ------------------------------------------------------------------ what this instance does with them
 
-    def begin_keep(self, loan_id: LoanId) -> "Future[bool]":
+    def begin_keep(self, loan_id: LoanId) -> "Future[frozenset[int] | None]":
         """A debtor's request goes on here: this instance will use what it borrowed itself. A job; then call `keep`.
 
-        False: the loan has ended.
+        Its answer: the rBlocks that hold what the debtor has stored, on all ranks. None: the loan has ended.
         """
         return self._jobs.submit(self._revoke_to_keep, loan_id)
 
@@ -165,11 +178,8 @@ class Lending:
         self._jobs.submit(self._release_in_ledger, loan_id)
         return block_ids
 
-    def _revoke_to_keep(self, loan_id: LoanId) -> bool:
-        if not self._begin_end(loan_id):
-            return False
-        self._revoke(loan_id)
-        return True
+    def _revoke_to_keep(self, loan_id: LoanId) -> frozenset[int] | None:
+        return self._revoke(loan_id) if self._begin_end(loan_id) else None
 
     def ask_back(self, num_rblocks: int) -> None:
         """Recall so many rBlocks of debtors, through the ledger; never waits."""
@@ -242,7 +252,7 @@ class Lending:
     def _why_no_memory(self, count: int) -> Refusal:
         return Refusal.CAP if self._allocator.can_allocate(count) else Refusal.FULL
 
-    def _grant(self, loan_id: LoanId, debtor: str, block_ids: Sequence[int]) -> None:
+    def _grant(self, loan_id: LoanId, debtor: Holder, block_ids: Sequence[int]) -> None:
         self._followers.grant(loan_id, debtor, block_ids)
         self._grants.grant(loan_id, debtor, block_ids)
 
@@ -262,9 +272,9 @@ class Lending:
             self._allocator.end_loan(loan_id)
             self._ending.discard(loan_id)
 
-    def _revoke(self, loan_id: LoanId) -> None:
-        self._grants.revoke(loan_id)
-        self._followers.revoke(loan_id)
+    def _revoke(self, loan_id: LoanId) -> frozenset[int]:
+        """What was stored under it on all ranks."""
+        return self._grants.revoke(loan_id).intersection(*self._followers.revoke(loan_id))
 
     def _release_in_ledger(self, loan_id: LoanId) -> None:
         try:

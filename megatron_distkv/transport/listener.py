@@ -25,7 +25,7 @@ from megatron_distkv.transport.pool_secret import OPEN_POOL
 from megatron_distkv.transport.shared_link import DatagramWire
 from megatron_distkv.transport.socket_file import SocketFile
 from megatron_distkv.transport.stream_link import STALLED_S, StreamWire, set_options
-from megatron_distkv.transport.tls import Tls
+from megatron_distkv.transport.tls import Tls, fingerprint_of_peer
 
 logger = get_logger(__name__)
 # A client that connects and says nothing must not hold a thread for ever.
@@ -41,11 +41,15 @@ MAX_SOCKET_PATH_BYTES = 107
 
 
 class Request(NamedTuple):
-    """`payload` is a view into the mailbox, valid until the answer is returned."""
+    """`payload` is a view into the mailbox, valid until the answer is returned.
+
+    `certificate`: the fingerprint of the one that its sender has shown; "" where channels show none.
+    """
 
     kind: int
     header: bytes
     payload: memoryview
+    certificate: str = ""
 
 
 class Answer(NamedTuple):
@@ -156,7 +160,7 @@ class Listener:
         try:
             connection, hello, link = self._greet(connection)
             with contextlib.closing(link):
-                self._answer_all(link, hello)
+                self._answer_all(link, hello, fingerprint_of_peer(connection))
         except FatalError as error:
             self._die("a message broke what this process stands on", error)
         except Exception as error:
@@ -211,7 +215,7 @@ class Listener:
             self._connections.discard(connection)
         connection.close()
 
-    def _answer_all(self, link: Link, hello: Hello) -> None:
+    def _answer_all(self, link: Link, hello: Hello, certificate: str) -> None:
         while True:
             try:
                 frame = link.hear(None)
@@ -219,20 +223,20 @@ class Listener:
                 logger.warning("closing the channel of %s: %s", hello.instance_id, error)
                 return
             try:
-                answer = self._answer(hello, frame, link)
+                answer = self._answer(hello, frame, link, certificate)
                 link.send(frame.sequence, frame.kind, answer.header, answer.payload)
             except (_Failed, MessageTooLong) as error:
                 logger.exception("message %d of %s failed", frame.kind, hello.instance_id)
                 sentence = str(error).encode()[: hello.reply_bytes // ALIGNMENT * ALIGNMENT]
                 link.send(frame.sequence, ERROR_KIND, sentence)
 
-    def _answer(self, hello: Hello, frame: Frame, link: Link) -> Answer:
+    def _answer(self, hello: Hello, frame: Frame, link: Link, certificate: str) -> Answer:
         try:
             header, payload = link.read(frame, STALLED_S)
         except ValueError as error:
             raise _Failed(f"{type(error).__name__}: {error}") from error
         try:
-            return self._handler(hello, Request(frame.kind, header, payload))
+            return self._handler(hello, Request(frame.kind, header, payload, certificate))
         except FatalError:
             raise
         except Exception as error:

@@ -1,5 +1,7 @@
 """TLS between members of a pool on different hosts: each shows a certificate that the pool's authority has signed."""
 
+import hashlib
+import socket
 import ssl
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +26,12 @@ def load_tls(certificate: Path, key: Path, authority: Path) -> Tls:
         _load(context, certificate, key, authority)
         contexts.append(context)
     return Tls(*contexts)
+
+
+def fingerprint_of_peer(connection: socket.socket) -> str:
+    """SHA-256 of the certificate that the other side has shown; "" where the connection is no TLS."""
+    shown = connection.getpeercert(binary_form=True) if isinstance(connection, ssl.SSLSocket) else None
+    return hashlib.sha256(shown).hexdigest() if shown else ""
 
 
 def _load(context: ssl.SSLContext, certificate: Path, key: Path, authority: Path) -> None:

@@ -24,7 +24,7 @@ from megatron_distkv.attention import (
     forward_context,
 )
 from megatron_distkv.errors import DistkvError, IntegrityError
-from megatron_distkv.messages import MessageKind, QueryHeader, QueryShare, Scoring, StoreHeader, decode
+from megatron_distkv.messages import Holder, MessageKind, QueryHeader, QueryShare, Scoring, StoreHeader, decode
 from megatron_distkv.rblock import InstanceId, LoanId, LocalSpan, RemoteSpan, Span
 from megatron_distkv.transport import PROTOCOL_VERSION, Answer, Channel, Hello, Listener, Request, TensorSpec, connect
 from tests.ops.dense import dense_attention, relative_error
@@ -113,7 +113,7 @@ class TwoRequests:
     def move_out(self, lenders: dict[str, Lender], channels: dict[str, Channel], verification: Verification) -> None:
         """Nothing is left here of what goes."""
         for lender, loan, ids, local in (("x", "1", [0, 7], [3, 1]), ("y", "2", [5, 2], [4, 15]), ("y", "3", [9], [6])):
-            lenders[lender].loans.grant(loan, "me", ids)
+            lenders[lender].loans.grant(loan, Holder("me"), ids)
             verification.note_sent(lender, loan, ids, self.pool[local])
             store(lenders[lender], channels[lender], loan, ids, self.pool[local])
             self.pool[local] = float("nan")
@@ -279,8 +279,10 @@ def prepared_question(lenders: dict[str, Lender], debtor_name: str = "me") -> tu
     """A one-token question to x and y about one rBlock each."""
     channels = {name: lender.channel(debtor_name) for name, lender in lenders.items()}
     for index, lender in enumerate(lenders.values()):
-        lender.loans.grant(f"loan-{index}", "me", [3])
-        lender.pool[3] = torch.randn(lender.pool[3].shape)
+        lender.loans.grant(f"loan-{index}", Holder("me"), [3])
+        me = lender.channel()
+        store(lender, me, f"loan-{index}", [3], torch.randn(lender.pool[:1].shape))
+        me.close()
     spans: list[Span] = [
         RemoteSpan(0, (3,), InstanceId("x"), LoanId("loan-0")),
         RemoteSpan(1, (3,), InstanceId("y"), LoanId("loan-1")),
@@ -343,7 +345,7 @@ def test_half_precision_wire_is_within_its_rounding(tmp_path: Path) -> None:
     lender = Lender(tmp_path / "h.sock", torch.bfloat16)
     torch.manual_seed(0)
     data = torch.randn(1, L, K, 2, N, D).to(torch.bfloat16)
-    lender.loans.grant("1", "me", [2])
+    lender.loans.grant("1", Holder("me"), [2])
     channel = lender.channel()
     store(lender, channel, "1", [2], data)
     debtor = Debtor({"x": channel}, deadline_s=5)

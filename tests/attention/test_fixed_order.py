@@ -22,7 +22,7 @@ from megatron_distkv.attention.fixed_order import plan
 from megatron_distkv.attention.fixed_order.kept_plans import KeptPlans
 from megatron_distkv.attention.fixed_order.tree import FAN_IN, Node, cover
 from megatron_distkv.errors import DistkvError
-from megatron_distkv.messages import QueryHeader, QueryShare, Scoring
+from megatron_distkv.messages import Holder, QueryHeader, QueryShare, Scoring
 from megatron_distkv.rblock import HOST, HOST_LOAN, InstanceId, LoanId, LocalSpan, RemoteSpan, Span
 from megatron_distkv.transport import Channel
 from tests.attention.test_dist_attention import SCALE, D, H, K, L, Lender, N, Slice, attention
@@ -53,7 +53,8 @@ class World:
         for name, lender in self.lenders.items():
             self.pools[name] = torch.zeros(128, L, K, 2, N, D, dtype=dtype)
             lender.creditor._pool = lender.creditor._kv = self.pools[name]
-            lender.loans.grant("loan", "me", list(range(128)))
+            lender.loans.grant("loan", Holder("me"), list(range(128)))
+            lender.loans.note_stored("loan", list(range(128)), slice(0, K), K)  # by the tests themselves
             stack.callback(lender.listener.close)
             self.channels[name] = lender.channel()
             stack.callback(self.channels[name].close)

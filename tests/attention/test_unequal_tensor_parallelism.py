@@ -14,7 +14,7 @@ from megatron_distkv.clock import SystemClock
 from megatron_distkv.errors import PeerLost
 from megatron_distkv.kvcache.rblock_pool import rank_pool
 from megatron_distkv.kvcache.rblock_shape import RBlockShape
-from megatron_distkv.messages import Acknowledge, FetchHeader, MessageKind, QueryHeader, QueryShare, StoreHeader
+from megatron_distkv.messages import Acknowledge, FetchHeader, Holder, MessageKind, QueryHeader, QueryShare, StoreHeader
 from megatron_distkv.ops import pack_rblocks
 from megatron_distkv.pool import Identity, Peer, Quarantine
 from megatron_distkv.rblock import InstanceId
@@ -45,15 +45,16 @@ class CreditorRanks:
     def __init__(self, directory: Path, num_ranks: int, kv_dtype: KVDtype = "auto") -> None:
         self.kv_dtype: KVDtype = kv_dtype
         self.address = f"unix:{directory}/c{num_ranks}.{{rank}}.sock ranks:{num_ranks}"
-        self.loans = LoanTable()
-        self.loans.grant("loan", "me", IDS)
+        self.loans = [LoanTable() for _ in range(num_ranks)]
+        for loans in self.loans:
+            loans.grant("loan", Holder("me"), IDS)
         self.asked: list[tuple[int, MessageKind]] = []
         self.listeners = [self._listen(directory, rank, num_ranks) for rank in range(num_ranks)]
 
     def _listen(self, directory: Path, rank: int, num_ranks: int) -> Listener:
         pool = rank_pool(shape(num_ranks, self.kv_dtype), 8).tensor_BLK2ND
         creditor = Creditor(
-            pool, self.loans, H // num_ranks, torch.float32, SCALE, rank=rank, num_ranks=num_ranks, head_dim=D
+            pool, self.loans[rank], H // num_ranks, torch.float32, SCALE, rank=rank, num_ranks=num_ranks, head_dim=D
         )
 
         def answer(hello: Hello, request: Request) -> Answer:

@@ -14,7 +14,15 @@ from megatron_distkv.engine.batch import StepPlan, StepReply
 from megatron_distkv.engine.instance_secret import share_instance_secret
 from megatron_distkv.engine.rank import build_rank
 from megatron_distkv.errors import DistkvError, PeerLost
-from megatron_distkv.messages import Acknowledge, GrantHeader, MessageKind, RevokeHeader
+from megatron_distkv.messages import (
+    Acknowledge,
+    GrantHeader,
+    Holder,
+    MessageKind,
+    Revoked,
+    RevokeHeader,
+    TransferHeader,
+)
 from megatron_distkv.model import init_tensor_parallel
 from megatron_distkv.transport import Channel, connect, read_secret, write_new_secret
 from tests.conftest import MakeConfig
@@ -23,8 +31,9 @@ from tests.transport.raw_peer import hello
 IDLE = StepPlan(7, [], [], [], [], [], [])
 ORDERS = [
     (MessageKind.STEP, IDLE),
-    (MessageKind.GRANT, GrantHeader("loan", "thief", [1])),
+    (MessageKind.GRANT, GrantHeader("loan", Holder("thief"), [1])),
     (MessageKind.REVOKE, RevokeHeader("a loan of somebody")),
+    (MessageKind.TRANSFER, TransferHeader("a loan of somebody", "loan of mine", Holder("thief"))),
     (MessageKind.STOP, RevokeHeader("")),
 ]
 
@@ -66,7 +75,7 @@ def give(channel: Channel, kind: MessageKind, order: msgspec.Struct) -> bytes:
 
 def test_the_pools_secret_and_the_instances_name_are_not_enough(follower: Follower) -> None:
     # Given a loan, and a member of the pool that says it is the instance itself
-    follower.worker._rank.loan_table.grant("a loan of somebody", "somebody", [0])
+    follower.worker._rank.loan_table.grant("a loan of somebody", Holder("somebody"), [0])
     thief = follower.channel(follower.pool_secret, control=False)
     # When it gives orders where other instances ask, then none is followed
     for kind, order in ORDERS:
@@ -79,8 +88,8 @@ def test_the_pools_secret_and_the_instances_name_are_not_enough(follower: Follow
     thief.close()
     leader = follower.channel(follower.instance_secret, control=True)
     assert msgspec.msgpack.decode(give(leader, MessageKind.STEP, IDLE), type=StepReply) == StepReply({})
-    assert follower.worker._rank.loan_table.covers("somebody", ["a loan of somebody"], [0])
-    assert not follower.worker._rank.loan_table.covers("thief", ["loan"], [1])
+    assert follower.worker._rank.loan_table.covers(Holder("somebody"), ["a loan of somebody"], [0])
+    assert not follower.worker._rank.loan_table.covers(Holder("thief"), ["loan"], [1])
     leader.close()
 
 
@@ -89,11 +98,26 @@ def test_the_leader_is_obeyed(follower: Follower) -> None:
     table = follower.worker._rank.loan_table
     for kind, order in ORDERS[1:3]:
         assert msgspec.msgpack.decode(give(leader, kind, order), type=Acknowledge) == Acknowledge()
-    assert table.covers("thief", ["loan"], [1])
+    assert table.covers(Holder("thief"), ["loan"], [1])
     with contextlib.suppress(PeerLost):  # it may be gone before its answer is out
-        give(leader, *ORDERS[3])
+        give(leader, *ORDERS[-1])
     follower.thread.join(10)
     assert not follower.thread.is_alive()
+    leader.close()
+
+
+def test_a_follower_says_what_was_stored_under_a_loan_that_ends(follower: Follower) -> None:
+    # Given a loan of two rBlocks, one of which was stored here
+    leader = follower.channel(follower.instance_secret, control=True)
+    give(leader, MessageKind.GRANT, GrantHeader("loan", Holder("debtor"), [1, 2]))
+    follower.worker._rank.loan_table.note_stored("loan", [2], slice(0, 2), 2)
+
+    # When it becomes another's, and ends
+    give(leader, MessageKind.TRANSFER, TransferHeader("loan", "new", Holder("heir")))
+    reply = give(leader, MessageKind.REVOKE, RevokeHeader("new"))
+
+    # Then the leader hears of that one
+    assert msgspec.msgpack.decode(reply, type=Revoked) == Revoked([2])
     leader.close()
 
 

@@ -20,7 +20,7 @@ from megatron_distkv.engine.instance import Instance
 from megatron_distkv.engine.llm import LLM
 from megatron_distkv.ledger import DebtLedger, open_ledger
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
-from megatron_distkv.messages import HandedOver, TokenOutput
+from megatron_distkv.messages import HandedOver, Holder, TokenOutput
 from megatron_distkv.rblock import HOST, RemoteSpan, loan_key
 from megatron_distkv.request import Request
 from megatron_distkv.sampling_params import SamplingParams
@@ -105,7 +105,7 @@ class Pool:
 
     def _is_granted(self, debtor: str, span: RemoteSpan) -> bool:
         table = self.instances[span.creditor].parts.rank.loan_table
-        return table.covers(debtor, [span.loan_id], span.block_ids)
+        return table.covers(Holder(debtor), [span.loan_id], span.block_ids)
 
     def assert_nothing_is_owed(self) -> None:
         assert self.debts_in_ledger() == set()
