@@ -42,4 +42,4 @@ def _render_links(picture: Picture) -> list[str]:
 
 
 def _cost(query_us: float | None) -> str:
-    return "" if query_us is None else f" ({query_us:g} us per rBlock)"
+    return "" if query_us is None else f" ({query_us:.2g} us per rBlock)"
