@@ -32,14 +32,14 @@ def nothing(number: int) -> Kept:
 
 
 def test_a_mebibyte_and_a_file_per_request_are_a_leak() -> None:
-    leaked = leak(a_life(40, lambda number: Kept(number * MIB, number, 0, 0)))
+    leaked = leak(a_life(80, lambda number: Kept(number * MIB, number, 0, 0)))
     assert leaked is not None
     assert describe("instance-1", leaked) == "instance-1 keeps about 1.0 MiB and 1.0 files per request"
 
 
 @pytest.mark.parametrize("kind", ["threads", "shared_memory_files"])
 def test_threads_and_shared_memory_are_looked_at_too(kind: str) -> None:
-    leaked = leak(a_life(40, lambda number: nothing(number)._replace(**{kind: number})))
+    leaked = leak(a_life(80, lambda number: nothing(number)._replace(**{kind: number})))
     assert leaked is not None
     assert getattr(leaked, kind) == pytest.approx(1.0, abs=0.15)
     assert leaked.memory == leaked.files == 0
@@ -53,6 +53,12 @@ def test_a_life_that_keeps_nothing_has_no_leak() -> None:
 
 def test_the_warm_up_does_not_count() -> None:
     leaked = leak(a_life(60, lambda number: Kept(8 * MIB * min(number, 8), 3 * min(number, 8), 0, 0)))
+    assert leaked == Kept(0, 0, 0, 0)
+
+
+def test_channels_that_are_opened_one_by_one_are_no_leak() -> None:
+    """Seen after a restart: 0.5 files per request, and no more after the last member was met."""
+    leaked = leak(a_life(40, lambda number: Kept(0, number // 2, number // 5, number // 5)))
     assert leaked == Kept(0, 0, 0, 0)
 
 

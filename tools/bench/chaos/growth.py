@@ -20,8 +20,9 @@ WARM_UP_REQUESTS = 8  # the first ones: kernels, arenas, channels to the other m
 MIN_REQUESTS = 16  # after the warm-up; a shorter life tells nothing
 # Per request, from each window to the next one: more is a leak. Less is what faults and caches move in a short life.
 MOST_PER_REQUEST = Kept(memory=MIB / 8, files=0.2, threads=0.2, shared_memory_files=0.2)
-# In all: less is no leak yet, whatever its slope.
-LEAST_GROWTH = Kept(memory=4 * MIB, files=6, threads=6, shared_memory_files=6)
+# In all: less is no leak yet, whatever its slope. Channels to the others, here and there, and connections to a slow
+# ledger are opened one by one when first needed: a life of forty requests ends before there are all.
+LEAST_GROWTH = Kept(memory=16 * MIB, files=32, threads=16, shared_memory_files=16)
 _UNITS = Kept(MIB, 1, 1, 1)
 _NOUNS = Kept("MiB", "files", "threads", "shared-memory files")  # type: ignore[arg-type]
 
