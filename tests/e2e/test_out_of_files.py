@@ -125,7 +125,8 @@ def test_a_moment_without_file_descriptors_deafens_nobody(small_pool: LocalClust
         # When more strangers come than it can let in, and stay for a while
         for _ in range(NUM_STRANGERS):
             stack.enter_context(door.stranger())
-        wait_until(lambda: num_files(pid) >= limit, f"{name} has file descriptors left")
+        # Linux gives a number to an accept() that still waits for its connection, here in another thread: not listed.
+        wait_until(lambda: num_files(pid) >= limit - 1, f"{name} has file descriptors left")
         time.sleep(2.5)
 
     # Then, as soon as they have gone, it answers again, and has not filled its log
