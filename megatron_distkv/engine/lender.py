@@ -35,7 +35,7 @@ from megatron_distkv.transport import read_secret
 logger = get_logger(__name__)
 # How often the main thread, which has nothing else to do, looks for the word to stop.
 WATCH_INTERVAL_S = 0.25
-# A lender that is told to end gives its debtors this long to bring home what lies here.
+# A lender that is told to end gives its debtors this long to fetch back what lies here.
 DRAIN_WITHIN_S = 5.0
 
 

@@ -164,7 +164,7 @@ class Receiver:
         has_it, kept = stored.issuperset(used), self._lending.keep(loan_id)
         self._allocator.free([block_id for block_id in kept if not has_it or block_id not in set(used)])
         if has_it:
-            arrival.table.bring_home(loan_id, used)
+            arrival.table.make_local(loan_id, used)
         return has_it
 
     def _inherit(self, arrival: Arrival, loan_id: LoanId, job: "Future[HeldLoan | None]") -> bool:

@@ -91,7 +91,7 @@ class BlockTable:
     def num_under(self, loan_id: LoanId) -> int:
         return len(self.block_ids_under(loan_id))
 
-    def bring_home(self, loan_id: LoanId, block_ids: Sequence[int]) -> list[RemoteSpan]:
+    def make_local(self, loan_id: LoanId, block_ids: Sequence[int]) -> list[RemoteSpan]:
         """The oldest rBlocks under this loan lie here now, under these physical ids; returns where they lay."""
         left: list[RemoteSpan] = []
         spans: list[Span] = []

@@ -51,8 +51,8 @@ class DebtLedger(Protocol):
         `known` False also where somebody else has written into this member's record: registering again heals it.
         """
 
-    def recommend(self, debtor: InstanceId, num_rblocks: int, limit: int, skip: int = 0) -> list[Creditor]:
-        """Up to `limit` live, debt-free instances that would lend, freest first, until `num_rblocks` are covered.
+    def recommend(self, debtor: InstanceId, limit: int, skip: int = 0) -> list[Creditor]:
+        """Up to `limit` live, debt-free instances that would lend, freest first.
 
         After the first `skip` of them: whoever wants more than one answer holds asks again for the rest.
         """
@@ -96,14 +96,14 @@ class DebtLedger(Protocol):
         self,
         loan_id: LoanKey,
         new_loan_id: LoanKey,
-        heir: InstanceId,
-        heir_epoch: int,
+        new_debtor: InstanceId,
+        new_debtor_epoch: int,
         creditor: InstanceId,
         creditor_epoch: int,
     ) -> Refusal | None:
         """The creditor has another debtor for a loan that it has granted: it ends, and `new_loan_id` begins, at once.
 
-        Without a new cycle: the creditor is debt-free, or nobody owes `heir` anything (else IN_DEBT).
+        Without a new cycle: the creditor is debt-free, or nobody owes `new_debtor` anything (else IN_DEBT).
         """
 
     def loans_of(self, creditor: InstanceId, epoch: int) -> list[Loan]:

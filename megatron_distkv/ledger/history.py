@@ -14,7 +14,7 @@ _SENTENCES = {
     "release": "{debtor} gave {rblocks} rBlocks back to {creditor}  ({name})",
     "void": "{debtor} owes {creditor} {rblocks} rBlocks no more: one of them is gone  ({name})",
     "overdue": "{creditor} never answered {debtor}, who asked for {rblocks} rBlocks  ({name})",
-    "transfer": "{debtor} handed its debt of {rblocks} rBlocks at {creditor} on to {heir}  ({name})",
+    "transfer": "{debtor} handed its debt of {rblocks} rBlocks at {creditor} on to {new_debtor}  ({name})",
     "unreadable": "somebody else has written into the record of {instance}: it registers again",
     "unreadable_loan": "a loan of {instance} could not be read and has ended  ({name})",
     "rebuild": "another server took over: the ledger was rebuilt from the instances",

@@ -172,22 +172,14 @@ class MemoryLedger:
 
     # Loans
 
-    def recommend(self, debtor: InstanceId, num_rblocks: int, limit: int, skip: int = 0) -> list[Creditor]:
+    def recommend(self, debtor: InstanceId, limit: int, skip: int = 0) -> list[Creditor]:
         with self._operation() as data:
             self._expire_a_few()
             able = [x for x in data.members.values() if x.offered > 0 and x.record.instance != debtor]
             able = [x for x in able if x.lease_end_ms > data.now_ms]
             able.sort(key=lambda member: (member.offered, member.record.instance), reverse=True)
-            found: list[Creditor] = []
-            covered = 0
-            for record in (member.record for member in able[skip:]):
-                if len(found) >= limit or covered >= num_rblocks:
-                    break
-                found.append(
-                    Creditor(record.instance, record.epoch, record.address, record.free_to_lend, record.info)
-                )  # fmt: skip
-                covered += record.free_to_lend
-            return found
+            records = [member.record for member in able[skip : skip + limit]]
+            return [Creditor(x.instance, x.epoch, x.address, x.free_to_lend, x.info) for x in records]
 
     def borrow(
         self, loan_id: LoanKey, debtor: InstanceId, debtor_epoch: int, creditor: InstanceId, creditor_epoch: int,
@@ -258,11 +250,11 @@ class MemoryLedger:
             return refusal
 
     def transfer(
-        self, loan_id: LoanKey, new_loan_id: LoanKey, heir: InstanceId, heir_epoch: int, creditor: InstanceId,
-        creditor_epoch: int,
+        self, loan_id: LoanKey, new_loan_id: LoanKey, new_debtor: InstanceId, new_debtor_epoch: int,
+        creditor: InstanceId, creditor_epoch: int,
     ) -> Refusal | None:  # fmt: skip
         with self._operation() as data:
-            sides = (heir, heir_epoch, creditor, creditor_epoch)
+            sides = (new_debtor, new_debtor_epoch, creditor, creditor_epoch)
             known = data.loans.get(new_loan_id)
             if known is not None:
                 its_sides = (known.debtor, known.debtor_epoch, known.creditor, known.creditor_epoch)
@@ -272,10 +264,12 @@ class MemoryLedger:
                 return Refusal.UNKNOWN_LOAN
             if (old.creditor, old.creditor_epoch) != (creditor, creditor_epoch):
                 return Refusal.STALE_CREDITOR
-            new = replace(old, key=new_loan_id, debtor=heir, debtor_epoch=heir_epoch, state=LoanState.ACTIVE)
+            new = replace(
+                old, key=new_loan_id, debtor=new_debtor, debtor_epoch=new_debtor_epoch, state=LoanState.ACTIVE
+            )
             refusal = self._why_not_transfer(new)
             if refusal is None:
-                self._drop(loan_id, "transfer", heir=heir)
+                self._drop(loan_id, "transfer", new_debtor=new_debtor)
                 self._add(new)
             return refusal
 

@@ -162,8 +162,8 @@ class RedisLedger:
     # Loans
 
     @reading
-    def recommend(self, debtor: InstanceId, num_rblocks: int, limit: int, skip: int = 0) -> list[Creditor]:
-        return [_read_creditor(row) for row in self._run("recommend", debtor, num_rblocks, limit, skip)]
+    def recommend(self, debtor: InstanceId, limit: int, skip: int = 0) -> list[Creditor]:
+        return [_read_creditor(row) for row in self._run("recommend", debtor, limit, skip)]
 
     @reading
     def borrow(
@@ -197,11 +197,11 @@ class RedisLedger:
 
     @reading
     def transfer(
-        self, loan_id: LoanKey, new_loan_id: LoanKey, heir: InstanceId, heir_epoch: int, creditor: InstanceId,
-        creditor_epoch: int,
+        self, loan_id: LoanKey, new_loan_id: LoanKey, new_debtor: InstanceId, new_debtor_epoch: int,
+        creditor: InstanceId, creditor_epoch: int,
     ) -> Refusal | None:  # fmt: skip
         return _refusal(
-            self._run("transfer", loan_id, new_loan_id, heir, heir_epoch, creditor, creditor_epoch)
+            self._run("transfer", loan_id, new_loan_id, new_debtor, new_debtor_epoch, creditor, creditor_epoch)
         )  # fmt: skip
 
     @reading

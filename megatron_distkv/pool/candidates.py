@@ -58,9 +58,10 @@ class Candidates:
 
     # ------------------------------------------------------------------ jobs
 
-    def look(self, num_rblocks: int) -> list[Candidate]:
-        """Creditors for `num_rblocks`, best first, as far as there are; a page of them at least. Raises
-        LedgerUnavailable.
+    def look(self, num_rblocks: float) -> list[Candidate]:
+        """Creditors for `num_rblocks` (infinity: all), best first; a page of them at least, if there are so many.
+
+        Raises LedgerUnavailable.
 
         Those whose answers would take much longer than the quickest one's, the link included, come last; before them
         lenders, which have no requests of their own to slow down, then instances; the freest of each first.
@@ -69,7 +70,7 @@ class Candidates:
         readable: list[Candidate] = []
         num_lendable = 0
         while True:
-            page = self._ledger.recommend(self._membership.identity.instance, 1 << 40, PAGE, skip=len(named))
+            page = self._ledger.recommend(self._membership.identity.instance, PAGE, skip=len(named))
             named += page
             read = [x for x in map(_read, page) if x is not None]
             readable += read
@@ -81,11 +82,12 @@ class Candidates:
         return self._in_order_of_use([x for x in readable if not self._is_left_alone(x)])
 
     def probe_links(self) -> None:
-        """Know what a few links cost before any is used. Raises LedgerUnavailable."""
-        self.look(0)
-        self.learn_links(())
+        """Know what a few links cost before any is used; nothing once they are. Raises LedgerUnavailable."""
+        if not self._links.are_enough:
+            self.look(0)
+            self.learn_links()
 
-    def learn_links(self, about_to_use: tuple[str, ...]) -> None:
+    def learn_links(self, about_to_use: tuple[str, ...] = ()) -> None:
         self._links.learn([x.creditor for x in self._seen], about_to_use)
 
     # ------------------------------------------------------------------ what is known

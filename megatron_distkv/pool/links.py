@@ -24,8 +24,7 @@ class LinkCost(NamedTuple):
     """Of one debtor's link to one creditor, measured once in the life of both.
 
     `ask_us`: the questions of one decode step, of all layers, there and back. `fetch_us`: one rBlock on its way back.
-    (paper, section 5: fetching back beats asking where
-    more decode steps remain than the break-even.)
+    Fetching back beats asking where more decode steps remain than the break-even (paper, section 5).
     """
 
     round_trip_us: float
@@ -37,6 +36,13 @@ class LinkCost(NamedTuple):
     def break_even_steps(self) -> float:
         """Decode steps after which one rBlock, all that a request has there, had better come back at once."""
         return self.fetch_us / self.ask_us
+
+
+class _Known(NamedTuple):
+    """Of one life of a member."""
+
+    epoch: int
+    cost: LinkCost
 
 
 def link_cost(round_trip_s: float, loaded_s: float, load_bytes: int, shape: RBlockShape) -> LinkCost:
@@ -67,13 +73,18 @@ class Links:
         self._clock = clock
         self._measure = measure
         self._publish = publish
-        self._costs: dict[tuple[str, int], LinkCost] = {}  # by member and epoch, the latest last
-        self._failures: dict[tuple[str, int], int] = {}
+        self._known: dict[str, _Known] = {}  # by member, the latest last
+        self._failures: dict[tuple[str, int], int] = {}  # by member and epoch
 
     def cost_of(self, member: str) -> LinkCost | None:
         """None: not measured (yet)."""
-        found = [cost for (name, _), cost in list(self._costs.items()) if name == member]
-        return found[-1] if found else None
+        known = self._known.get(member)
+        return None if known is None else known.cost
+
+    @property
+    def are_enough(self) -> bool:
+        """Whether as many are known as shall be before any is used."""
+        return len(self._known) >= NUM_PROBED
 
     def learn(self, creditors: Sequence[Creditor], about_to_use: Collection[str] = ()) -> None:
         """Measure those that are about to be used, and some others until a few are known; forget those that are gone.
@@ -84,21 +95,24 @@ class Links:
         new = [x for x in creditors if self._is_new(x)]
         wanted = [x for x in new if x.instance in about_to_use]
         others = [x for x in new if x.instance not in about_to_use]
-        num_missing = max(0, NUM_PROBED - len(self._costs) - len(wanted))
+        num_missing = max(0, NUM_PROBED - len(self._known) - len(wanted))
         wanted += self._clock.random.sample(others, min(num_missing, len(others)))
         measured = [self._try(creditor) for creditor in wanted]
         if any(measured):
-            names = [name for name, _ in self._costs][-NUM_PUBLISHED:]
-            self._publish({name: cost for name in names if (cost := self.cost_of(name)) is not None})
+            latest = list(self._known.items())[-NUM_PUBLISHED:]
+            self._publish({member: known.cost for member, known in latest})
 
     def _is_new(self, creditor: Creditor) -> bool:
-        life = (creditor.instance, creditor.epoch)
-        return life not in self._costs and self._failures.get(life, 0) < ATTEMPTS
+        known = self._known.get(creditor.instance)
+        is_known = known is not None and known.epoch == creditor.epoch
+        return not is_known and self._failures.get((creditor.instance, creditor.epoch), 0) < ATTEMPTS
 
     def _try(self, creditor: Creditor) -> bool:
         life = (creditor.instance, creditor.epoch)
         try:
-            self._costs[life] = self._measure(creditor)
+            cost = self._measure(creditor)
+            self._known.pop(creditor.instance, None)  # the latest last
+            self._known[creditor.instance] = _Known(creditor.epoch, cost)
             return True
         except DistkvError as error:
             logger.info("the link to %s cannot be measured: %s", creditor.instance, error)
@@ -108,7 +122,13 @@ class Links:
     def _prune(self, creditors: Sequence[Creditor]) -> None:
         """Creditors that lend nothing now may come back; what is kept of them is bounded."""
         present = {(x.instance, x.epoch) for x in creditors}
-        for lives in (self._costs, self._failures):
-            absent = [life for life in lives if life not in present]
-            for life in absent[: max(0, len(absent) - MAX_ABSENT)]:
-                lives.pop(life, None)
+        for member, _ in _too_old([(member, known.epoch) for member, known in self._known.items()], present):
+            self._known.pop(member, None)
+        for life in _too_old(list(self._failures), present):
+            self._failures.pop(life, None)
+
+
+def _too_old(lives: Sequence[tuple[str, int]], present: Collection[tuple[str, int]]) -> Sequence[tuple[str, int]]:
+    """The first of those that are not present, all but the last few."""
+    absent = [life for life in lives if life not in present]
+    return absent[: max(0, len(absent) - MAX_ABSENT)]

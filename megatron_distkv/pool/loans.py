@@ -55,9 +55,6 @@ class RequestOwner:
     request_id: str
 
 
-Owner = RequestOwner
-
-
 class Control(Protocol):
     """Short questions to other members' leaders, on channels of their own. Any thread may ask."""
 
@@ -75,7 +72,7 @@ class HeldLoan:
     """
 
     loan_id: LoanId = field(repr=False)  # a secret: no log may have it
-    owner: Owner
+    owner: RequestOwner
     peer: Peer
     num_rblocks: int
     unused: deque[int] = field(default_factory=deque)
@@ -137,8 +134,8 @@ class Loans:
         self._cooldown = cooldown
         self._jobs = jobs
         self._clock = clock
-        self._held: dict[Owner, list[HeldLoan]] = {}
-        self._wishes: dict[Owner, _Wish] = {}
+        self._held: dict[RequestOwner, list[HeldLoan]] = {}
+        self._wishes: dict[RequestOwner, _Wish] = {}
         self._unwanted: list[Future[list[HeldLoan]]] = []  # whose owner has ended
         self._tasks: list[Future[None]] = []  # releases and links, under way
         self._wish_again_at_s = float("-inf")
@@ -154,13 +151,13 @@ class Loans:
     def all(self) -> Iterator[HeldLoan]:
         return (loan for loans in self._held.values() for loan in loans)
 
-    def of(self, owner: Owner) -> list[HeldLoan]:
+    def of(self, owner: RequestOwner) -> list[HeldLoan]:
         return self._held.get(owner, [])
 
-    def usable(self, owner: Owner) -> list[HeldLoan]:
+    def usable(self, owner: RequestOwner) -> list[HeldLoan]:
         return [loan for loan in self.of(owner) if loan.unused and not loan.is_leaving]
 
-    def num_unused(self, owner: Owner) -> int:
+    def num_unused(self, owner: RequestOwner) -> int:
         return sum(len(loan.unused) for loan in self.usable(owner))
 
     @property
@@ -170,7 +167,7 @@ class Loans:
 
     # ------------------------------------------------------------------ wishes
 
-    def wish(self, owner: Owner, count: int, only_from: str | None = None) -> None:
+    def wish(self, owner: RequestOwner, count: int, only_from: str | None = None) -> None:
         """Borrow `count` rBlocks, over several creditors if need be; one wish of each owner is under way at a time."""
         now_s = self._clock.monotonic_s()
         if not self._enabled or count <= 0 or owner in self._wishes or now_s < self._wish_again_at_s:
@@ -178,7 +175,7 @@ class Loans:
         self._wishes[owner] = _Wish(count, now_s, self._jobs.submit(self._borrow, owner, count, only_from))
         self.take_results()  # of jobs that are done at once
 
-    def num_wished(self, owner: Owner) -> int:
+    def num_wished(self, owner: RequestOwner) -> int:
         wish = self._wishes.get(owner)
         return 0 if wish is None else wish.count
 
@@ -196,7 +193,7 @@ class Loans:
         self._unwanted = [wish for wish in self._unwanted if not wish.done()]
         self._tasks = [task for task in self._tasks if not _is_over(task)]
 
-    def _take(self, owner: Owner, wish: _Wish) -> None:
+    def _take(self, owner: RequestOwner, wish: _Wish) -> None:
         now_s, loans = self._clock.monotonic_s(), wish.loans.result()
         took_s = now_s - wish.posted_s
         self._mean_s = NEWEST_SHARE * took_s + (1 - NEWEST_SHARE) * (self._mean_s or took_s)
@@ -208,7 +205,7 @@ class Loans:
 
     # ------------------------------------------------------------------ endings
 
-    def end(self, owner: Owner) -> None:
+    def end(self, owner: RequestOwner) -> None:
         """The owner has ended: so do its loans, and what it has wished for."""
         wish = self._wishes.pop(owner, None)
         if wish is not None:
@@ -242,7 +239,7 @@ class Loans:
 
     # ------------------------------------------------------------------ to and from other debtors
 
-    def transfer(self, owner: Owner, loan_ids: Container[str]) -> None:
+    def transfer(self, owner: RequestOwner, loan_ids: Container[str]) -> None:
         """These go to another debtor; they stay this one's until that has taken them over."""
         until_s = self._clock.monotonic_s() + TRANSFER_WITHIN_S
         for loan in [loan for loan in self.of(owner) if loan.loan_id in loan_ids]:
@@ -274,7 +271,9 @@ class Loans:
                 if loan.key in known:
                     self._release(loan)
 
-    def inherit(self, owner: Owner, peer: Peer, loan_id: LoanId, used: Sequence[int]) -> "Future[HeldLoan | None]":
+    def inherit(
+        self, owner: RequestOwner, peer: Peer, loan_id: LoanId, used: Sequence[int]
+    ) -> "Future[HeldLoan | None]":
         """Take over what another debtor has borrowed for this owner, `used` of it; None: it cannot be had.
 
         A job; `take_over` what it brings.
@@ -287,11 +286,11 @@ class Loans:
 
     # ------------------------------------------------------------------ jobs
 
-    def _borrow(self, owner: Owner, count: int, only_from: str | None) -> list[HeldLoan]:
+    def _borrow(self, owner: RequestOwner, count: int, only_from: str | None) -> list[HeldLoan]:
         """Asks as many creditors as it takes: the freest may refuse, or be lost while its lease still runs."""
         loans: list[HeldLoan] = []
         try:
-            candidates = self._candidates.look(count if only_from is None else 1 << 40)
+            candidates = self._candidates.look(count if only_from is None else float("inf"))
             for candidate in candidates:
                 if count > 0 and only_from in (None, candidate.name):
                     loan = self._borrow_from(candidate.creditor, owner, min(count, candidate.creditor.free_rblocks))
@@ -303,7 +302,7 @@ class Loans:
             self._jobs.submit(self._candidates.learn_links, tuple(loan.creditor for loan in loans))
         return loans
 
-    def _borrow_from(self, creditor: Creditor, owner: Owner, count: int) -> HeldLoan | None:
+    def _borrow_from(self, creditor: Creditor, owner: RequestOwner, count: int) -> HeldLoan | None:
         loan_id, peer = self._next_id(), Peer(creditor.instance, creditor.epoch, creditor.address)
         refusal = self._book.reserve(loan_id, creditor, count)
         reply = LendReply(refusal=refusal) if refusal else self._lend(loan_id, peer, count)
@@ -328,7 +327,7 @@ class Loans:
             self._ended.add(loan_id)
         return answer
 
-    def _inherit(self, owner: Owner, peer: Peer, loan_id: LoanId, used: frozenset[int]) -> HeldLoan | None:
+    def _inherit(self, owner: RequestOwner, peer: Peer, loan_id: LoanId, used: frozenset[int]) -> HeldLoan | None:
         new_id = self._next_id()
         header = InheritHeader(loan_id, new_id, self._book.identity.epoch)
         try:

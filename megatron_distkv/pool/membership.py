@@ -10,7 +10,7 @@ import msgspec
 from megatron_distkv.clock import Clock
 from megatron_distkv.config.instance import LedgerConfig
 from megatron_distkv.errors import LedgerUnavailable, UserError
-from megatron_distkv.ledger import DebtLedger, HeartbeatReply, InstanceRecord, InstanceReport, Move, Recall
+from megatron_distkv.ledger import DebtLedger, HeartbeatReply, InstanceRecord, InstanceReport, Move, PoolReader, Recall
 from megatron_distkv.log import get_logger
 from megatron_distkv.pool.links import LinkCost
 from megatron_distkv.pool.member import Identity, MemberInfo, MemberUnreadable, read_info, write_info
@@ -126,7 +126,8 @@ class Membership:
 
     def _require_same_model(self, before_epoch: int | None = None) -> None:
         """As that of all members, or of those that came before this epoch."""
-        for record in self._ledger.snapshot().live:
+        reader = PoolReader(lambda since: self._ledger.changes(since, with_loans=False, with_placements=False))
+        for record in reader.snapshot().live:
             if record.instance != self.identity.instance and (before_epoch is None or record.epoch < before_epoch):
                 self._require_same_model_as(record)
 

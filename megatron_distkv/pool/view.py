@@ -19,7 +19,7 @@ class PoolView:
     """
 
     def __init__(self, ledger: DebtLedger, clock: Clock) -> None:
-        self._reader = PoolReader(lambda since: ledger.changes(since, with_loans=True, with_placements=True))
+        self._reader = PoolReader(ledger.changes)
         self._clock = clock
         self.picture: Picture | None = None
         self.ledger_is_away = False

@@ -57,13 +57,13 @@ class FetchBack:
 
         Only where all that runs fits here until its end: what comes back will not have to leave again for it.
         """
-        for loan in self._loans.all():
+        loans = list(self._loans.all())
+        num_spare = num_free - self._tables.growth_until_the_end() if loans else 0
+        for loan in loans if num_spare > 0 else ():
             request, count = self._tables.request(loan.request_id), self._num_under(loan)
             link = self._links.cost_of(loan.creditor)
             steps_left = request.max_total_tokens - request.num_tokens
-            if link is None or count == 0 or count * link.break_even_steps > steps_left:
-                continue
-            if count + self._tables.growth_until_the_end() <= num_free:
+            if link is not None and 0 < count <= num_spare and count * link.break_even_steps <= steps_left:
                 self._fetch_when_there_is_room(loan)
                 return
 
@@ -83,7 +83,7 @@ class FetchBack:
     def pull(self, loan: HeldLoan, block_ids: Sequence[int]) -> None:
         """Plan to fetch as many rBlocks of this loan back as there are `block_ids` for."""
         start = 0
-        for span in self._tables.of(loan.request_id).bring_home(loan.loan_id, block_ids):
+        for span in self._tables.of(loan.request_id).make_local(loan.loan_id, block_ids):
             end = start + len(span.block_ids)
             local_ids = list(block_ids[start:end])
             self._pulls.append(Pull(loan.request_id, loan.peer, loan.loan_id, list(span.block_ids), local_ids))

@@ -141,24 +141,24 @@ class Lending:
         self._release_in_ledger(loan_id)
         return None
 
-    def transfer(self, header: InheritHeader, heir: Holder) -> LendReply:
+    def transfer(self, header: InheritHeader, new_debtor: Holder) -> LendReply:
         """Another debtor takes a loan over, with all that lies in it. That it knows the id proves that it may."""
         loan_id, new_loan_id = LoanId(header.loan_id), LoanId(header.new_loan_id)
         with self._lock:
             lent = self._lent.get(loan_id)
             if lent is None or new_loan_id in self._lent or new_loan_id in self._ending:
                 return LendReply(refusal=Refusal.UNKNOWN_LOAN)
-        refusal = self._book.transfer(loan_id, new_loan_id, InstanceId(heir.name), header.debtor_epoch)
+        refusal = self._book.transfer(loan_id, new_loan_id, InstanceId(new_debtor.name), header.debtor_epoch)
         if refusal is not None:
             return LendReply(refusal=refusal)
         with self._lock:
             if self._lent.pop(loan_id, None) is None:  # it ended meanwhile, and its rBlocks with it
                 return LendReply(refusal=Refusal.UNKNOWN_LOAN)
             self._ending.add(loan_id)
-            self._lent[new_loan_id] = Lent(heir, header.debtor_epoch, lent.num_rblocks)
+            self._lent[new_loan_id] = Lent(new_debtor, header.debtor_epoch, lent.num_rblocks)
         block_ids = self._allocator.rename_loan(loan_id, new_loan_id)
-        self._grants.transfer(loan_id, new_loan_id, heir)
-        self._followers.transfer(loan_id, new_loan_id, heir)
+        self._grants.transfer(loan_id, new_loan_id, new_debtor)
+        self._followers.transfer(loan_id, new_loan_id, new_debtor)
         self._ending.discard(loan_id)
         return LendReply(block_ids=list(block_ids))
 

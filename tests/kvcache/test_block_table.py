@@ -70,7 +70,7 @@ def test_what_comes_home_is_where_it_was(counts: list[int]) -> None:
     left, fresh = [], iter(range(200, 300))
     for count in counts:
         physical = [next(fresh) for _ in range(min(count, table.num_under(LOAN)))]
-        spans = table.bring_home(LOAN, physical)
+        spans = table.make_local(LOAN, physical)
         left += [block_id for span in spans for block_id in span.block_ids]
         table.check_integrity()
     # Then the oldest have come, each once, and the rest lies where it was

@@ -56,3 +56,4 @@ def test_who_is_told_to_stop_waits_no_longer(server: EmbeddedServer) -> None:
     ledger.register(NAME, "unix:x", 16, 2, 600.0)
     stop.set()
     require_free_names(ledger, [NAME], "pool 'default'", print, stop)
+    assert [member.instance for member in ledger.snapshot().live] == [NAME]

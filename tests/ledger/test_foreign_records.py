@@ -87,8 +87,8 @@ def everything(ledger: RedisLedger, a: int, b: int) -> Iterator[Callable[[], obj
     yield lambda: ledger.changes(0, 1)
     yield lambda: ledger.changes(1)
     yield lambda: ledger.known_loans([LoanId("l1"), LoanId("l2")])
-    yield lambda: ledger.recommend(A, 10, 5)
-    yield lambda: ledger.recommend(B, 10, 5, 1)
+    yield lambda: ledger.recommend(A, 5)
+    yield lambda: ledger.recommend(B, 5, 1)
     yield lambda: ledger.loans_of(B, b)
     yield lambda: ledger.reclaim(B, b, 2)
     yield lambda: ledger.events(20)
@@ -198,7 +198,7 @@ def test_one_odd_record_spoils_no_other_and_heals(odd_server: EmbeddedServer, ke
         if not key.endswith(("leases", "changed")):
             assert read[name] == before[name]
         pool.report(name)
-    assert [x.instance for x in pool.ledger.recommend(InstanceId("c"), 999, 9) if x.instance == "d"] == ["d"]
+    assert [x.instance for x in pool.ledger.recommend(InstanceId("c"), 9) if x.instance == "d"] == ["d"]
     terms = (LoanId("l3"), InstanceId("c"), pool.epochs["c"], InstanceId("d"), pool.epochs["d"])
     assert pool.ledger.borrow(*terms, 4, 9.0) is None
     assert pool.ledger.release(LoanId("l3"), InstanceId("c"), pool.epochs["c"]) == 4

@@ -29,7 +29,7 @@ def test_all_events_are_found() -> None:
 @pytest.mark.parametrize("event", sorted(events_written()))
 def test_each_event_is_a_sentence(event: str) -> None:
     facts = {"loan": f"a.1.1.{SECRET}", "debtor": "a", "creditor": "b", "rblocks": "4", "instance": "a",
-             "epoch": "1", "heir": "c"}  # fmt: skip
+             "epoch": "1", "new_debtor": "c"}  # fmt: skip
     said = render_history([{"at_ms": "0", "event": event, **facts}])
     assert "event=" not in said
     assert SECRET not in said

@@ -9,6 +9,7 @@ from megatron_distkv.config.instance import LedgerConfig
 from megatron_distkv.errors import PeerLost
 from megatron_distkv.ledger import Creditor, MemoryLedger
 from megatron_distkv.pool import Candidates, Identity, LinkCost, Links, MemberInfo, Membership, Quarantine
+from megatron_distkv.pool.links import NUM_PROBED
 from megatron_distkv.rblock import InstanceId
 from tests.pool.members import SHAPE, info
 
@@ -118,3 +119,18 @@ def test_own_host_memory_comes_first_unless_others_are_much_quicker(
 
 def test_without_a_creditor_host_memory_is_not_slow() -> None:
     assert not Pool(me={"query_us": 1.0, "host_query_us": 1e9}).candidates.host_memory_is_slow()
+
+
+@pytest.mark.parametrize("num_known", [NUM_PROBED - 1, NUM_PROBED])
+def test_the_ledger_is_asked_until_enough_links_are_known(monkeypatch: pytest.MonkeyPatch, num_known: int) -> None:
+    names = [f"m{number}" for number in range(NUM_PROBED)]
+    pool = Pool(links=dict.fromkeys(names[:num_known], NEAR), **dict.fromkeys(names, (10, {"query_us": 5.0})))
+    asked: list[int] = []
+
+    def recommend(debtor: InstanceId, limit: int, skip: int = 0) -> list[Creditor]:
+        asked.append(limit)
+        return []
+
+    monkeypatch.setattr(pool.ledger, "recommend", recommend)
+    pool.candidates.probe_links()
+    assert bool(asked) == (num_known < NUM_PROBED)

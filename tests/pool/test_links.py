@@ -68,6 +68,7 @@ def test_a_few_are_measured_and_who_is_to_be_used() -> None:
     # When links are learned again and again, and two of them are to be used
     for _ in range(3):
         measured.links.learn(pool)
+        assert measured.links.are_enough
     assert len(set(measured.asked)) == len(measured.asked) == NUM_PROBED
     measured.links.learn(pool, ["m7", "m8"])
     # Then these are measured too, each once in its life, and what is published stays small

@@ -138,8 +138,8 @@ class Pool:
         loan = new_loan_id(debtor.instance, debtor.epoch, 10**6 + number)
         terms = (loan, debtor.instance, debtor.epoch, creditor.instance, creditor.epoch, 1, LEASE_S)
         time_of("(a ping, to compare)", ledger.ping_or_explain)
-        time_of("recommend 64", lambda: ledger.recommend(debtor.instance, 1 << 40, 64))
-        time_of("recommend 64, the last page", lambda: ledger.recommend(debtor.instance, 1 << 40, 64, last))
+        time_of("recommend 64", lambda: ledger.recommend(debtor.instance, 64))
+        time_of("recommend 64, the last page", lambda: ledger.recommend(debtor.instance, 64, last))
         refusal = time_of("borrow", lambda: ledger.borrow(*terms))
         assert refusal is None, refusal
         time_of("accept", lambda: ledger.accept(loan, creditor.instance, creditor.epoch))
