@@ -10,7 +10,7 @@ from megatron_distkv.attention.fixed_order.fixed_attention import FixedAttention
 from megatron_distkv.attention.forward_context import ForwardContext, forward_context
 from megatron_distkv.attention.head_share import HeadShare
 from megatron_distkv.attention.host_memory import HostMemory
-from megatron_distkv.attention.loan_table import LoanTable
+from megatron_distkv.attention.loan_table import Access, LoanTable
 from megatron_distkv.attention.metadata import AttentionMetadata, RemoteShare, SequenceSlice, build_metadata
 from megatron_distkv.attention.open_index import OpenSlice
 from megatron_distkv.attention.open_rblocks import NewKeys, OpenRBlocks
@@ -22,6 +22,7 @@ from megatron_distkv.attention.split_channel import Part, SplitChannel
 from megatron_distkv.attention.verification import Verification
 
 __all__ = [
+    "Access",
     "AttentionMetadata",
     "Creditor",
     "CreditorChannel",

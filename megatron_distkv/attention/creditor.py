@@ -185,7 +185,8 @@ def _is_granted(access: Access, kind: str, asker: Holder) -> bool:
         return True
     metrics.REFUSED_ACCESSES.labels(kind, access.value).inc()
     if access is not Access.ENDED:
-        logger.warning("refusing a %s of %s: it names memory of another", kind, asker.name)
+        why = "memory of another" if access is Access.FOREIGN else "memory in which it has stored nothing"
+        logger.warning("refusing a %s of %s: it names %s", kind, asker.name, why)
     return False
 
 

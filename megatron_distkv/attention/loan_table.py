@@ -70,10 +70,6 @@ class LoanTable:
             self.version += 1
             return frozenset(loan.stored.whole)
 
-    def covers(self, holder: Holder, loan_ids: Sequence[str], block_ids: Collection[int]) -> bool:
-        """Whether these live loans of `holder` hold all of these rBlocks."""
-        return self.may_write(holder, loan_ids, block_ids) is Access.GRANTED
-
     def may_write(self, asker: Holder, loan_ids: Sequence[str], block_ids: Collection[int]) -> Access:
         with self._lock:
             loans = self._loans_of(asker, loan_ids)

@@ -21,6 +21,7 @@ class StoredRBlocks:
         for block_id in block_ids if new != every else ():
             self._heads[block_id] = self._heads.get(block_id, 0) | new
             if self._heads[block_id] == every:
+                del self._heads[block_id]
                 self.whole.add(block_id)
 
     def holds(self, block_ids: Collection[int], heads: slice) -> bool:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import msgspec
 import pytest
 
+from megatron_distkv.attention import Access
 from megatron_distkv.engine import worker
 from megatron_distkv.engine.addresses import control_address, rank_address
 from megatron_distkv.engine.batch import StepPlan, StepReply
@@ -86,10 +87,10 @@ def test_the_pools_secret_and_the_instances_name_are_not_enough(follower: Follow
         follower.channel(follower.pool_secret, control=True)
     # And when it leaves, nobody takes that for the leader's end
     thief.close()
-    leader = follower.channel(follower.instance_secret, control=True)
+    leader, table = follower.channel(follower.instance_secret, control=True), follower.worker._rank.loan_table
     assert msgspec.msgpack.decode(give(leader, MessageKind.STEP, IDLE), type=StepReply) == StepReply({})
-    assert follower.worker._rank.loan_table.covers(Holder("somebody"), ["a loan of somebody"], [0])
-    assert not follower.worker._rank.loan_table.covers(Holder("thief"), ["loan"], [1])
+    assert table.may_write(Holder("somebody"), ["a loan of somebody"], [0]) is Access.GRANTED
+    assert table.may_write(Holder("thief"), ["loan"], [1]) is not Access.GRANTED
     leader.close()
 
 
@@ -98,7 +99,7 @@ def test_the_leader_is_obeyed(follower: Follower) -> None:
     table = follower.worker._rank.loan_table
     for kind, order in ORDERS[1:3]:
         assert msgspec.msgpack.decode(give(leader, kind, order), type=Acknowledge) == Acknowledge()
-    assert table.covers(Holder("thief"), ["loan"], [1])
+    assert table.may_write(Holder("thief"), ["loan"], [1]) is Access.GRANTED
     with contextlib.suppress(PeerLost):  # it may be gone before its answer is out
         give(leader, *ORDERS[-1])
     follower.thread.join(10)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import msgspec
 import pytest
 
-from megatron_distkv.attention import LoanTable
+from megatron_distkv.attention import Access, LoanTable
 from megatron_distkv.clock import SystemClock
 from megatron_distkv.errors import DistkvError
 from megatron_distkv.handover import IncomingHandovers, incoming
@@ -179,8 +179,8 @@ def test_a_handover_that_was_begun_with_a_certificate_goes_on_with_it() -> None:
         assert not handovers.give_up("x", thief)
     # And the room stays the sender's, when it asks for more
     block_ids = handovers.prepare(PrepareHeader("x", 2), sender).block_ids
-    assert table.covers(sender, ["x"], block_ids)
-    assert not table.covers(Holder("p"), ["x"], block_ids)
+    assert table.may_write(sender, ["x"], block_ids) is Access.GRANTED
+    assert table.may_write(Holder("p"), ["x"], block_ids) is Access.FOREIGN
 
 
 def test_the_first_holder_is_kept_when_it_asks_for_more() -> None:
@@ -190,7 +190,7 @@ def test_the_first_holder_is_kept_when_it_asks_for_more() -> None:
     assert handovers.prepare(PrepareHeader("x", 1), SENDER).refusal is None
     # When its sender asks for more over one that does, then it may use both
     block_ids = handovers.prepare(PrepareHeader("x", 2), Holder("p", "of its host")).block_ids
-    assert table.covers(SENDER, ["x"], block_ids)
+    assert table.may_write(SENDER, ["x"], block_ids) is Access.GRANTED
 
 
 def test_what_has_come_stays_when_the_sender_says_so_twice(kept: IncomingHandovers) -> None:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import pytest
 
+from megatron_distkv.attention import Access
 from megatron_distkv.config.instance import InstanceConfig
 from megatron_distkv.engine import unplaceable
 from megatron_distkv.engine.instance import Instance
@@ -105,7 +106,7 @@ class Pool:
 
     def _is_granted(self, debtor: str, span: RemoteSpan) -> bool:
         table = self.instances[span.creditor].parts.rank.loan_table
-        return table.covers(Holder(debtor), [span.loan_id], span.block_ids)
+        return table.may_write(Holder(debtor), [span.loan_id], span.block_ids) is Access.GRANTED
 
     def assert_nothing_is_owed(self) -> None:
         assert self.debts_in_ledger() == set()
