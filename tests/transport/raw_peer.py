@@ -29,7 +29,11 @@ class RawPeer:
     def __init__(self, address: str) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.socket.settimeout(SILENCE_S)
-        self.socket.connect(address.removeprefix("unix:"))
+        try:
+            self.socket.connect(address.removeprefix("unix:"))
+        except OSError:
+            self.socket.close()
+            raise
         self.memory: mmap.mmap | None = None
         self.request_bytes = 0
 
