@@ -233,8 +233,14 @@ class RManager:
             self._fetch_back.leave(creditor, self._evictor.num_spare)
 
     def ask_back_for(self, request: Request) -> None:
-        """Recall as much as this request, one of this instance's own, lacks."""
-        self._ask_back(min(self._allocator.num_lent, self._tables.num_missing(request) - self.num_local_free))
+        """Recall as much as this request, one of this instance's own, lacks; nothing where that would not be enough.
+
+        Whoever has what is lent computes with it, and has to begin anew without it: that must be good for something.
+        """
+        missing = self._tables.num_missing(request) - self.num_local_free
+        lent, elsewhere = self._allocator.num_lent, self._host.num_free + self._candidates.borrowable_rblocks
+        if missing <= lent + elsewhere:
+            self._ask_back(min(lent, missing))
 
     def ask_back_all(self) -> None:
         """This instance is about to leave."""
