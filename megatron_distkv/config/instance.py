@@ -10,6 +10,7 @@ from megatron_distkv.config.network import NetworkConfig
 
 # The ledger of one instance without others, inside of its process.
 LONELY_LEDGER = "memory://"
+Layers = Literal["direct", "megatron"]
 
 
 class KVCacheConfig(FrozenConfig):
@@ -96,6 +97,10 @@ class InstanceConfig(FrozenConfig):
     """Ranks of this instance."""
     threads: int = Field(1, ge=1)
     """CPU threads per rank."""
+    layers: Layers = "direct"
+    """How the decoder's layers are computed. direct: Megatron's modules and weights, walked without its forward methods
+    (autograd, hooks and module calls are a third of a decode step). megatron: by Megatron's own forward, as training
+    does; always with `deterministic`. The bits are the same."""
     deterministic: bool = False
     """The same bits for the same request, wherever its rBlocks lie and whatever else is in the batch, at the price of
     speed: docs/determinism.md. All instances of a pool must say the same and have the same processor."""

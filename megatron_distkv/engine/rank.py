@@ -88,8 +88,8 @@ def _load(config: InstanceConfig, parallel: TensorParallel) -> tuple[ModelConfig
     load_weights(module, checkpoint, model)
     weights = fingerprint(module)
     if config.deterministic:
-        tile_rows(module)
-    return model, GPT(module, model), weights
+        tile_rows(module)  # of Megatron's layers
+    return model, GPT(module, model, "megatron" if config.deterministic else config.layers), weights
 
 
 def _peers(config: InstanceConfig, rank: int, identity: Identity, secret: bytes, memory: RankMemory) -> Peers:

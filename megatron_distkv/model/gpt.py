@@ -7,12 +7,14 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_distkv.config.instance import Layers
 from megatron_distkv.config.model import MixtureConfig, ModelConfig
 from megatron_distkv.errors import ConfigError
 from megatron_distkv.model.gemma import Norm, gated_activation, scale_and_cap
 from megatron_distkv.model.layer_spec import layers_of
 from megatron_distkv.model.megatron_gpt import MegatronGPT, new_gpt
 from megatron_distkv.model.parallel import TensorParallel, gather_vocabulary
+from megatron_distkv.model.serving_layers import ServingLayers
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -98,15 +100,20 @@ def _mixture_settings(mixture: MixtureConfig, parallel: TensorParallel) -> dict[
 class GPT:
     """The forward pass of serving: packed tokens in, logits of the wanted rows out, inside a forward context."""
 
-    def __init__(self, gpt: MegatronGPT, config: ModelConfig) -> None:
+    def __init__(self, gpt: MegatronGPT, config: ModelConfig, layers: Layers = "direct") -> None:
+        """`layers`: whether the decoder is walked by ServingLayers or by Megatron's own forward; the same bits."""
         self._gpt = gpt.eval()
+        self._layers = ServingLayers(gpt.decoder) if layers == "direct" else self._megatrons
         self._vocab_size = config.vocab_size
         self._output_weight = gpt.shared_embedding_or_output_weight() if config.tie_embeddings else None
 
     @torch.inference_mode()
     def __call__(self, ids_T: torch.Tensor, rows_R: torch.Tensor) -> torch.Tensor:
         """Logits `[R, vocabulary]`, on every rank. R = 0 still runs the layers: they write KV."""
-        hidden_T1h = self._gpt.embedding(ids_T[None], None)
-        hidden_T1h = self._gpt.decoder(hidden_states=hidden_T1h, attention_mask=None)
-        logits_R1V, _ = self._gpt.output_layer(hidden_T1h[rows_R], weight=self._output_weight)
+        hidden_Th = self._layers(self._gpt.embedding(ids_T[None], None)[:, 0])
+        logits_R1V, _ = self._gpt.output_layer(hidden_Th[rows_R, None], weight=self._output_weight)
         return gather_vocabulary(logits_R1V[:, 0])[:, : self._vocab_size]
+
+    def _megatrons(self, hidden_Th: torch.Tensor) -> torch.Tensor:
+        hidden_T1h: torch.Tensor = self._gpt.decoder(hidden_states=hidden_Th[:, None], attention_mask=None)
+        return hidden_T1h[:, 0]

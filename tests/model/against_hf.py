@@ -36,30 +36,51 @@ class Slice:
 
 
 class Errors(NamedTuple):
-    """Largest absolute differences of logits, and the reference's largest logit."""
+    """Largest absolute differences of logits, and the reference's largest logit.
+
+    `direct`: between the two ways in which serving computes layers, which give the same bits.
+    """
 
     dense: float
     packed: float
+    direct: float
     largest_logit: float
 
 
 @torch.no_grad()
 def compare(module: Any, config: ModelConfig, parallel: TensorParallel, reference: Path) -> Errors:
-    dtype = TORCH_DTYPES[config.dtype]
-    hf = AutoModelForCausalLM.from_pretrained(reference, dtype=dtype).eval()
-    generator = torch.Generator().manual_seed(1)
-    texts = [torch.randint(0, config.vocab_size, (n,), generator=generator) for n in LENGTHS]
+    hf = AutoModelForCausalLM.from_pretrained(reference, dtype=TORCH_DTYPES[config.dtype]).eval()
+    texts = random_texts(config)
     expected = [hf(text[None]).logits[0].float() for text in texts]
     ids = torch.stack([text[:14] for text in texts])
     dense = gather_vocabulary(module.eval()(ids, None, None))[..., : config.vocab_size].float()
     dense_error = max(float((dense[i] - expected[i][:14]).abs().max()) for i in range(3))
-    pool = RBlockPool(16, config.num_layers, config.num_kv_heads // parallel.size, N, config.head_dim, dtype)
-    gpt, packed_error = GPT(module, config), 0.0
+    packed = packed_logits(GPT(module, config), config, parallel, texts)
+    megatrons = packed_logits(GPT(module, config, "megatron"), config, parallel, texts)
+    wanted = [torch.cat([expected[r][s:e] for r, s, e in step]) for step in STEPS]
+    largest = max(float(x.abs().max()) for x in expected)
+    return Errors(dense_error, largest_difference(packed, wanted), largest_difference(packed, megatrons), largest)
+
+
+def random_texts(config: ModelConfig) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, config.vocab_size, (n,), generator=generator) for n in LENGTHS]
+
+
+def packed_logits(
+    gpt: GPT, config: ModelConfig, parallel: TensorParallel, texts: list[torch.Tensor]
+) -> list[torch.Tensor]:
+    """Of each step's tokens, `[T, vocabulary]`, fp32."""
+    kv_heads, dtype = config.num_kv_heads // parallel.size, TORCH_DTYPES[config.dtype]
+    pool = RBlockPool(16, config.num_layers, kv_heads, N, config.head_dim, dtype)
+    logits = []
     for step in STEPS:
         metadata = build_metadata([Slice(s, e, [LocalSpan(0, BLOCKS[r][: -(-e // N)])]) for r, s, e in step], N)
         tokens = torch.cat([texts[r][s:e] for r, s, e in step])
         with forward_context(ForwardContext(metadata, pool.tensor_BLK2ND)):
-            logits = gpt(tokens, torch.arange(len(tokens))).float()
-        wanted = torch.cat([expected[r][s:e] for r, s, e in step])
-        packed_error = max(packed_error, float((logits - wanted).abs().max()))
-    return Errors(dense_error, packed_error, max(float(x.abs().max()) for x in expected))
+            logits.append(gpt(tokens, torch.arange(len(tokens))).float())
+    return logits
+
+
+def largest_difference(these: list[torch.Tensor], those: list[torch.Tensor]) -> float:
+    return max(float((a - b).abs().max()) for a, b in zip(these, those, strict=True))

@@ -45,6 +45,7 @@ def test_one_rank_gives_the_logits_of_transformers(name: str, references: Path) 
     errors = compare(module, checkpoint.model, parallel, references / name)
     assert errors.largest_logit > 1
     assert max(errors.dense, errors.packed) < TOLERANCE
+    assert errors.direct == 0
 
 
 def test_two_ranks_give_the_logits_of_transformers(references: Path, tmp_path: Path) -> None:
@@ -52,6 +53,7 @@ def test_two_ranks_give_the_logits_of_transformers(references: Path, tmp_path: P
     assert found.keys() == FAMILIES.keys()
     for name, errors in found.items():
         assert max(errors.dense, errors.packed) < TOLERANCE, name
+        assert errors.direct == 0, name
 
 
 def test_what_each_family_is_read_as(references: Path) -> None:

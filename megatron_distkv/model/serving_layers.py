@@ -1,0 +1,114 @@
+"""The decoder as serving walks it: Megatron's own modules and weights, without autograd, hooks and module calls.
+
+Megatron's forward serves training too: an autograd function around every product, dropouts of nothing and a dozen
+Python calls per layer take a third of a decode step. What is computed here, in which order, is the same to the bit
+(tests/model/test_serving_layers.py); a part that this file does not know runs through its own forward.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import RowParallelLinear
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.moe.moe_layer import MoELayer
+
+from megatron_distkv.model.gemma import Norm
+
+_Function = Callable[[torch.Tensor], torch.Tensor]
+
+
+class ServingLayers:
+    """Hidden states `[T, hidden]` of packed tokens in and out, the last norm included; inside a forward context."""
+
+    def __init__(self, decoder: Any) -> None:
+        self._layers = [_Layer(layer) for layer in decoder.layers]
+        self._last_norm = _norm(decoder.final_layernorm)
+
+    def __call__(self, hidden_Th: torch.Tensor) -> torch.Tensor:
+        for layer in self._layers:
+            hidden_Th = hidden_Th + layer.attention(layer.attention_norm(hidden_Th))
+            hidden_Th = hidden_Th + layer.mlp(layer.mlp_norm(hidden_Th))
+        return self._last_norm(hidden_Th)
+
+
+class _Layer:
+    def __init__(self, layer: Any) -> None:
+        self.attention_norm = _norm(layer.input_layernorm)
+        self.attention: _Function = _Attention(layer.self_attention)
+        self.mlp_norm = _norm(layer.pre_mlp_layernorm)
+        self.mlp = _mlp(layer.mlp)
+
+
+class _Attention:
+    """Megatron's SelfAttention: q, k and v in one product, interleaved by KV head; norms; core attention; projection."""
+
+    def __init__(self, attention: Any) -> None:
+        self._qkv = _product(attention.linear_qkv)
+        self._kv_heads: int = attention.num_query_groups_per_partition
+        self._group: int = attention.num_attention_heads_per_partition // self._kv_heads
+        self._head_dim: int = attention.hidden_size_per_attention_head
+        self._q_norm, self._k_norm = (
+            None if norm is None else _norm(norm) for norm in (attention.q_layernorm, attention.k_layernorm)
+        )
+        self._core = attention.core_attention.forward
+        self._projection = _product(attention.linear_proj)
+
+    def __call__(self, x_Th: torch.Tensor) -> torch.Tensor:
+        heads = self._qkv(x_Th).view(-1, 1, self._kv_heads, self._group + 2, self._head_dim)
+        q_T1HD = heads[..., : self._group, :].reshape(-1, 1, self._kv_heads * self._group, self._head_dim)
+        k_T1KD, v_T1KD = heads[..., self._group, :], heads[..., self._group + 1, :]
+        if self._q_norm is not None and self._k_norm is not None:
+            q_T1HD, k_T1KD = self._q_norm(q_T1HD), self._k_norm(k_T1KD)
+        return self._projection(self._core(q_T1HD, k_T1KD, v_T1KD, None).squeeze(1))
+
+
+def _norm(norm: Any) -> _Function:
+    if isinstance(norm, torch.nn.RMSNorm):
+        return partial(F.rms_norm, normalized_shape=norm.normalized_shape, weight=norm.weight.detach(), eps=norm.eps)
+    forward: _Function = norm.forward
+    return forward
+
+
+def _mlp(mlp: Any) -> _Function:
+    if not isinstance(mlp, MLP):
+        return partial(_of_own_forward, mlp)
+    first, second, activation = _product(mlp.linear_fc1), _product(mlp.linear_fc2), mlp.config.activation_func
+
+    def gated(x_Th: torch.Tensor) -> torch.Tensor:
+        gate_Tf, up_Tf = first(x_Th).chunk(2, dim=-1)
+        return second(activation(gate_Tf) * up_Tf)
+
+    return gated
+
+
+def _of_own_forward(module: MoELayer, x_Th: torch.Tensor) -> torch.Tensor:
+    return module(x_Th[:, None])[0][:, 0]  # type: ignore[no-any-return]
+
+
+def _product(linear: Any) -> _Function:
+    """This rank's part of a parallel linear layer, and the sum over ranks where Megatron has it."""
+    weight_Nh = linear.weight.detach()
+    steps: list[_Function] = [partial(F.linear, weight=weight_Nh)]
+    if isinstance(linear, RowParallelLinear) and parallel_state.get_tensor_model_parallel_world_size() > 1:
+        steps.append(_sum_over_ranks)
+    if linear.bias is not None:
+        steps.append(partial(torch.add, other=linear.bias.detach()))  # rounded twice, as Megatron does
+    if isinstance(norm := getattr(linear, "post_layernorm", None), Norm):
+        steps.append(norm.forward)
+    return steps[0] if len(steps) == 1 else partial(_in_turn, steps)
+
+
+def _in_turn(steps: list[_Function], x: torch.Tensor) -> torch.Tensor:
+    for step in steps:
+        x = step(x)
+    return x
+
+
+def _sum_over_ranks(x_Th: torch.Tensor) -> torch.Tensor:
+    dist.all_reduce(x_Th, group=parallel_state.get_tensor_model_parallel_group())
+    return x_Th
