@@ -32,14 +32,25 @@ SLOW_FILES = (
 )
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--nightly", action="store_true", help="also the tests that `make nightly` runs and `make test` not"
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """xdist would begin with files of many tests, and those of one long test come last."""
     config.option.loadscopereorder = False
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(trylast=True)  # after rooms have marked their own
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     ranks = {Path(__file__).parent / file: rank for rank, file in enumerate(SLOW_FILES)}
     items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
+    if not config.getoption("nightly"):
+        late = [item for item in items if item.get_closest_marker("nightly")]
+        config.hook.pytest_deselected(items=late)
+        items[:] = [item for item in items if item not in set(late)]
 
 
 @pytest.fixture(scope="session")

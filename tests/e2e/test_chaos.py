@@ -61,6 +61,7 @@ def test_a_mebibyte_and_a_file_kept_per_request_make_it_fail(tmp_path: Path) -> 
     assert (report["lost"], report["mismatches"]) == (0, 0)
 
 
+@pytest.mark.nightly
 @pytest.mark.timeout(600)
 def test_partials_that_are_a_little_too_great_make_it_fail(tmp_path: Path) -> None:
     """By 1.0002: most tokens stay what they are, their log-probabilities do not."""

@@ -53,7 +53,7 @@ def test_a_bad_line_and_a_partition(
         hosts.cut()
         said = conversation.rest()
 
-        # Then what lay behind it is computed again, and no more
+        # Then what lay behind it is computed again, and no more: nor an rBlock that was on its way in that step
         assert said.token_ids == reference(prompt, 100)
-        assert 0 < said.kv.num_recomputed_tokens <= said.kv.max_borrowed_rblocks["far"] * 8
+        assert 0 < said.kv.num_recomputed_tokens <= (said.kv.max_borrowed_rblocks["far"] + 1) * 8
         assert said.kv.num_preemptions == 0

@@ -66,7 +66,7 @@ def start(tmp_path: Path) -> Iterator[Callable[[str, list[str], str], Child]]:
             child = Child(
                 name, [*command, "--config", str(tmp_path / f"{name}.json")], tmp_path / f"{name}.log", ENVIRONMENT
             )
-            stack.callback(child.end)
+            stack.callback(child.end, grace_s=0.0)
             end_s = time.monotonic() + 180
             while child.ready_line() is None:
                 assert child.is_running, child.log.read_text()[-2000:]

@@ -19,6 +19,8 @@ SERVED_BY_LIBRARIES = (
     "test_nothing_is_written",
     "test_full_blocks",
 )
+# Tests of what is lost in a cast.
+ROUNDING = ("test_stored_values", "test_every_head_size")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -45,6 +47,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             and not (item.path.stem == "test_triton_launch" and "[triton" not in item.name)
             and not ("[flash_attn" in item.name and not item.name.startswith(SERVED_BY_LIBRARIES))
         ]
+        for item in items:  # it computes in fp32 whatever the dtype: one of both finds what is wrong with a kernel
+            if "[triton" in item.name and "torch.bfloat16" in item.name and not item.name.startswith(ROUNDING):
+                item.add_marker(pytest.mark.nightly)
 
 
 def _only_costs_time(name: str) -> bool:

@@ -46,7 +46,12 @@ def main() -> int:
 
 def all_lanes(venvs: Path, chaos_minutes: float) -> list[Lane]:
     """A new kind of lane is a line here."""
-    return [*interpreter_lanes(venvs), *chaos_lanes(chaos_minutes)]
+    return [marked_lane(), *interpreter_lanes(venvs), *chaos_lanes(chaos_minutes)]
+
+
+def marked_lane() -> Lane:
+    """Tests that are too slow for every change."""
+    return Lane("tests/marked nightly", [sys.executable, "-m", "pytest", "-q", "--nightly", "-m", "nightly"], 3600)
 
 
 def chaos_lanes(minutes: float) -> list[Lane]:
