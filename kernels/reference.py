@@ -165,3 +165,47 @@ def tile_backward(
     d_q = torch.einsum("bkgsx,xbkd->sbkgd", d_scores, k).flatten(2, 3)
     d_k = torch.einsum("bkgsx,sbkgd->xbkd", d_scores, q)
     return d_q, d_k, torch.einsum("bkgsx,sbkgd->xbkd", weights, d_out)
+
+
+def sample(
+    logits_RV: torch.Tensor,
+    temperature_R: torch.Tensor,
+    top_k_R: torch.Tensor,
+    top_p_R: torch.Tensor,
+    min_p_R: torch.Tensor,
+    uniform_R: torch.Tensor,
+) -> torch.Tensor:
+    logits_RV = logits_RV.float()
+    is_finite_R = logits_RV.isfinite().all(dim=-1)
+    weights_RV = kept_weights(logits_RV, temperature_R, top_k_R, top_p_R, min_p_R).double().nan_to_num()
+    sums_RV = weights_RV.cumsum(dim=-1)
+    targets_R1 = (uniform_R.to(sums_RV) * sums_RV[:, -1])[:, None]
+    drawn_R = torch.searchsorted(sums_RV, targets_R1, right=True)[:, 0]
+    last_R = logits_RV.shape[1] - 1 - (weights_RV > 0).flip(-1).int().argmax(dim=-1)  # sums are rounded
+    greedy_R = logits_RV.argmax(dim=-1)
+    token_id_R = torch.where(temperature_R.to(greedy_R.device) == 0, greedy_R, torch.minimum(drawn_R, last_R))
+    return token_id_R.masked_fill(~is_finite_R, -1)
+
+
+def kept_weights(
+    logits_RV: torch.Tensor,
+    temperature_R: torch.Tensor,
+    top_k_R: torch.Tensor,
+    top_p_R: torch.Tensor,
+    min_p_R: torch.Tensor,
+) -> torch.Tensor:
+    """e^((logit - largest) / temperature) of the tokens that may be drawn, 0 of the others; rows with 0 as with 1."""
+    temperature, top_k, top_p, min_p = (
+        x.to(logits_RV.device)[:, None] for x in (temperature_R, top_k_R, top_p_R, min_p_R)
+    )
+    temperature = torch.where(temperature == 0, 1.0, temperature)
+    weights_RV = ((logits_RV - logits_RV.amax(dim=-1, keepdim=True)) / temperature).exp()
+    vocabulary = logits_RV.shape[1]
+    top_k = torch.where((top_k <= 0) | (top_k > vocabulary), vocabulary, top_k)
+    ordered_RV, order_RV = weights_RV.sort(dim=-1, descending=True, stable=True)
+    ordered_RV = ordered_RV.masked_fill(ordered_RV < ordered_RV.gather(-1, top_k - 1), 0.0)
+    before_RV = ordered_RV.double().cumsum(dim=-1) - ordered_RV
+    is_over = before_RV >= top_p.double() * ordered_RV.double().sum(dim=-1, keepdim=True)
+    is_over[:, 0] = False  # the likeliest stays, however small top_p is
+    ordered_RV = ordered_RV.masked_fill((is_over & (top_p < 1.0)) | (ordered_RV < min_p), 0.0)
+    return torch.zeros_like(weights_RV).scatter_(-1, order_RV, ordered_RV)

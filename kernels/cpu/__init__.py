@@ -11,6 +11,7 @@ from .attention import attend_again as attend_again
 from .attention import micro_attention as micro_attention
 from .library import DTYPES, Rope, Store, check, check_indices, library
 from .packing import pack_into as pack_into
+from .sampling import sample as sample
 
 
 def is_built() -> bool:

@@ -80,10 +80,25 @@ struct DistkvRope {
   void* out;
 };
 
+// Contract: megatron_distkv/ops/sampling.py. One token id of each row of logits; -1 where not all of the row are finite.
+struct DistkvSample {
+  uint32_t struct_size;
+  int32_t num_threads;
+  int32_t dtype;
+  int64_t num_rows, vocabulary, row_stride;
+  const void* logits;
+  // Of each row.
+  const float *temperatures, *top_ps, *min_ps;  // 0: the largest logit; 1: all; 0: all
+  const int64_t* top_ks;                        // 0: all
+  const double* uniforms;                       // in [0, 1)
+  int64_t* token_ids;
+};
+
 int32_t distkv_micro_attention(const DistkvAttention* args);
 int32_t distkv_store_kv(const DistkvStore* args);
 int32_t distkv_pack_rblocks(const DistkvPack* args);
 int32_t distkv_apply_rope(const DistkvRope* args);
+int32_t distkv_sample(const DistkvSample* args);
 
 // One partial out of `parts`: outs [parts, rows, D], lses [parts, rows], all contiguous fp32.
 int32_t distkv_merge(const float* outs, const float* lses, int64_t parts, int64_t rows, int64_t head_dim, float* out,

@@ -24,6 +24,16 @@ constexpr int64_t ROW_TILE = 64;
 // Keys whose scores are held at a time.
 constexpr int64_t CHUNK_TOKENS = 64;
 
+// One row of a DistkvSample; its logits begin at element `offset`.
+struct SampledRow {
+  const void* logits;
+  int32_t dtype;
+  int64_t offset, vocabulary;
+  float temperature, top_p, min_p;
+  int64_t top_k;
+  double uniform;
+};
+
 struct Isa {
   const char* name;
   // `next` is the item that the same thread goes on with, or null.
@@ -40,6 +50,8 @@ struct Isa {
   void (*cast)(const void* from, int32_t from_dtype, void* to, int32_t to_dtype, int64_t count);
   // One head [2, N, D] of a full rBlock, int8 with its scales behind (ops/int8_kv.py).
   void (*quantize)(const void* kv, int32_t dtype, int64_t tokens, int64_t head_dim, int8_t* to);
+  int64_t (*sample)(const SampledRow&, char* scratch);
+  size_t (*sampling_bytes)(int64_t vocabulary);
   float (*read)(const char* from, const char* ahead, int64_t bytes);
 };
 

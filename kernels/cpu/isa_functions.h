@@ -5,6 +5,7 @@
 #include "prefill.h"
 #include "quantize.h"
 #include "rows.h"
+#include "sampling.h"
 
 namespace {
 
@@ -106,7 +107,8 @@ size_t scratch_bytes(const DistkvAttention& a) {
 
 const distkv::Isa& distkv::DISTKV_TABLE(DISTKV_ISA)() {
   static constexpr Isa table = {
-      DISTKV_STRING(DISTKV_ISA), decode, prefill, max_decode_rows, scratch_bytes, merge_rows, rotate, cast, quantize, read_once,
+      DISTKV_STRING(DISTKV_ISA), decode, prefill, max_decode_rows, scratch_bytes, merge_rows, rotate, cast, quantize,
+      sample_row, Row::scratch_bytes, read_once,
   };
   return table;
 }

@@ -68,6 +68,15 @@ class Rope(Structure):
     )
 
 
+class Sample(Structure):
+    _fields_ = _fields(
+        ("struct_size", c_uint32),
+        ("num_threads dtype", c_int32),
+        ("num_rows vocabulary row_stride", c_int64),
+        ("logits temperatures top_ps min_ps top_ks uniforms token_ids", c_void_p),
+    )
+
+
 def load_library(path: Path = PATH) -> ctypes.CDLL | None:
     """None where the package was installed without a C++ compiler."""
     if not path.exists():
@@ -79,6 +88,7 @@ def load_library(path: Path = PATH) -> ctypes.CDLL | None:
         "distkv_store_kv": (int32, [POINTER(Store)]),
         "distkv_pack_rblocks": (int32, [POINTER(Pack)]),
         "distkv_apply_rope": (int32, [POINTER(Rope)]),
+        "distkv_sample": (int32, [POINTER(Sample)]),
         "distkv_merge": (int32, [pointer, pointer, int64, int64, int64, pointer, pointer, int32]),
         "distkv_gather": (int32, [pointer, int64, int64, pointer, int64, pointer, int32]),
         "distkv_scatter": (int32, [pointer, pointer, int64, int64, pointer, int64, int32]),

@@ -33,6 +33,7 @@ class Instance:
         self.parts = parts = Parts(rank, ledger, clock)
         self.rmanager = parts.rmanager
         self.scheduler = parts.scheduler
+        self._failed: list[RequestRefused] = []
         parts.start()
 
     # ------------------------------------------------------------------ requests
@@ -51,7 +52,13 @@ class Instance:
 
     def take_final_notices(self) -> list[HandedOver | RequestRefused]:
         """Requests that go on elsewhere, or nowhere, since the last time."""
-        return [*self.parts.drain.take_final_notices(), *self.parts.unplaceable.give_up()]
+        notices = [*self.parts.drain.take_final_notices(), *self.parts.unplaceable.give_up()]
+        return [*self.take_failed(), *notices]
+
+    def take_failed(self) -> list[RequestRefused]:
+        """Requests that ended since the last time because no token could be computed for them, here or elsewhere."""
+        failed, self._failed = self._failed, []
+        return failed
 
     def drain(self, within_s: float) -> None:
         """Take nothing new and give back what is lent; `is_drained` says when it may end."""
@@ -108,7 +115,9 @@ class Instance:
         self.rmanager.note_step(self.parts.clock.monotonic_s() - began_s, result.held_back_s)
         spoiled = self._lose_creditors(result)
         self.rmanager.end_step()
-        outputs = self.scheduler.update([item for item in scheduled if item.request not in spoiled], sampled)
+        done = [item for item in scheduled if item.request not in spoiled]
+        failed = self._end_those_without_a_token([x.request for x in done if x.needs_logits], sampled)
+        outputs = self.scheduler.update([item for item in done if item.request not in failed], sampled)
         self.parts.drain.end_step(result.lost)
         self.parts.reporting.update()
         return outputs
@@ -148,11 +157,25 @@ class Instance:
         return result._replace(lost={**result.lost, **theirs.lost}, wrong=result.wrong.union(theirs.wrong))
 
     def _sample(self, scheduled: list[Scheduled], result: StepResult) -> dict[str, SampledToken]:
+        """Of those whose logits are finite."""
         wanted = [item.request for item in scheduled if item.needs_logits]
         if result.logits_RV is None or not wanted:
             return {}
         tokens = sample(result.logits_RV, wanted)
-        return {request.request_id: token for request, token in zip(wanted, tokens, strict=True)}
+        return {request.request_id: x for request, x in zip(wanted, tokens, strict=True) if x is not None}
+
+    def _end_those_without_a_token(self, wanted: list[Request], sampled: dict[str, SampledToken]) -> list[Request]:
+        """Their logits are NaN or infinite: nobody else's business, and no other instance would compute better ones."""
+        failed = [request for request in wanted if request.request_id not in sampled]
+        for request in failed:
+            sentence = (
+                f"the model's logits after {request.num_tokens} tokens of this request are not finite (NaN or "
+                "infinite): no token can be drawn from them; look at the checkpoint, or serve it in fp32"
+            )
+            logger.warning("%s is given up: %s", request.request_id, sentence)
+            self.scheduler.let_go(request)
+            self._failed.append(RequestRefused(request.request_id, "bad_logits", sentence))
+        return failed
 
     def _lose_creditors(self, result: StepResult) -> list[Request]:
         """What lay at lost creditors is computed again; returns the requests whose tokens of this step mean nothing.

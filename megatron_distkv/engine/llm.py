@@ -18,17 +18,24 @@ DOUBT_S = 1.0
 
 
 class Completion:
-    """Output tokens of one prompt, with the reason for its end and, where asked for, log-probabilities."""
+    """Output tokens of one prompt, with the reason for its end and, where asked for, log-probabilities.
+
+    `finish_reason` "error": no further token could be computed; `error` says why in one sentence.
+    """
 
     def __init__(self) -> None:
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
         self.finish_reason = ""
+        self.error = ""
 
     def add(self, output: TokenOutput) -> None:
         self.token_ids.extend(output.token_ids)
         self.logprobs.extend(output.logprobs or [])
         self.finish_reason = output.finish_reason or ""
+
+    def fail(self, why: str) -> None:
+        self.finish_reason, self.error = "error", why
 
 
 class LLM:
@@ -61,6 +68,8 @@ class LLM:
         while not self.instance.scheduler.is_idle:
             for output in self.instance.step():
                 completions[output.request_id].add(output)
+            for failed in self.instance.take_failed():
+                completions[failed.request_id].fail(failed.message)
         self.instance.check_integrity()
         self.instance.note_idle()
         return list(completions.values())

@@ -60,7 +60,7 @@ class RequestRefused(msgspec.Struct, frozen=True, tag="refused"):
     """The instance did not take the request: `code` for programs, `message` for people."""
 
     request_id: str
-    code: str  # "queue_full" | "too_long" | "draining" | "bad_request"
+    code: str  # "queue_full" | "too_long" | "draining" | "bad_request" | "no_progress" | "bad_logits"
     message: str
 
 

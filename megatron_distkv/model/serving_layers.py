@@ -45,7 +45,7 @@ class _Layer:
 
 
 class _Attention:
-    """Megatron's SelfAttention: q, k and v in one product, interleaved by KV head; norms; core attention; projection."""
+    """Megatron's SelfAttention: q, k and v in one product, interleaved by KV head; norms; core attention; output."""
 
     def __init__(self, attention: Any) -> None:
         self._qkv = _product(attention.linear_qkv)
@@ -87,7 +87,7 @@ def _mlp(mlp: Any) -> _Function:
 
 
 def _of_own_forward(module: MoELayer, x_Th: torch.Tensor) -> torch.Tensor:
-    return module(x_Th[:, None])[0][:, 0]  # type: ignore[no-any-return]
+    return module(x_Th[:, None])[0][:, 0]
 
 
 def _product(linear: Any) -> _Function:

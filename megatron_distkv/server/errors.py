@@ -46,4 +46,6 @@ def from_refusal(code: str, message: str) -> ApiError:
         return ApiError(429, message, kind="rate_limit_error", code="queue_full", retry_after_s=1)
     if code == "bad_request":
         return bad_request(message, "prompt")
+    if code == "bad_logits":  # of this request's own tokens: nobody else would compute others
+        return ApiError(500, message, kind="server_error", code=code)
     return ApiError(503, message, kind="server_error", code=code)

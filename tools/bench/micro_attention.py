@@ -1,4 +1,4 @@
-"""The kernels against this machine's ceilings: decode, prefill, merge, store, moves, and what a call costs.
+"""The kernels against this machine's ceilings: decode, prefill, merge, store, moves, sampling, and what a call costs.
 
 Every answer is checked against float64 first; a wrong one ends the run. rBlocks lie in random order in a pool of at
 least four times the last-level cache; the ceiling is measured in turn with the work. Figures are medians; shares and
@@ -21,10 +21,11 @@ from tools.bench.cpu_kernels.figure import Figure, Run, device
 from tools.bench.cpu_kernels.int8 import int8
 from tools.bench.cpu_kernels.moves import moves
 from tools.bench.cpu_kernels.prefill import prefill
+from tools.bench.cpu_kernels.sampling import sampling
 from tools.bench.machine import describe_machine
 from tools.bench.vllm_peer import VllmPeer
 
-WORKS = {"decode": decode, "int8": int8, "prefill": prefill, "moves": moves, "dispatch": dispatch}
+WORKS = {"decode": decode, "int8": int8, "prefill": prefill, "moves": moves, "dispatch": dispatch, "sampling": sampling}
 
 
 def measure(run: Run, only: str | None) -> list[Figure]:
