@@ -49,6 +49,7 @@ class Request:
     sampling_seed: int = field(default_factory=lambda: random.getrandbits(63))
     kv_dtype: str = ""
     num_preemptions: int = 0
+    preempted_at_s: float = float("-inf")  # the last time
     num_recomputed_tokens: int = 0
     num_tokens_at_losses: int = 0  # what starting over at each loss would have computed again
     max_local_rblocks: int = 0

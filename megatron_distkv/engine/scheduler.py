@@ -25,8 +25,13 @@ PREEMPT_AFTER_S = 0.2
 GIVE_UP_AFTER_S = 2.0
 # Nobody overtakes a waiting request that has waited this long.
 NO_OVERTAKING_AFTER_S = 20.0
-# The oldest unfinished prompt gets at least this share of the token budget, so that short prompts cannot starve it.
-OLDEST_PROMPT_SHARE = 0.25
+# A long prompt gets at least this share of the token budget, so that short ones cannot starve it, and no more than that
+# before all that wait have been looked at: who comes behind a long prompt must not wait for all of it.
+LONG_PROMPT_SHARE = 0.25
+# What has been preempted is preempted again within this time only where nobody else could be.
+SPARED_FOR_S = 10.0
+# A step that is longer than it should be is no reason to preempt anybody: memory comes with steps, not with seconds.
+PREEMPT_AFTER_STEPS = 4
 
 
 class Scheduled(NamedTuple):
@@ -38,6 +43,33 @@ class Scheduled(NamedTuple):
     @property
     def needs_logits(self) -> bool:
         return self.num_tokens == self.request.num_to_compute
+
+
+class _Step:
+    """What has been chosen for a step so far, and what is left of its token budget."""
+
+    def __init__(self, max_tokens: int) -> None:
+        self._max_tokens = max_tokens
+        self.chosen: dict[str, Scheduled] = {}
+
+    @property
+    def left(self) -> int:
+        return self._max_tokens - sum(item.num_tokens for item in self.chosen.values())
+
+    def left_for(self, request: Request) -> int:
+        """With what it has already."""
+        item = self.chosen.get(request.request_id)
+        return self.left + (0 if item is None else item.num_tokens)
+
+    def share(self) -> int:
+        """Of what is left, for one long prompt before others."""
+        return max(1, int(self.left * LONG_PROMPT_SHARE))
+
+    def choose(self, request: Request, num_tokens: int) -> None:
+        self.chosen[request.request_id] = Scheduled(request, num_tokens)
+
+    def drop(self, request: Request) -> None:
+        self.chosen.pop(request.request_id, None)
 
 
 class _Wait(NamedTuple):
@@ -81,68 +113,99 @@ class Scheduler:
     # ------------------------------------------------------------------ schedule
 
     def schedule(self) -> list[Scheduled]:
-        """Requests and token counts of the next step. The rManager has made room for exactly these tokens."""
+        """Requests and token counts of the next step. The rManager has made room for exactly these tokens.
+
+        First decodes, a share for the oldest prompt, and the prompts that end with this step; then who waits; last the
+        remainders of long prompts. Important ones come first in each group, then those with least left.
+        """
         self._rmanager.begin_step()
         self.starved.clear()
-        chosen: dict[str, Scheduled] = {}
-        budget = self._config.max_batched_tokens
-        for request, share in self._by_urgency(budget):
-            if request.status is RequestStatus.RUNNING and budget > 0:
-                self._choose(request, min(share, budget), chosen)
-                budget = self._config.max_batched_tokens - sum(item.num_tokens for item in chosen.values())
-        self._admit(budget, chosen)
+        step = _Step(self._config.max_batched_tokens)
+        for request in [request for request in self.running if request.num_to_compute == 1]:
+            self._choose(request, 1, step)
+        self._choose_prompts(step)
+        self._admit(step)
+        for request in self._prompts():
+            if request.request_id not in self.starved:
+                self._choose(request, step.left_for(request), step)
         self._rmanager.borrow_ahead()
         for request in self._rmanager.fetch_back():
             logger.info("no room for what a creditor wants back: %d tokens again", request.num_lost_tokens)
-            chosen.pop(request.request_id, None)
+            step.drop(request)
         self._note_memory()
-        return list(chosen.values())
+        return list(step.chosen.values())
 
-    def _by_urgency(self, budget: int) -> list[tuple[Request, int]]:
-        """Decodes first, then a share for the oldest prompt, then the prompts with least left; important ones first."""
+    def _prompts(self) -> list[Request]:
+        """Those that run: important ones first, then those with least left."""
         prompts = [request for request in self.running if request.num_to_compute > 1]
-        order = [(request, 1) for request in self.running if request.num_to_compute == 1]
-        if len(prompts) > 1:
-            order.append((prompts[0], max(1, int(budget * OLDEST_PROMPT_SHARE))))
-        prompts.sort(key=lambda request: (request.sampling.priority, request.num_to_compute))
-        order += [(request, budget) for request in prompts]
-        return order
+        return sorted(prompts, key=lambda request: (request.sampling.priority, request.num_to_compute))
 
-    def _choose(self, request: Request, budget: int, chosen: dict[str, Scheduled]) -> None:
+    def _choose_prompts(self, step: _Step) -> None:
+        """The oldest one's share, and all that end with this step; all of them where nobody waits."""
+        prompts = self._prompts()
+        if len(prompts) + len(self.waiting) > 1 and prompts:
+            oldest = min(prompts, key=lambda request: request.importance)
+            self._choose(oldest, step.share(), step)
+        for request in prompts:
+            left = step.left_for(request)
+            if not self.waiting or request.num_to_compute <= left:
+                self._choose(request, left, step)
+
+    def _choose(self, request: Request, budget: int, step: _Step) -> None:
         wanted = min(len(request.next_range), budget)
+        if wanted <= 0 or request.status is not RequestStatus.RUNNING:
+            return
         granted = self._rmanager.grow(request, wanted)
         if granted > 0:
             self._waits.pop(request.request_id, None)
-            chosen[request.request_id] = Scheduled(request, granted)
-        elif request.request_id not in chosen:
-            self._without_room(request, chosen)
+            step.choose(request, granted)
+        elif request.request_id not in step.chosen:
+            self._without_room(request, step)
 
-    def _without_room(self, request: Request, chosen: dict[str, Scheduled]) -> None:
-        """Wait a little; then take the room of the least important, which may be the request itself."""
+    def _without_room(self, request: Request, step: _Step) -> None:
+        """Wait a little; then take the room of somebody less important, or give up the own where there is nobody."""
         self.starved.add(request.request_id)
         self._rmanager.ask_back_for(request)
-        wait, last = self._wait_of(request), self.running[-1]
-        patience_s = wait.gives_up_after_s if last is request else PREEMPT_AFTER_S
+        wait, victim = self._wait_of(request), self._victim_for(request)
+        patience_s = wait.gives_up_after_s if victim is request else self._preempts_after_s
         patience_s += 2 * self._rmanager.loan_latency_s  # what was wished for may still come
-        if self._clock.monotonic_s() - wait.since_s > patience_s:
-            chosen.pop(last.request_id, None)
-            self.preempt(last)
+        if victim is not None and self._clock.monotonic_s() - wait.since_s > patience_s:
+            step.drop(victim)
+            self.preempt(victim)
+
+    def _victim_for(self, request: Request) -> Request | None:
+        """Who makes room for it: of those less important the one that loses the least, but for the just preempted.
+
+        The least important of all gives up itself. None: all less important ones are spared for now.
+        """
+        if self.running[-1] is request:
+            return request
+        others = self.running[self.running.index(request) + 1 :]
+        lowest = others[-1].sampling.priority
+        others = [x for x in others if x.sampling.priority == lowest and not self._is_spared(x)]
+        return min(reversed(others), key=lambda other: other.num_computed_tokens, default=None)  # of equals the latest
+
+    def _is_spared(self, request: Request) -> bool:
+        return self._clock.monotonic_s() - request.preempted_at_s < SPARED_FOR_S
+
+    @property
+    def _preempts_after_s(self) -> float:
+        return max(PREEMPT_AFTER_S, PREEMPT_AFTER_STEPS * self._rmanager.step_s)
 
     def _wait_of(self, request: Request) -> _Wait:
         fresh = _Wait(self._clock.monotonic_s(), GIVE_UP_AFTER_S * (1 + self._clock.random.random()))
         return self._waits.setdefault(request.request_id, fresh)
 
-    def _admit(self, budget: int, chosen: dict[str, Scheduled]) -> None:
-        for request in sorted(self.waiting, key=lambda request: request.importance):
-            if budget <= 0:
+    def _admit(self, step: _Step) -> None:
+        waiting = sorted(self.waiting, key=lambda request: request.importance)
+        for request in waiting:
+            if step.left <= 0:
                 return
             if self._num_free_places > 0 and self._rmanager.can_admit(request):
-                granted = self._rmanager.grow(request, min(len(request.next_range), budget))
+                is_long = len(request.next_range) > step.left and request is not waiting[-1]
                 self._start(request)
-                if granted > 0:
-                    chosen[request.request_id] = Scheduled(request, granted)
-                    budget -= granted
-            elif self._displaces(request, chosen) or self._num_free_places <= 0:
+                self._choose(request, step.share() if is_long else step.left, step)
+            elif self._displaces(request, step) or self._num_free_places <= 0:
                 return  # what has become free is the more important one's, in the next step
             else:
                 self.starved.add(request.request_id)
@@ -150,14 +213,14 @@ class Scheduler:
                 if self._clock.monotonic_s() - request.arrival_s > NO_OVERTAKING_AFTER_S:
                     return
 
-    def _displaces(self, request: Request, chosen: dict[str, Scheduled]) -> bool:
+    def _displaces(self, request: Request, step: _Step) -> bool:
         """Whether a running request of a lower priority makes room for this one, which has waited a little."""
         last = self.running[-1] if self.running else request
         if last.sampling.priority <= request.sampling.priority:
             return False
-        if self._clock.monotonic_s() - self._wait_of(request).since_s <= PREEMPT_AFTER_S:
+        if self._clock.monotonic_s() - self._wait_of(request).since_s <= self._preempts_after_s:
             return False
-        chosen.pop(last.request_id, None)
+        step.drop(last)
         self.preempt(last)
         return True
 
@@ -180,9 +243,10 @@ class Scheduler:
 
     def preempt(self, request: Request) -> None:
         """Give up a running request's memory; it will be computed again from its tokens."""
-        logger.info("preempting %s after %d tokens", request.request_id, request.num_computed_tokens)
+        logger.info("preempting %s: %d tokens again", request.request_id, request.num_computed_tokens)
         self._leave(request)
         request.start_over()
+        request.preempted_at_s = self._clock.monotonic_s()
         self.num_preemptions += 1
         self.waiting.appendleft(request)
 

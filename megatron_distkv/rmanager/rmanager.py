@@ -147,6 +147,11 @@ class RManager:
         return min(MAX_TOKENS_AHEAD, 1 + math.ceil(self._loans.latency_s / self._step_s))
 
     @property
+    def step_s(self) -> float:
+        """How long steps take of late; 0 before the first."""
+        return self._step_s
+
+    @property
     def loan_latency_s(self) -> float:
         """How long it takes at present from a wish to its loan."""
         return self._loans.latency_s

@@ -48,3 +48,49 @@ def test_a_request_keeps_the_patience_that_it_drew(make_config: MakeConfig) -> N
 
         # Then it has given up after the long patience, not after the shortest of all draws
         assert clock.now_s > 2 * scheduler.GIVE_UP_AFTER_S
+
+
+def steps_until_first_tokens(llm: LLM, requests: list[Request]) -> dict[str, int]:
+    first: dict[str, int] = {}
+    step = 0
+    while not all(request.request_id in first for request in requests):
+        step += 1
+        for output in llm.instance.step():
+            if output.token_ids:
+                first.setdefault(output.request_id, step)
+    return first
+
+
+def test_who_comes_behind_a_long_prompt_does_not_wait_for_all_of_it(make_config: MakeConfig) -> None:
+    # Given a prompt of 50 steps that runs
+    alone, long = Request("alone", [5] * 1600, GREEDY), Request("long", [5] * 1600, GREEDY)
+    with LLM(make_config(num_rblocks=512, scheduler={"max_batched_tokens": 32})) as llm:
+        llm.instance.add(alone)
+        steps_alone = steps_until_first_tokens(llm, [alone])["alone"]
+        llm.instance.add(long)
+        llm.instance.step()
+
+        # When eight short ones and a second long one come
+        short = [Request(f"short-{number}", [7 + number] * 20, GREEDY) for number in range(8)]
+        second = Request("second", [6] * 1600, GREEDY)
+        for request in (second, *short):
+            llm.instance.add(request)
+        first = steps_until_first_tokens(llm, [long, second, *short])
+
+        # Then short ones are soon done, in spite of both, and the long ones lose no more than what those took
+        assert max(first[request.request_id] for request in short) <= 16
+        assert first["long"] <= steps_alone * 4 / 3 + 10  # the second has its share
+        assert first["second"] <= 2 * steps_alone + 15
+
+
+def test_a_step_is_full_while_anybody_has_tokens_to_compute(make_config: MakeConfig) -> None:
+    with LLM(make_config(num_rblocks=512, scheduler={"max_batched_tokens": 48})) as llm:
+        for number, length in enumerate((500, 30, 400, 9, 200, 700)):
+            llm.instance.add(Request(str(number), [5] * length, GREEDY))
+        left = 500 + 30 + 400 + 9 + 200 + 700
+        while left > 48:
+            before = llm.instance.status(0).num_computed_tokens
+            llm.instance.step()
+            computed = llm.instance.status(0).num_computed_tokens - before
+            assert computed >= 48 or not llm.instance.scheduler.waiting
+            left -= computed

@@ -49,6 +49,7 @@ def borrowing(pair: Pair) -> Request:
 def test_only_what_lets_a_request_run_is_recalled(pair: Pair, num_tokens: int, is_recalled: bool) -> None:
     # Given a request of b that holds rBlocks of a
     lent_to, a, b = borrowing(pair), pair["a"].instance, pair["b"].instance
+    wait_until(lambda: a.parts.candidates.borrowable_rblocks == 0)  # it has heard that b lends nothing
 
     # When one comes to a that its whole pool would hold, or would not
     waiting = Request("waiting", random_prompt(num_tokens, seed=4), greedy(8))
