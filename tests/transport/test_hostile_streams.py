@@ -154,7 +154,7 @@ def test_a_peer_that_takes_nothing_in_is_lost(monkeypatch: pytest.MonkeyPatch) -
         big = hello(request_bytes=64 << 20)
         channel = connect(f"tcp://127.0.0.1:{port}", big, peer="a", timeout_s=SILENCE_S)
         # When more is sent than the network holds, then the sender gives up
-        with pytest.raises(PeerLost):
+        with pytest.raises(PeerLost, match="timed out"):
             channel.post(1, b"", [torch.zeros(12 << 20)])
         gate.set()
         thread.join()
