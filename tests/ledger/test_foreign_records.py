@@ -147,14 +147,13 @@ def test_whatever_the_damage_there_is_an_answer(
 )
 def test_a_reply_of_another_shape_is_a_ledger_that_is_away(reply: bytes, tmp_path: Path) -> None:
     # Given a server that has this one answer to whatever it is asked (a line for each word)
-    with OneAnswerServer(tmp_path / "odd.sock", reply.replace(b" ", b"\r\n") + b"\r\n") as odd:
-        ledger = RedisLedger(odd.url, "p")
+    odd = OneAnswerServer(tmp_path / "odd.sock", reply.replace(b" ", b"\r\n") + b"\r\n")
+    with odd, contextlib.closing(RedisLedger(odd.url, "p")) as ledger:
         for operation in everything(ledger, 1, 2):
             with contextlib.suppress(LedgerUnavailable, SupersededError):
                 operation()
         # Then it was asked, and whoever asked has heard that it is away, or an answer
         assert odd.num_asked > 0
-        ledger.close()
 
 
 class Pool:
