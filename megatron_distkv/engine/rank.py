@@ -46,6 +46,7 @@ class Rank:
     model: ModelConfig
     parallel: TensorParallel
     shape: RBlockShape
+    memory: RankMemory
     costs: QueryCosts
     fingerprint: str
     """Of the weights: ranks of other tensor parallelism, and other formats, have the same."""
@@ -72,8 +73,9 @@ def build_rank(config: InstanceConfig, parallel: TensorParallel) -> Rank:
     creditor = _creditor(memory, loan_table, limiter, parallel)
     costs = _warm_up(memory, creditor)
     return Rank(
-        config, model, parallel, shape, costs, weights, identity, peers, loan_table, creditor, limiter, runner, secret
-    )
+        config, model, parallel, shape, memory, costs, weights, identity, peers, loan_table, creditor, limiter, runner,
+        secret,
+    )  # fmt: skip
 
 
 def _load(config: InstanceConfig, parallel: TensorParallel) -> tuple[ModelConfig, GPT, str]:

@@ -51,8 +51,8 @@ def pool(count: int = 16, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 class Lender:
     """A creditor with its own pool behind a real listener."""
 
-    def __init__(self, path: Path, dtype: torch.dtype = torch.float32) -> None:
-        self.pool = pool(dtype=dtype)
+    def __init__(self, path: Path, dtype: torch.dtype = torch.float32, num_rblocks: int = 16) -> None:
+        self.pool = pool(num_rblocks, dtype)
         self.loans = LoanTable()
         self.asked: list[QueryHeader] = []
         self.creditor = Creditor(self.pool, self.loans, H, dtype, SCALE)

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -17,12 +18,14 @@ from megatron_distkv.attention import (
     HostMemory,
     RotaryConfig,
     build_metadata,
+    forward_context,
 )
 from megatron_distkv.attention.fixed_order import plan
+from megatron_distkv.attention.fixed_order.fixed_attention import OwnKeys
 from megatron_distkv.attention.fixed_order.kept_plans import KeptPlans
 from megatron_distkv.attention.fixed_order.tree import FAN_IN, Node, cover
 from megatron_distkv.errors import DistkvError
-from megatron_distkv.messages import Holder, QueryHeader, QueryShare, Scoring
+from megatron_distkv.messages import Holder, MessageKind, QueryHeader, QueryShare, Scoring
 from megatron_distkv.rblock import HOST, HOST_LOAN, InstanceId, LoanId, LocalSpan, RemoteSpan, Span
 from megatron_distkv.transport import Channel
 from tests.attention.test_dist_attention import SCALE, D, H, K, L, Lender, N, Slice, attention
@@ -40,6 +43,16 @@ def in_runs(of: int, first: int) -> Placing:
     return lambda i: PLACES[(i // of + first) % len(PLACES)]
 
 
+class Unrounded(FixedAttention):
+    """Keeps what it has computed, before the layer rounds it to the model's dtype."""
+
+    out_THD: torch.Tensor
+
+    def attend(self, q_THD: torch.Tensor, own: OwnKeys, scale: float, scoring: Scoring) -> torch.Tensor:
+        self.out_THD = super().attend(q_THD, own, scale, scoring)
+        return self.out_THD
+
+
 class World:
     """Requests whose rBlocks lie wherever they are put, at four holders with a pool each, and their K and V."""
 
@@ -47,12 +60,11 @@ class World:
         torch.manual_seed(0)
         self.dtype = dtype
         self.qkv = {r: [torch.randn(n, h, D).to(dtype) for h in (H, K, K)] for r, n in LENGTHS.items()}
-        self.lenders = {name: Lender(folder / f"{name}.sock", dtype) for name in ("x", "y")}
+        self.lenders = {name: Lender(folder / f"{name}.sock", dtype, 128) for name in ("x", "y")}
         self.pools = {name: torch.zeros(128, L, K, 2, N, D, dtype=dtype) for name in ("here", HOST)}
         self.channels: dict[str, Channel] = {}
         for name, lender in self.lenders.items():
-            self.pools[name] = torch.zeros(128, L, K, 2, N, D, dtype=dtype)
-            lender.creditor._pool = lender.creditor._kv = self.pools[name]
+            self.pools[name] = lender.pool
             lender.loans.grant("loan", Holder("me"), list(range(128)))
             lender.loans.note_stored("loan", list(range(128)), slice(0, K), K)  # by the tests themselves
             stack.callback(lender.listener.close)
@@ -73,13 +85,15 @@ class World:
             slices.append(Slice(length - count, length, spans))
         metadata = build_metadata(slices, N)
         self.debtor.begin_step(self.step, metadata.remote)
-        fixed = FixedAttention(self.debtor, N, answers)
+        fixed = Unrounded(self.debtor, N, answers)
         fixed.begin_step(self.step, slices)
         packed = [torch.cat([self.qkv[r][i][-count:] for r, count in rows.items()])[:, None] for i in range(3)]
         context = ForwardContext(metadata, self.pools["here"], self.debtor, fixed)
-        out = layer._paged(*(x.squeeze(1) for x in packed), context)  # before it is rounded to the model's dtype
+        with forward_context(context):
+            rounded = layer(*packed, None)
+        assert torch.equal(rounded.view_as(fixed.out_THD), fixed.out_THD.to(self.dtype))
         assert self.debtor.lost == {}
-        return dict(zip(rows, out.split(list(rows.values())), strict=True))
+        return dict(zip(rows, fixed.out_THD.split(list(rows.values())), strict=True))
 
     def _put(self, request: str, i: int, first_new: int, placing: Placing, free: dict[str, list[int]]) -> Span:
         is_new = (i + 1) * N > first_new
@@ -139,10 +153,14 @@ def test_whole_nodes_travel_as_one() -> None:
 
 def test_a_question_that_no_debtor_asks_is_refused(world: World) -> None:
     share, twice = QueryShare(["loan"], [1, 2], 2, [0, N], 5 * N), QueryShare(["loan"], [1, 2], 1, [0, 0], 5 * N)
-    for shares, count in (([share], 3), ([twice], 2), ([share] * 2000, 8000)):
-        header = QueryHeader(1, 0, shares, Scoring(), 0, count)
-        with pytest.raises(DistkvError):
-            world.lenders["x"].creditor._index(header, shares)
+    for shares, count, why in (
+        ([share], 3, "3 partials are expected"),
+        ([twice], 2, "each rBlock's own position"),
+        ([share] * 2000, 8000, "8000 pairs of queries and rBlocks"),
+    ):
+        header = msgspec.msgpack.encode(QueryHeader(1, 0, shares, Scoring(), 0, count))
+        with pytest.raises(DistkvError, match=why):
+            world.channels["x"].call(MessageKind.QUERY, header, deadline_s=5)
 
 
 def test_a_kept_plan_is_the_one_that_would_be_made() -> None:
@@ -158,14 +176,15 @@ def test_a_kept_plan_is_the_one_that_would_be_made() -> None:
         ]
 
     num_kept = 0
+    last: dict[int | None, object] = {}  # by window
     for step in range(4 * N):
         # When they go on, token by token
         slices = [Slice(n + step, n + step + 1, spans(n + step + 1)) for n in (5 * N + 3, 9 * N)]
         places = [{piece.start // N: number} for number, piece in enumerate(slices)] if step > N else None
         for window in (None, 3 * N + 3):
-            before = kept._kept.get(window)
             got = kept.blocks(slices, window, places)
-            num_kept += before is not None and got[0].merges is before[1][0].merges
+            num_kept += got[0].merges is last.get(window)
+            last[window] = got[0].merges
             # Then each step has the plan that is made for it alone
             assert [parts_of(block) for block in got] == [
                 parts_of(block) for block in plan.plan_blocks(slices, N, window, most_answers=7, open_places=places)

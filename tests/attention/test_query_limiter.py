@@ -1,6 +1,6 @@
 """How much of a busy creditor's time its debtors get."""
 
-import threading
+import random
 
 import pytest
 
@@ -8,11 +8,17 @@ from megatron_distkv.attention.query_limiter import BURST_S, MAX_WAIT_S, STILL_B
 
 
 class Clock:
+    """Time passes only where somebody works or sleeps."""
+
     def __init__(self) -> None:
         self.now_s = 100.0
+        self.random = random.Random(0)
 
-    def __call__(self) -> float:
+    def monotonic_s(self) -> float:
         return self.now_s
+
+    def sleep(self, seconds: float) -> None:
+        self.now_s += seconds
 
 
 def answer(share: QueryLimiter, clock: Clock, seconds: float) -> float:
@@ -21,33 +27,15 @@ def answer(share: QueryLimiter, clock: Clock, seconds: float) -> float:
     return throttled_s
 
 
-class Waiting(threading.Condition):
-    """Time passes only where somebody waits for it."""
-
-    clock: Clock
-
-    def wait(self, timeout: float | None = None) -> bool:
-        assert timeout is not None
-        self.clock.now_s += timeout
-        return False
-
-
 @pytest.fixture
 def clock() -> Clock:
     return Clock()
 
 
-def make(share: float, clock: Clock) -> QueryLimiter:
-    made = QueryLimiter(share, clock)
-    made._changed = Waiting()
-    made._changed.clock = clock
-    return made
-
-
 @pytest.mark.parametrize("bound", [0.1, 0.5, 0.9])
 def test_queries_take_their_share_of_a_busy_creditors_time(bound: float, clock: Clock) -> None:
     # Given a creditor that always computes, and a debtor that asks again at once
-    share = make(bound, clock)
+    share = QueryLimiter(bound, clock)
     began_s, answered_s, throttled_s = clock.now_s, 0.0, 0.0
     with share.own_work():
         for _ in range(500):
@@ -60,7 +48,7 @@ def test_queries_take_their_share_of_a_busy_creditors_time(bound: float, clock: 
 
 
 def test_an_idle_creditor_holds_nothing_back(clock: Clock) -> None:
-    share = make(0.1, clock)
+    share = QueryLimiter(0.1, clock)
     assert all(answer(share, clock, 0.01) == 0.0 for _ in range(100))
     # Between two steps it is not idle yet
     with share.own_work():
@@ -71,13 +59,13 @@ def test_an_idle_creditor_holds_nothing_back(clock: Clock) -> None:
 
 
 def test_without_a_bound_nothing_waits(clock: Clock) -> None:
-    share = make(1.0, clock)
+    share = QueryLimiter(1.0, clock)
     with share.own_work():
         assert all(answer(share, clock, 1.0) == 0.0 for _ in range(10))
 
 
 def test_no_query_waits_so_long_that_its_creditor_seems_lost(clock: Clock) -> None:
-    share = make(0.01, clock)
+    share = QueryLimiter(0.01, clock)
     with share.own_work():
         answer(share, clock, 10 * BURST_S)
         assert answer(share, clock, 1.0) <= MAX_WAIT_S + 1e-9

@@ -66,7 +66,8 @@ def test_draining_whom_nobody_knows_is_one_sentence(cluster: LocalCluster, capsy
 
 def test_a_rolling_restart_under_load_loses_nothing(cluster: LocalCluster, reference: Reference) -> None:
     # Given clients that never stop asking, one of them for more than an instance holds
-    load = Load(cluster, {n: as_text(reference(random_prompt(n, seed=n), 40)) for n in LENGTHS})
+    expected = {n: as_text(reference(random_prompt(n, seed=n), 40)) for n in LENGTHS}
+    load = Load(cluster, expected)
     with load.running():
         # When every instance leaves in turn, and a new one takes its place
         for name in cluster.instance_ids:
@@ -82,4 +83,4 @@ def test_a_rolling_restart_under_load_loses_nothing(cluster: LocalCluster, refer
         for name in cluster.instance_ids:
             body = {**GREEDY, "extra_body": {"ignore_eos": True, "instance": name}}
             answer = client.completions.create(prompt=random_prompt(20, seed=20), max_tokens=40, **body)
-            assert answer.choices[0].text == load._expected[20]
+            assert answer.choices[0].text == expected[20]

@@ -1,14 +1,14 @@
 """What a step does when a creditor is lost in the middle of it."""
 
-import socket
-
 import torch
 
+from megatron_distkv.engine.addresses import rank_address
 from megatron_distkv.engine.llm import LLM
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
 from megatron_distkv.request import Request
 from megatron_distkv.sampling_params import SamplingParams
 from tests.conftest import MakeConfig
+from tests.transport.connections import break_connections
 
 GREEDY = SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True)
 
@@ -31,8 +31,7 @@ def test_the_rest_of_the_batch_keeps_its_own_tokens(make_config: MakeConfig, ser
         assert not any(a.instance.rmanager.table(request).remote_by_creditor() for request in requests[1:])
 
         # When b's channel breaks, and the step that notices means nothing to the oldest request
-        for connection in list(b.instance.parts.doors._listeners[0]._connections):
-            connection.shutdown(socket.SHUT_RDWR)
+        break_connections(rank_address(b.instance.config.run_dir, "b", 0))
         while not a.instance.scheduler.is_idle:
             a.instance.step()
 

@@ -8,11 +8,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
+import redis
 
 from megatron_distkv.gmanager import GManager
-from megatron_distkv.ledger import open_ledger
+from megatron_distkv.ledger import DebtLedger, open_ledger
 from megatron_distkv.ledger.redis_ledger import RedisLedger
 from megatron_distkv.request import Request
 from megatron_distkv.sampling_params import SamplingParams
@@ -20,30 +22,54 @@ from tests.invariants.test_pool_of_instances import (
     Driver,
     Pool,
     assert_soon,
+    start_pool,
 )
 
 GREEDY = SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True)
 INTERVAL_S = 0.05
 
 
-def raw(pool: Pool) -> RedisLedger:
-    assert isinstance(pool.ledger, RedisLedger)
-    return pool.ledger
+class ServerClock:
+    """The ledger server's clock, as all of the pool see it: right, but for `ahead_s`."""
+
+    def __init__(self) -> None:
+        self.ahead_s = 0.0
+
+    def open_ledger(self, url: str, pool: str) -> DebtLedger:
+        return RedisLedger(url, pool, clock_ms=lambda: int((time.time() + self.ahead_s) * 1000))
+
+
+CLOCK = ServerClock()
+
+
+@pytest.fixture(scope="module")
+def pool(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
+    with start_pool(llama, tmp_path_factory.mktemp("pool"), "auto", CLOCK.open_ledger) as pool:
+        yield pool
+
+
+def server_of(pool: Pool) -> redis.Redis:
+    """As an operator reaches it."""
+    return redis.Redis.from_url(pool.server.url, decode_responses=True)
 
 
 def flush(pool: Pool) -> None:
-    raw(pool)._redis.flushall()
+    with server_of(pool) as server:
+        server.flushall()
 
 
 def restart_empty(pool: Pool) -> None:
+    with server_of(pool) as server:
+        replica = Path(server.config_get("dir")["dir"], server.config_get("dbfilename")["dbfilename"])
     pool.server.kill()
-    (pool.server._directory / "dump.rdb").unlink(missing_ok=True)
+    replica.unlink(missing_ok=True)
     pool.server.start()
 
 
 def save(pool: Pool) -> None:
     """What a replica has at this moment."""
-    raw(pool)._redis.save()
+    with server_of(pool) as server:
+        server.save()
 
 
 def fail_over(pool: Pool) -> None:
@@ -57,20 +83,13 @@ def flush_and_fail_over(pool: Pool) -> None:
     fail_over(pool)
 
 
-def jump(pool: Pool, seconds: float) -> None:
-    """The server's clock is put right, by so much, as all who ask it see."""
-    for ledger in (raw(pool), *(instance.parts.ledger for instance in pool.instances.values())):
-        assert isinstance(ledger, RedisLedger)
-        ledger._clock_ms = (lambda: int((time.time() + seconds) * 1000)) if seconds else None
-
-
 def jump_ahead(pool: Pool) -> None:
-    jump(pool, 3600)
+    CLOCK.ahead_s = 3600.0
     wait_for_reports(pool)
 
 
 def jump_back(pool: Pool) -> None:
-    jump(pool, -3600)
+    CLOCK.ahead_s = -3600.0
     wait_for_reports(pool)
 
 
@@ -84,9 +103,9 @@ def wait_for_reports(pool: Pool) -> None:
 
 
 @pytest.fixture(autouse=True)
-def the_right_time(pool: Pool) -> Iterator[None]:
+def the_right_time() -> Iterator[None]:
     yield
-    jump(pool, 0)
+    CLOCK.ahead_s = 0.0
 
 
 class Managers:
@@ -104,7 +123,8 @@ class Managers:
             self._stops[name] = stop, thread
 
     def leader(self) -> str:
-        return str(raw(self._pool)._redis.hget("{default}:leader", "candidate"))
+        with server_of(self._pool) as server:
+            return str(server.hget("{default}:leader", "candidate"))
 
     def stop(self, name: str) -> None:
         stop, thread = self._stops.pop(name)

@@ -50,15 +50,21 @@ def creditor(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 @pytest.fixture
-def debtor(tmp_path: Path, creditor: subprocess.Popen[str]) -> Iterator[Debtor]:
+def peers() -> Iterator[Peers]:
+    """The debtor's channels."""
+    made = Peers("p", Identity(InstanceId("d"), 1), Quarantine(SystemClock()), 0, MailboxSizes(8192, 8192), MOST_S)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def debtor(tmp_path: Path, creditor: subprocess.Popen[str], peers: Peers) -> Debtor:
     """Has had so many answers that it knows what is usual."""
-    peers = Peers("p", Identity(InstanceId("d"), 1), Quarantine(SystemClock()), 0, MailboxSizes(8192, 8192), MOST_S)
     peers.reach(at(tmp_path))
     debtor = Debtor(peers, MOST_S, deadlines=Deadlines(LEAST_S, MOST_S, peers.is_alive))
     for _ in range(NUM_LEARNT):
         assert ask(debtor, 0) == 1
-    yield debtor
-    peers.close()
+    return debtor
 
 
 def at(tmp_path: Path) -> Peer:
@@ -82,7 +88,7 @@ def test_a_slow_creditor_that_lives_is_waited_for(debtor: Debtor) -> None:
 
 
 def test_a_creditor_that_hangs_is_lost_long_before_the_last_deadline(
-    debtor: Debtor, creditor: subprocess.Popen[str], tmp_path: Path
+    debtor: Debtor, peers: Peers, creditor: subprocess.Popen[str], tmp_path: Path
 ) -> None:
     os.kill(creditor.pid, signal.SIGSTOP)
     os.waitpid(creditor.pid, os.WUNTRACED)  # until every thread of it stands still
@@ -94,8 +100,6 @@ def test_a_creditor_that_hangs_is_lost_long_before_the_last_deadline(
     os.kill(creditor.pid, signal.SIGCONT)
     assert ask(debtor, 0, step=2) == 0
     # Nor do stale answers come to who speaks to it again
-    peers = debtor._channels
-    assert isinstance(peers, Peers)
     peers.give_up("c", 0.0)
     peers.reach(at(tmp_path))
     assert [ask(debtor, 0, step) for step in (3, 4, 5)] == [1, 1, 1]

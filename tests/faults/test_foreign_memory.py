@@ -36,7 +36,7 @@ class Debt(NamedTuple):
 
     @property
     def pool(self) -> torch.Tensor:
-        return self.creditor.instance.parts.rank.creditor._pool
+        return self.creditor.instance.parts.rank.memory.pool.tensor_BLK2ND
 
 
 @pytest.fixture
@@ -63,14 +63,15 @@ def debt(make_config: MakeConfig, server: EmbeddedServer) -> Iterator[Debt]:
         creditor.instance.check_integrity()
 
 
-def channel(debt: Debt, name: str) -> Channel:
+def channel(debt: Debt, name: str, secret: bytes | None = None) -> Channel:
+    """Of who knows the pool's secret, or this one."""
     epoch = debt.debtor.instance.parts.rank.identity.epoch
     return connect(
         debt.loan.peer.address.format(rank=0),
         hello(instance_id=name, epoch=epoch, pool="default", request_bytes=1 << 20),
         peer="b",
         timeout_s=5,
-        secret=debt.secret,
+        secret=debt.secret if secret is None else secret,
     )
 
 
@@ -81,8 +82,8 @@ def num_refused(kind: str, reason: str) -> float:
 
 def query(debt: Debt, thief: Channel, loan_id: str, block_ids: list[int]) -> tuple[Refusal | None, int]:
     """What the creditor says, and how many bytes it gives."""
-    rank = debt.creditor.instance.parts.rank
-    q = torch.zeros(1, rank.creditor._num_query_heads, debt.pool.shape[-1], dtype=debt.pool.dtype)
+    num_heads = debt.creditor.instance.parts.rank.shape.query_heads_per_rank
+    q = torch.zeros(1, num_heads, debt.pool.shape[-1], dtype=debt.pool.dtype)
     header = QueryHeader(0, 0, [QueryShare([loan_id], block_ids, 1)])
     reply = thief.call(MessageKind.QUERY, msgspec.msgpack.encode(header), [q], deadline_s=5)
     return msgspec.msgpack.decode(reply.header, type=Acknowledge).refusal, len(reply.payload)
@@ -140,7 +141,7 @@ def test_a_debtor_does_not_get_beyond_its_loan(debt: Debt) -> None:
 
 def test_a_stranger_gets_no_channel_to_a_real_instance(debt: Debt) -> None:
     with pytest.raises(PeerLost, match="does not know this pool's secret"):
-        channel(debt._replace(secret=b"guess" * 8), "a")
+        channel(debt, "a", b"guess" * 8)
 
 
 def test_loans_cannot_be_told_from_their_number(debt: Debt) -> None:

@@ -13,7 +13,7 @@ from megatron_distkv.engine import worker
 from megatron_distkv.engine.addresses import control_address, rank_address
 from megatron_distkv.engine.batch import StepPlan, StepReply
 from megatron_distkv.engine.instance_secret import share_instance_secret
-from megatron_distkv.engine.rank import build_rank
+from megatron_distkv.engine.rank import Rank, build_rank
 from megatron_distkv.errors import DistkvError, PeerLost
 from megatron_distkv.messages import (
     Acknowledge,
@@ -42,15 +42,15 @@ ORDERS = [
 class Follower(NamedTuple):
     """A rank that takes orders (of an instance of one rank: it is its own leader's only follower here)."""
 
-    worker: worker.Worker
+    rank: Rank
     thread: threading.Thread
     pool_secret: bytes
     instance_secret: bytes
 
     def channel(self, secret: bytes, *, control: bool) -> Channel:
-        rank = self.worker._rank
-        address = (control_address if control else rank_address)(rank.config.run_dir, rank.config.instance_id, 0)
-        said = hello(instance_id=rank.config.instance_id, pool="default", request_bytes=1 << 16)
+        config = self.rank.config
+        address = (control_address if control else rank_address)(config.run_dir, config.instance_id, 0)
+        said = hello(instance_id=config.instance_id, pool="default", request_bytes=1 << 16)
         return connect(address, said, peer="follower", timeout_s=10, secret=secret)
 
 
@@ -62,11 +62,13 @@ def follower(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> Iterat
     secret = share_instance_secret()
     monkeypatch.setattr(worker, "share_instance_secret", lambda: secret)
     config = make_config("i", ledger={"secret_file": run_dir / "secret"})
-    one = worker.Worker(build_rank(config, init_tensor_parallel(1)))
-    thread = threading.Thread(target=one.run)
+    rank = build_rank(config, init_tensor_parallel(1))
+    thread = threading.Thread(target=worker.Worker(rank).run)
     thread.start()
-    yield Follower(one, thread, read_secret(run_dir / "secret"), secret)
-    one._plans.put(None)
+    one = Follower(rank, thread, read_secret(run_dir / "secret"), secret)
+    yield one
+    with contextlib.suppress(PeerLost):  # it has ended before
+        one.channel(secret, control=True).close()  # its leader, which it does not outlive
     thread.join(10)
 
 
@@ -76,7 +78,7 @@ def give(channel: Channel, kind: MessageKind, order: msgspec.Struct) -> bytes:
 
 def test_the_pools_secret_and_the_instances_name_are_not_enough(follower: Follower) -> None:
     # Given a loan, and a member of the pool that says it is the instance itself
-    follower.worker._rank.loan_table.grant("a loan of somebody", Holder("somebody"), [0])
+    follower.rank.loan_table.grant("a loan of somebody", Holder("somebody"), [0])
     thief = follower.channel(follower.pool_secret, control=False)
     # When it gives orders where other instances ask, then none is followed
     for kind, order in ORDERS:
@@ -87,7 +89,7 @@ def test_the_pools_secret_and_the_instances_name_are_not_enough(follower: Follow
         follower.channel(follower.pool_secret, control=True)
     # And when it leaves, nobody takes that for the leader's end
     thief.close()
-    leader, table = follower.channel(follower.instance_secret, control=True), follower.worker._rank.loan_table
+    leader, table = follower.channel(follower.instance_secret, control=True), follower.rank.loan_table
     assert msgspec.msgpack.decode(give(leader, MessageKind.STEP, IDLE), type=StepReply) == StepReply({})
     assert table.may_write(Holder("somebody"), ["a loan of somebody"], [0]) is Access.GRANTED
     assert table.may_write(Holder("thief"), ["loan"], [1]) is not Access.GRANTED
@@ -96,7 +98,7 @@ def test_the_pools_secret_and_the_instances_name_are_not_enough(follower: Follow
 
 def test_the_leader_is_obeyed(follower: Follower) -> None:
     leader = follower.channel(follower.instance_secret, control=True)
-    table = follower.worker._rank.loan_table
+    table = follower.rank.loan_table
     for kind, order in ORDERS[1:3]:
         assert msgspec.msgpack.decode(give(leader, kind, order), type=Acknowledge) == Acknowledge()
     assert table.may_write(Holder("thief"), ["loan"], [1]) is Access.GRANTED
@@ -111,7 +113,7 @@ def test_a_follower_says_what_was_stored_under_a_loan_that_ends(follower: Follow
     # Given a loan of two rBlocks, one of which was stored here
     leader = follower.channel(follower.instance_secret, control=True)
     give(leader, MessageKind.GRANT, GrantHeader("loan", Holder("debtor"), [1, 2]))
-    follower.worker._rank.loan_table.note_stored("loan", [2], slice(0, 2), 2)
+    follower.rank.loan_table.note_stored("loan", [2], slice(0, 2), 2)
 
     # When it becomes another's, and ends
     give(leader, MessageKind.TRANSFER, TransferHeader("loan", "new", Holder("heir")))

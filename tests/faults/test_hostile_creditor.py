@@ -35,11 +35,11 @@ from megatron_distkv.pool import (
 )
 from megatron_distkv.rblock import InstanceId, LoanId
 from megatron_distkv.rmanager import ControlChannels, MailboxSizes, Migration, Move, Peers
-from megatron_distkv.transport import Answer, Hello, Listener, Request, connect
+from megatron_distkv.transport import OPEN_POOL, Answer, Hello, Listener, Request, connect
 from megatron_distkv.transport.frame import FRAME_BYTES, Frame
-from megatron_distkv.transport.handshake import Greeting
-from megatron_distkv.transport.hello import Challenge, Welcome, new_nonce
-from megatron_distkv.transport.shared_link import DatagramWire
+from megatron_distkv.transport.hello import MAX_HELLO_BYTES, Challenge, Welcome, new_nonce
+from megatron_distkv.transport.mailbox import create_memory
+from megatron_distkv.transport.pool_secret import Side, proof
 from tests.faults.hostile import DEEP, messages, numbers, pack, wild
 from tests.pool.at_once import AtOnce
 from tests.pool.members import SHAPE, info
@@ -192,9 +192,7 @@ class RawCreditor:
 
     def _serve(self, connection: socket.socket) -> None:
         if self.challenge is None and self.welcome is None:
-            greeting = Greeting(DatagramWire(connection, DEADLINE_S), b"")
-            link = greeting.welcome(greeting.receive("p", 1 << 20))
-            link._outbox._view[:] = b"\xff" * link._outbox.size
+            self._greet(connection)
             connection.recv(FRAME_BYTES)
             connection.send(self.doorbell)
             connection.recv(1)
@@ -205,6 +203,21 @@ class RawCreditor:
         with open("/dev/null", "rb") as nothing:
             socket.send_fds(connection, [self.welcome or pack(Welcome())], [nothing.fileno()] * self.sends_mailbox)
         connection.recv(1)
+
+    @staticmethod
+    def _greet(connection: socket.socket) -> None:
+        """As an honest one, but for a mailbox that is full of ones."""
+        said, challenge = connection.recv(MAX_HELLO_BYTES), pack(Challenge(new_nonce()))
+        connection.send(challenge)
+        connection.recv(MAX_HELLO_BYTES)
+        size = decode(said, Hello).request_bytes + decode(said, Hello).reply_bytes
+        mailbox = create_memory(size)
+        try:
+            os.pwrite(mailbox, b"\xff" * size, 0)
+            mac = proof(OPEN_POOL, Side.LISTENING, said, challenge)
+            socket.send_fds(connection, [pack(Welcome(mac=mac))], [mailbox])
+        finally:
+            os.close(mailbox)
 
 
 @pytest.fixture

@@ -44,7 +44,7 @@ class Victim:
     def __init__(self, llm: LLM, ledger: DebtLedger) -> None:
         self.instance = llm.instance
         rank = llm.instance.parts.rank
-        self.pool, self.num_heads = rank.creditor._pool, rank.creditor._num_query_heads
+        self.pool, self.num_heads = rank.memory.pool.tensor_BLK2ND, rank.shape.query_heads_per_rank
         self.address = f"unix:{llm.instance.config.run_dir}/v.0.sock"
         me = ledger.register(InstanceId("honest"), "unix:nowhere", 4, 0, LEASE_S)
         self.epoch = me.epoch
@@ -80,7 +80,7 @@ class Victim:
 
     def books(self) -> object:
         status = self.instance.status(0)
-        return status.free_rblocks, status.lent_rblocks, dict(self.instance.parts.lending._lent)
+        return status.free_rblocks, status.lent_rblocks, self.instance.parts.lending.lent
 
     def assert_unharmed(self) -> None:
         self.instance.check_integrity()

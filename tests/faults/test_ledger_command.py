@@ -5,11 +5,12 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
+import redis
 
 from megatron_distkv.cli.main import main
 from megatron_distkv.engine.llm import LLM
 from megatron_distkv.engine.serving import Serving
-from megatron_distkv.ledger import open_ledger
+from megatron_distkv.ledger import DebtLedger, open_ledger
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
 from megatron_distkv.ledger.redis_ledger import RedisLedger
 from tests.conftest import MakeConfig
@@ -18,18 +19,18 @@ from tests.pool.members import info
 
 class Running(NamedTuple):
     arguments: list[str]
-    ledger: RedisLedger
+    url: str
+    ledger: DebtLedger
 
 
 @pytest.fixture
 def running(make_config: MakeConfig, server: EmbeddedServer) -> Iterator[Running]:
     stop = threading.Event()
     ledger = open_ledger(server.url, "default")
-    assert isinstance(ledger, RedisLedger)
     with LLM(make_config("v", num_rblocks=16, url=server.url)) as llm:
         thread = threading.Thread(target=Serving(llm.instance).run, args=(stop,))
         thread.start()
-        yield Running(["ledger", "--ledger", server.url], ledger)
+        yield Running(["ledger", "--ledger", server.url], server.url, ledger)
         stop.set()
         thread.join()
     ledger.close()
@@ -41,7 +42,8 @@ def test_a_pool_in_order_passes(running: Running, capsys: pytest.CaptureFixture[
 
 
 def test_a_record_that_counts_wrongly_is_named(running: Running, capsys: pytest.CaptureFixture[str]) -> None:
-    running.ledger._redis.hincrby("{default}:instance:v", "lent", 3)
+    with redis.Redis.from_url(running.url) as server:
+        server.hincrby("{default}:instance:v", "lent", 3)
     assert main([*running.arguments, "--check"]) == 1
     said = capsys.readouterr().out.splitlines()
     assert "v lends 0 rBlocks by its loans, 3 by its record" in said

@@ -138,7 +138,8 @@ def test_a_creditor_lost_while_rblocks_travel(
 ) -> None:
     # Given rBlocks on their way to a creditor whom one of this step's moves is for, or on their way back
     lost: list[str] = []
-    compute = run.a._run
+    runner = run.a.parts.rank.runner
+    compute = runner.run
 
     def lose_on_the_way(plan: StepPlan) -> StepResult:
         travelling = plan.moves if way == "there" else plan.pulls
@@ -149,7 +150,7 @@ def test_a_creditor_lost_while_rblocks_travel(
 
     run.until(lambda: len(run.token_ids) == (0 if way == "there" else 4))
     # When it is lost before they have arrived
-    monkeypatch.setattr(run.a, "_run", lose_on_the_way)
+    monkeypatch.setattr(runner, "run", lose_on_the_way)
     if way == "home":
         run.pool[run.creditors()[0]].instance.rmanager.ask_back_all()
         until_s = time.monotonic() + 10.0

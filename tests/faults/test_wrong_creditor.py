@@ -1,18 +1,19 @@
 """A creditor that does not tell the truth: silent corruption, wrong answers, and what is no number."""
 
-import argparse
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from megatron_distkv.launch.commands import command_line
 
-from megatron_distkv.cli import serve, up
+from megatron_distkv.engine.batch import StepPlan
 from megatron_distkv.engine.instance import DISTRUST_S
 from megatron_distkv.engine.llm import LLM
+from megatron_distkv.engine.model_runner import StepResult
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
 from megatron_distkv.metrics import INSTANCE_REGISTRY
 from megatron_distkv.rblock import RemoteSpan, loan_key
@@ -41,23 +42,32 @@ class Pool:
 
     def begin(self, verify_one_in: int, **rooms: Any) -> RemoteSpan:
         """Returns some rBlocks that a has borrowed."""
-        lending = {"verify_one_in": verify_one_in}
-        config = self._make_config("a", num_rblocks=16, url=self._url, lending=lending, **rooms)
-        self.a = self._stack.enter_context(LLM(config))
-        self.request = Request("long", PROMPT, GREEDY)
-        self.a.instance.add(self.request)
+        self.start(verify_one_in, **rooms)
+        self.add()
         while len(self.request.output_token_ids) < 4:
             self.a.instance.step()
         return self.borrowed()[0]
 
+    def start(self, verify_one_in: int, **rooms: Any) -> None:
+        """Instance a alone, without its request."""
+        lending = {"verify_one_in": verify_one_in}
+        config = self._make_config("a", num_rblocks=16, url=self._url, lending=lending, **rooms)
+        self.a = self._stack.enter_context(LLM(config))
+
+    def add(self) -> None:
+        self.request = Request("long", PROMPT, GREEDY)
+        self.a.instance.add(self.request)
+
     def borrowed(self) -> list[RemoteSpan]:
+        if self.request.num_computed_tokens == 0:
+            return []
         return list(self.a.instance.rmanager.table(self.request).remote_spans())
 
     def lender(self, name: str) -> LLM:
         return self.lenders[name]
 
     def memory_of(self, name: str) -> torch.Tensor:
-        return self.lenders[name].instance.parts.rank.creditor._pool
+        return self.lenders[name].instance.parts.rank.memory.pool.tensor_BLK2ND
 
     def start_lenders(self) -> None:
         self.lenders = {
@@ -115,12 +125,15 @@ def test_rounding_on_the_wire_is_no_alarm(make_config: MakeConfig, server: Embed
     assert num_alarms("partial") == before
 
 
-@pytest.mark.parametrize("command", [up, serve])
-def test_the_command_line_asks_for_checks(command: ModuleType, tmp_path: Path) -> None:
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    assert command._config(parser.parse_args(["--model", str(tmp_path)])).lending.verify_one_in == 0
-    assert command._config(parser.parse_args(["--model", str(tmp_path), "--verify", "50"])).lending.verify_one_in == 50
+@pytest.mark.parametrize("command", ["up", "serve"])
+def test_the_command_line_asks_for_checks(command: str, tmp_path: Path, make_config: MakeConfig) -> None:
+    # Given a value that nothing is started with
+    told = command_line(command, "--model", str(tmp_path), "--verify", "-50")
+    done = subprocess.run(told, capture_output=True, text=True, timeout=120, check=False)
+    # Then it has reached its key, which without the option asks for no checks
+    assert done.returncode == 2
+    assert "lending.verify_one_in: Input should be greater than or equal to 0 (got -50)" in done.stderr
+    assert make_config().lending.verify_one_in == 0
 
 
 @pytest.mark.parametrize("is_last_layer", [False, True])
@@ -233,23 +246,22 @@ def test_no_numbers_are_an_alarm_even_without_checks(
     assert pool.distrusts(span.creditor)
 
 
-def test_a_creditor_is_not_blamed_for_what_its_debtor_sent(pool: Pool) -> None:
+def test_a_creditor_is_not_blamed_for_what_its_debtor_sent(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     # Given a debtor whose own KV holds a NaN when it moves out
-    config = pool._make_config("a", num_rblocks=16, url=pool._url, lending={"verify_one_in": 1})
-    pool.a = pool._stack.enter_context(LLM(config))
+    pool.start(verify_one_in=1)
     rank = pool.a.instance.parts.rank
-    honest = rank.runner._migration._push
+    carry_out = rank.runner.run
     before = [num_alarms(what) for what in ("rblocks", "partial")]
 
-    def poisoned(move: object) -> None:
-        rank.runner._pool.tensor_BLK2ND[move.local_ids, 1, 0, 1, 2, 2] = float("nan")  # type: ignore[attr-defined]
-        honest(move)  # type: ignore[arg-type]
+    def poison_and_carry_out(plan: StepPlan) -> StepResult:
+        for move in plan.moves:
+            rank.memory.pool.tensor_BLK2ND[move.local_ids, 1, 0, 1, 2, 2] = float("nan")
+        return carry_out(plan)
 
-    rank.runner._migration._push = poisoned  # type: ignore[method-assign]
+    monkeypatch.setattr(rank.runner, "run", poison_and_carry_out)
     # When it asks for attention over it
-    pool.request = Request("long", PROMPT, GREEDY)
-    pool.a.instance.add(pool.request)
-    while not pool.a.instance.rmanager._tables.by_request or not pool.borrowed():
+    pool.add()
+    while not pool.borrowed():
         pool.a.instance.step()
     for _ in range(3):
         pool.a.instance.step()

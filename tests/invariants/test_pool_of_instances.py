@@ -3,9 +3,7 @@
 The driver is seeded; only the heartbeats' timing differs between two runs of one seed.
 """
 
-import contextlib
 import random
-import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,14 +15,18 @@ import pytest
 from megatron_distkv.attention import Access
 from megatron_distkv.config.instance import InstanceConfig
 from megatron_distkv.engine import unplaceable
+from megatron_distkv.engine.addresses import rank_address
 from megatron_distkv.engine.instance import Instance
 from megatron_distkv.engine.llm import LLM
+from megatron_distkv.engine.rank import build_rank
 from megatron_distkv.ledger import DebtLedger, open_ledger
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
 from megatron_distkv.messages import HandedOver, Holder, TokenOutput
+from megatron_distkv.model import init_tensor_parallel
 from megatron_distkv.rblock import HOST, RemoteSpan, loan_key
 from megatron_distkv.request import Request
 from megatron_distkv.sampling_params import SamplingParams
+from tests.transport.connections import break_a_connection
 
 NUM_RBLOCKS = 16
 RBLOCK_SIZE = 8
@@ -94,8 +96,8 @@ class Pool:
         """Every rBlock that some table places at a creditor is granted to that table's instance, and to no other."""
         seen: set[tuple[str, int]] = set()
         for name, instance in self.instances.items():
-            for table in instance.rmanager._tables.by_request.values():
-                for span in table.remote_spans():
+            for request in instance.scheduler.running:
+                for span in instance.rmanager.table(request).remote_spans():
                     if span.creditor == HOST:
                         continue
                     assert self._is_granted(name, span), f"{name} holds {span} without a grant"
@@ -136,8 +138,12 @@ def int8_pool(llama: Path, tmp_path: Path) -> Iterator[Pool]:
 
 
 @contextmanager
-def start_pool(llama: Path, run_dir: Path, kv_dtype: str) -> Iterator[Pool]:
-    def start(name: str, num_rblocks: int, url: str, max_batched_tokens: int) -> LLM:
+def start_pool(
+    llama: Path, run_dir: Path, kv_dtype: str, open_one: Callable[[str, str], DebtLedger] = open_ledger
+) -> Iterator[Pool]:
+    """`open_one`: how each of the three, and the test, reaches the ledger at a URL, of a pool of this name."""
+
+    def config(name: str, num_rblocks: int, url: str, max_batched_tokens: int) -> InstanceConfig:
         values = {
             "instance_id": name,
             "model": llama,
@@ -151,14 +157,21 @@ def start_pool(llama: Path, run_dir: Path, kv_dtype: str) -> Iterator[Pool]:
             "ledger": {"url": url, "heartbeat_interval_s": 0.1, "lease_s": 1.0},
             "scheduler": {"max_batched_tokens": max_batched_tokens},
         }
-        return stack.enter_context(LLM(InstanceConfig.model_validate(values)))
+        return InstanceConfig.model_validate(values)
+
+    def start(name: str) -> Instance:
+        rank = build_rank(config(name, NUM_RBLOCKS, server.url, 48), init_tensor_parallel(1))
+        instance = Instance(rank, open_one(server.url, "default"))
+        stack.callback(instance.close)
+        return instance
 
     with ExitStack() as stack:
         server = stack.enter_context(EmbeddedServer())
-        ledger = open_ledger(server.url, "default")
+        ledger = open_one(server.url, "default")
         stack.callback(ledger.close)
-        instances = {name: start(name, NUM_RBLOCKS, server.url, 48).instance for name in ("a", "b", "c")}
-        yield Pool(instances, server, ledger, start("enough", 512, "memory://", 512))
+        instances = {name: start(name) for name in ("a", "b", "c")}
+        enough = stack.enter_context(LLM(config("enough", 512, "memory://", 512)))
+        yield Pool(instances, server, ledger, enough)
 
 
 class Driver:
@@ -209,11 +222,8 @@ class Driver:
     def cut_a_channel(self) -> None:
         """A real end of stream in the middle of somebody's loans."""
         name = self._any_instance()
-        connections = list(self._pool.instances[name].parts.doors._listeners[0]._connections)
-        if connections:
+        if break_a_connection(rank_address(self._pool.instances[name].config.run_dir, name, 0), self._random):
             self._note(f"cut a channel of {name}")
-            with contextlib.suppress(OSError):  # of one that was cut a moment ago
-                self._random.choice(connections).shutdown(socket.SHUT_RDWR)
 
     def lose_the_ledger(self) -> None:
         """kill -9, some steps without it, and an empty one comes back."""

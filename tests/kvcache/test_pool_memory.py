@@ -75,10 +75,10 @@ def test_memory_is_taken_as_it_is_used_and_given_back_with_the_last_view() -> No
 
 
 def test_a_small_pool_does_not_take_a_huge_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(num_bytes: int) -> None:
-        raise AssertionError(f"a huge page for {num_bytes} bytes")
+    def refuse(_: int, num_bytes: int, **__: int) -> None:
+        raise AssertionError(f"a mapping of its own for {num_bytes} bytes")
 
-    monkeypatch.setattr(pool_memory, "_on_huge_pages", refuse)
+    monkeypatch.setattr(mmap, "mmap", refuse)
     pool = RBlockPool(4, 2, 2, 16, 8, torch.float32)
     assert not pool.tensor_BLK2ND.any()
 

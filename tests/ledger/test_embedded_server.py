@@ -1,10 +1,13 @@
 """The embedded server: dies with its parent, keeps a password, and a dead or hung one is noticed."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -32,15 +35,20 @@ def is_running(pid: int) -> bool:
         return False
 
 
+def directory_of(url: str) -> Path:
+    """Its own, where its socket lies."""
+    return Path(urlsplit(url).path).parent
+
+
 def test_the_server_dies_with_a_killed_parent() -> None:
     # Given a process with an embedded server
     code = (
         "from megatron_distkv.ledger.embedded_server import EmbeddedServer as S; import time\n"
-        "s = S().start(); print(s.pid, s._directory, flush=True); time.sleep(60)"
+        "s = S().start(); print(s.pid, s.url, flush=True); time.sleep(60)"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
-    pid, directory = parent.stdout.readline().split()
+    pid, url = parent.stdout.readline().split()
     assert is_running(int(pid))
 
     # When the parent is killed with -9
@@ -50,7 +58,7 @@ def test_the_server_dies_with_a_killed_parent() -> None:
 
     # Then the server ends too
     assert wait_until(lambda: not is_running(int(pid)))
-    subprocess.run(["rm", "-rf", directory], check=True)
+    shutil.rmtree(directory_of(url))
 
 
 def test_a_server_that_hangs_is_stopped_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,7 +75,8 @@ def test_a_server_that_hangs_is_stopped_too(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_stop_leaves_no_process_and_no_directory() -> None:
     server = EmbeddedServer().start()
-    pid, directory = server.pid, server._directory
+    pid, directory = server.pid, directory_of(server.url)
+    assert directory.exists()
     server.stop()
     assert not is_running(pid)
     assert not directory.exists()

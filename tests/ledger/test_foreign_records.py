@@ -5,6 +5,7 @@ Whatever the damage, whoever asks hears LedgerUnavailable or an answer, never an
 
 import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import redis
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from megatron_distkv.errors import LedgerUnavailable, SupersededError
 from megatron_distkv.ledger import (
+    DebtLedger,
     InstanceReport,
     Move,
     RequestPlacementEntry,
@@ -22,6 +24,7 @@ from megatron_distkv.ledger.embedded_server import EmbeddedServer
 from megatron_distkv.ledger.redis_ledger import RedisLedger
 from megatron_distkv.pool import check_picture, picture_of
 from megatron_distkv.rblock import InstanceId, LoanId
+from tests.ledger.one_answer_server import OneAnswerServer
 from tests.pool.members import info
 
 A, B = InstanceId("a"), InstanceId("b")
@@ -46,17 +49,27 @@ damage = st.tuples(
 
 
 @pytest.fixture(scope="module")
-def ledger() -> Iterator[RedisLedger]:
-    with EmbeddedServer() as server:
-        opened = open_ledger(server.url, "p")
-        assert isinstance(opened, RedisLedger)
-        yield opened
-        opened.close()
+def server() -> Iterator[EmbeddedServer]:
+    with EmbeddedServer() as running:
+        yield running
 
 
-def fill(ledger: RedisLedger) -> tuple[int, int]:
+@pytest.fixture(scope="module")
+def raw(server: EmbeddedServer) -> Iterator[redis.Redis]:
+    """How somebody else reaches the server."""
+    with redis.Redis.from_url(server.url, decode_responses=True) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def ledger(server: EmbeddedServer) -> Iterator[DebtLedger]:
+    opened = open_ledger(server.url, "p")
+    yield opened
+    opened.close()
+
+
+def fill(ledger: DebtLedger) -> tuple[int, int]:
     """A pool of two with a loan, a pending one, placements, a plan and a leader; the epochs."""
-    ledger._redis.flushall()
     epochs = [ledger.register(name, "unix:x", 64, 0, 60.0, info=info()).epoch for name in (A, B)]
     for loan in ("l1", "l2"):
         assert ledger.borrow(LoanId(loan), A, epochs[0], B, epochs[1], 4, 60.0) is None
@@ -67,8 +80,8 @@ def fill(ledger: RedisLedger) -> tuple[int, int]:
     return epochs[0], epochs[1]
 
 
-def spoil(ledger: RedisLedger, key: str, field: str, value: bytes, how: str) -> None:
-    key, raw = "{p}:" + key, ledger._redis
+def spoil(raw: redis.Redis, key: str, field: str, value: bytes, how: str) -> None:
+    key = "{p}:" + key
     if how == "field" and raw.type(key) == "hash":
         raw.hset(key, field, value)
     elif how == "missing" and raw.type(key) == "hash":
@@ -83,7 +96,7 @@ def spoil(ledger: RedisLedger, key: str, field: str, value: bytes, how: str) -> 
             raw.set(key, value)
 
 
-def everything(ledger: RedisLedger, a: int, b: int) -> Iterator[Callable[[], object]]:
+def everything(ledger: DebtLedger, a: int, b: int) -> Iterator[Callable[[], object]]:
     yield lambda: ledger.changes(0, 1)
     yield lambda: ledger.changes(1)
     yield lambda: ledger.known_loans([LoanId("l1"), LoanId("l2")])
@@ -116,27 +129,31 @@ def everything(ledger: RedisLedger, a: int, b: int) -> Iterator[Callable[[], obj
 @example(damages=[("instance:a", "moves", b"no bars", "field")])
 @example(damages=[("instance:a", "placements", b"x|y", "field")])
 def test_whatever_the_damage_there_is_an_answer(
-    ledger: RedisLedger, damages: list[tuple[str, str, bytes, str]]
+    ledger: DebtLedger, raw: redis.Redis, damages: list[tuple[str, str, bytes, str]]
 ) -> None:
+    raw.flushall()
     a, b = fill(ledger)
     for key, field, value, how in damages:
-        spoil(ledger, key, field, value, how)
+        spoil(raw, key, field, value, how)
     for operation in everything(ledger, a, b):
         with contextlib.suppress(LedgerUnavailable, SupersededError):
             operation()
-    assert ledger._redis.ping()
+    assert raw.ping()
 
 
-def test_a_reply_of_another_shape_is_a_ledger_that_is_away(
-    ledger: RedisLedger, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    a, b = fill(ledger)
-    for reply in (None, [], [b"x"], "text", 7, [[1, 2], [3]], {"k": "v"}):
-        scripts = {name: (lambda reply=reply, **_: reply) for name in ledger._scripts}
-        monkeypatch.setattr(ledger, "_scripts", scripts)
-        for operation in everything(ledger, a, b):
+@pytest.mark.parametrize(
+    "reply",
+    [b"$-1", b"*0", b"*1 $1 x", b"$4 text", b":7", b"*2 *2 :1 :2 *1 :3", b"*2 $1 k $1 v", b"+OK", b"-ERR odd", b"?!"],
+)
+def test_a_reply_of_another_shape_is_a_ledger_that_is_away(reply: bytes, tmp_path: Path) -> None:
+    # Given a server that has this one answer to whatever it is asked (a line for each word)
+    odd = OneAnswerServer(tmp_path / "odd.sock", reply.replace(b" ", b"\r\n") + b"\r\n")
+    with odd, contextlib.closing(RedisLedger(odd.url, "p")) as ledger:
+        for operation in everything(ledger, 1, 2):
             with contextlib.suppress(LedgerUnavailable, SupersededError):
                 operation()
+        # Then it was asked, and whoever asked has heard that it is away, or an answer
+        assert odd.num_asked > 0
 
 
 class Pool:

@@ -4,6 +4,7 @@ import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from megatron_distkv.launch.commands import free_port
@@ -41,7 +42,7 @@ def locked() -> Iterator[EmbeddedServer]:
 
 @pytest.fixture(scope="module")
 def tls(locked: EmbeddedServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TlsLedger]:
-    ledger = TlsLedger(tmp_path_factory.mktemp("tls"), locked._socket)
+    ledger = TlsLedger(tmp_path_factory.mktemp("tls"), Path(urlsplit(locked.url).path))
     yield ledger
     ledger.one_sided.close()
     ledger.two_sided.close()

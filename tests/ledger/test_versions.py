@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import redis
 
 from megatron_distkv.errors import LedgerUnavailable
 from megatron_distkv.ledger import InstanceReport, MemoryLedger, PoolReader
@@ -115,8 +116,8 @@ def test_data_that_another_life_of_the_server_wrote_are_dropped_before_anybody_s
         # Given what a replica has that lacks the last writes: b has left since
         ledger, reader = RedisLedger(server.url, "p"), RedisLedger(server.url, "p")
         a, b = join(ledger, "a", "b")
-        raw = ledger._redis
-        raw.save()
+        with redis.Redis.from_url(server.url) as replica:
+            replica.save()
         generation = ledger.changes(0).generation
         ledger.deregister(InstanceId("b"), b)
         version = reader.changes(0).version

@@ -1,16 +1,17 @@
 """Runs a script's main() on many ranks: python fork_ranks.py RANKS SCRIPT ARGUMENT...
 
-One process imports what the script needs and forks the ranks: importing is what costs time.
+One process imports what the script needs and forks the ranks.
 """
 
 import importlib.util
 import os
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
 from megatron_distkv.launch.commands import free_port
+
+from tests.forked import fork
 
 
 def main() -> int:
@@ -23,22 +24,14 @@ def main() -> int:
     spec.loader.exec_module(module)
     os.environ |= {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    children = [fork(rank, module) for rank in range(num_ranks)]
+    children = [fork(lambda rank=rank: run(rank, module)) for rank in range(num_ranks)]
     statuses = [os.waitpid(child, 0)[1] for child in children]
     return int(any(statuses))
 
 
-def fork(rank: int, module: Any) -> int:
-    child = os.fork()
-    if child:
-        return child
+def run(rank: int, module: Any) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    try:
-        module.main()
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
-    os._exit(0)
+    module.main()
 
 
 if __name__ == "__main__":

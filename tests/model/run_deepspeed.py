@@ -12,7 +12,6 @@ from pathlib import Path
 warnings.filterwarnings("ignore")
 os.environ["DS_ACCELERATOR"] = "cpu"
 import torch  # noqa: E402
-import torch._dynamo  # noqa: E402  # any optimizer imports it
 
 from megatron_distkv.config.train import OptimizerConfig  # noqa: E402
 from megatron_distkv.model import (  # noqa: E402
@@ -24,6 +23,9 @@ from megatron_distkv.model import (  # noqa: E402
 )
 from megatron_distkv.model.weights import torch_dist  # noqa: E402
 from megatron_distkv.training.deepspeed_engine import build_engine, init_distributed, whole_parameters  # noqa: E402
+from tests.forked import import_compiler  # noqa: E402
+
+import_compiler()
 
 
 def train(source: Path, dtype: str, folder: Path, steps: int, stages: list[int], parallel: TensorParallel) -> None:

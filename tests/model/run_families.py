@@ -24,7 +24,7 @@ def main() -> None:
         checkpoint = find_checkpoint(path)
         module = build_gpt(checkpoint.model, parallel)
         load_weights(module, checkpoint, checkpoint.model)
-        errors[path.name] = compare(module, checkpoint.model, parallel, references / path.name)._asdict()
+        errors[path.name] = compare(module, checkpoint.model, parallel, references / path.name)
     if parallel.is_leader:
         out.write_text(json.dumps(errors))
     torch.distributed.barrier()

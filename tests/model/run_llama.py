@@ -29,6 +29,6 @@ def main() -> None:
         torch_dist.save(module, config, Path(options["save"]), iteration=7)
     errors = compare(module, config, parallel, reference_path)
     if parallel.is_leader:
-        out.write_text(json.dumps(errors._asdict()))
+        out.write_text(json.dumps(errors))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

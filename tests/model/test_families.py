@@ -33,7 +33,7 @@ def run_ranks(folder: Path, references: Path, tp: int, out: Path) -> dict[str, E
     arguments = [str(folder), str(references), str(tp), str(out)]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    return {name: Errors(**errors) for name, errors in json.loads(out.read_text()).items()}
+    return {name: Errors(*errors) for name, errors in json.loads(out.read_text()).items()}
 
 
 @pytest.mark.parametrize("name", list(FAMILIES))

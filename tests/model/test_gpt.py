@@ -41,7 +41,7 @@ def on_two_ranks(reference: Path, out: Path, **options: Path) -> Errors:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": os.getcwd()}
     done = subprocess.run([*command, *extra], capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    return Errors(**json.loads(out.read_text()))
+    return Errors(*json.loads(out.read_text()))
 
 
 def assert_llamas(errors: Errors) -> None:

@@ -89,7 +89,7 @@ def save_by_hand(folder: Path, hf: dict[str, torch.Tensor], *, tp: int, pp: int,
 
 def core(hf: dict[str, torch.Tensor], layers: Any, rank: int, tp: int, is_first: bool, is_last: bool) -> dict[str, Any]:
     state: dict[str, Any] = {f"decoder.{name}": tensor for name, tensor in layers.items()}
-    state["decoder.layers.0.self_attention.linear_proj._extra_state"] = None
+    state["decoder.layers.0.self_attention.linear_proj._extra_state"] = None  # a key that Megatron writes
     if is_first:
         state["embedding.word_embeddings.weight"] = padded_rows(hf["model.embed_tokens.weight"], rank, tp)
     if is_last:

@@ -12,6 +12,7 @@ warnings.filterwarnings("ignore")
 import torch
 compiler = torch.compile
 from megatron_distkv.model import init_tensor_parallel
+# torch's own name for its compiler: what is asked is whether that was imported
 found = {"compiler_is_imported": "torch._dynamo" in sys.modules, "compile_is_torchs": torch.compile is compiler}
 try:
     init_tensor_parallel(1, 2)

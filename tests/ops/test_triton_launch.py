@@ -1,5 +1,6 @@
 """How Triton's attention is launched on an H100, from shapes alone: the tensors here have no values to read."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,7 +28,8 @@ def launches(monkeypatch: pytest.MonkeyPatch, backend: str) -> list[tuple[str, t
     found: list[tuple[str, tuple[int, ...], dict[str, Any]]] = []
     for name in ("attention", "merge"):
         monkeypatch.setattr(triton_kernels, f"{name}_kernel", Recorder(found, name))
-    monkeypatch.setattr(triton_kernels, "_num_multiprocessors", lambda _: MULTIPROCESSORS)
+    h100 = SimpleNamespace(multi_processor_count=MULTIPROCESSORS)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: h100)
     monkeypatch.setattr(triton_kernels, "IS_INTERPRETED", False)
     return found
 

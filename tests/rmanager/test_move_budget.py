@@ -25,13 +25,14 @@ def test_memory_that_comes_and_goes_moves_nothing_twice(
     plans: list[StepPlan] = []
     rooms = {"url": server.url, "lending": {"max_moved_rblocks_per_step": BUDGET}}
     with LLM(make_config("a", num_rblocks=16, **rooms)) as a, LLM(make_config("b", num_rblocks=64, url=server.url)):
-        compute = a.instance._run
+        runner = a.instance.parts.rank.runner
+        compute = runner.run
 
         def watch(plan: StepPlan) -> StepResult:
             plans.append(plan)
             return compute(plan)
 
-        monkeypatch.setattr(a.instance, "_run", watch)
+        monkeypatch.setattr(runner, "run", watch)
         # Given a request that is longer than its instance's memory
         long = request("long", 150, 90)
         a.instance.add(long)

@@ -1,7 +1,7 @@
 """Trains one configuration after the other, each on as many ranks as it wants, and writes what it saw.
 
 usage: run_training.py JOBS, a JSON list of {ranks, port, jobs: [{config, output, resume_from}]}. Whoever started this
-process, the deepspeed launcher or nobody, it imports once and forks the ranks: importing is what costs time. Each
+process, the deepspeed launcher or nobody, it imports once and forks the ranks. Each
 output gets, beside Trainer's own files, initial-R.pt (weights of tensor-parallel rank R before the first step) and
 seen.json; or what attention_layer.py writes.
 """
@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import sys
-import traceback
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ warnings.filterwarnings("ignore")
 os.environ["DS_ACCELERATOR"] = "cpu"
 import matplotlib.pyplot  # noqa: E402, F401
 import torch  # noqa: E402
-import torch._dynamo  # noqa: E402  # any optimizer imports it: here once, not in each rank
 import torch.distributed as dist  # noqa: E402
 import torch.utils.tensorboard  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
@@ -28,39 +26,33 @@ from megatron_distkv.config.train import TrainConfig  # noqa: E402
 from megatron_distkv.model.parallel import gather_vocabulary  # noqa: E402
 from megatron_distkv.training.deepspeed_engine import whole_parameters  # noqa: E402
 from megatron_distkv.training.train import Trainer  # noqa: E402
+from tests.forked import fork, import_compiler  # noqa: E402
 from tests.training.attention_layer import run_attention  # noqa: E402
 
 
 def main() -> int:
+    import_compiler()
     launched, mine = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", "1"), ("RANK", "0")))
     for group in json.loads(Path(sys.argv[1]).read_text()):
         num_ranks = group["ranks"]
         ranks = range(mine * num_ranks // launched, (mine + 1) * num_ranks // launched)
-        children = [fork(rank, group) for rank in ranks]
+        children = [fork(lambda rank=rank, group=group: run_group(rank, group)) for rank in ranks]
         if any(os.waitpid(child, 0)[1] for child in children):
             return 1
     return 0
 
 
-def fork(rank: int, group: dict[str, Any]) -> int:
-    child = os.fork()
-    if child:
-        return child
+def run_group(rank: int, group: dict[str, Any]) -> None:
     ranks, port = str(group["ranks"]), str(group["port"])
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": ranks, "LOCAL_SIZE": ranks}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    try:
-        for job in group["jobs"]:
-            config = TrainConfig.model_validate(job["config"])
-            run = run_attention if job["is_attention"] else train
-            run(config, Path(job["output"]), job["resume_from"])
-            parallel_state.destroy_model_parallel()  # the next job may have another layout
-        dist.barrier()
-        dist.destroy_process_group()
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
-    os._exit(0)
+    for job in group["jobs"]:
+        config = TrainConfig.model_validate(job["config"])
+        run = run_attention if job["is_attention"] else train
+        run(config, Path(job["output"]), job["resume_from"])
+        parallel_state.destroy_model_parallel()  # the next job may have another layout
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def train(config: TrainConfig, output: Path, resume_from: str | None) -> None:

@@ -42,7 +42,7 @@ class Runs:
         with self.log.open("w") as log:
             self._process = subprocess.Popen(
                 [sys.executable, str(SCRIPT)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()},
             )  # fmt: skip
 
     def run_on(self, text: Path, output: Path) -> int:

@@ -77,19 +77,6 @@ def test_a_prompt_longer_than_the_instance_gives_the_same_tokens(
     wait_until(lambda: b.instance.status(0).lent_rblocks == 0)
 
 
-def test_neighbours_share_memory_though_both_could_use_tcp(start: Any) -> None:
-    # Given two members of one host that listen at both
-    a = start("a", network=network(shared_memory=True))
-    start("b", network=network(shared_memory=True))
-
-    # When one borrows of the other, then over the socket of this host
-    a.instance.add(Request("long", random_prompt(200), GREEDY))
-    while not a.instance.scheduler.is_idle:
-        a.instance.step()
-    channel = a.instance.parts.rank.peers["b"]
-    assert type(channel._link).__name__ == "SharedLink"
-
-
 def test_a_member_with_tls_speaks_to_none_without(start: Any, caplog: pytest.LogCaptureFixture) -> None:
     # Given a member that has certificates, and one that has none
     a = start("a", network=network(is_tls=True))
@@ -134,6 +121,23 @@ def line() -> Iterator[Any]:
     yield lay
     for each in lines:
         each.close()
+
+
+def test_neighbours_share_memory_though_both_could_use_tcp(start: Any, line: Any) -> None:
+    # Given two members of one host that listen at both
+    a = start("a", network=network(shared_memory=True))
+    tcp, far = line()
+    start("b", network={**far, "shared_memory": True})
+
+    # When one borrows of the other
+    request = Request("long", random_prompt(200), GREEDY)
+    a.instance.add(request)
+    while not a.instance.scheduler.is_idle:
+        a.instance.step()
+
+    # Then not a byte goes over TCP
+    assert request.max_borrowed_rblocks["b"] > 0
+    assert tcp.num_pieces == 0
 
 
 def test_a_slow_line_that_stalls_changes_no_token(start: Any, line: Any, make_config: MakeConfig) -> None:

@@ -15,9 +15,19 @@ from hypothesis import strategies as st
 
 from megatron_distkv.config.network import NetworkConfig
 from megatron_distkv.errors import ConfigError, PeerLost
-from megatron_distkv.transport import Answer, Hello, Listener, Request, connect, listener, load_tls, stream_link
+from megatron_distkv.transport import (
+    OPEN_POOL,
+    Answer,
+    Hello,
+    Listener,
+    Request,
+    connect,
+    listener,
+    load_tls,
+    stream_link,
+)
 from megatron_distkv.transport.frame import Frame
-from megatron_distkv.transport.handshake import introduce
+from megatron_distkv.transport.handshake import Greeting, introduce
 from megatron_distkv.transport.stream_link import StreamWire
 from tests.transport.raw_peer import SILENCE_S, hello
 from tests.transport.ways import free_port, make_certificates, member_tls
@@ -130,21 +140,24 @@ def test_a_peer_that_takes_nothing_in_is_lost(monkeypatch: pytest.MonkeyPatch) -
     # Given a listener that never reads what follows the handshake
     monkeypatch.setattr(stream_link, "STALLED_S", 0.5)
     gate, port = threading.Event(), free_port()
+    with socket.create_server(("127.0.0.1", port)) as listening:
 
-    def stall(_: Hello, request: Request) -> Answer:
-        gate.wait(SILENCE_S)
-        return Answer(b"")
+        def greet_and_stall() -> None:
+            connection, _ = listening.accept()
+            with connection:
+                greeting = Greeting(StreamWire(connection, SILENCE_S), OPEN_POOL)
+                greeting.welcome(greeting.receive("p", 1 << 30))
+                gate.wait(SILENCE_S)
 
-    listening = Listener(f"tcp://127.0.0.1:{port}", "p", stall)
-    big = hello(request_bytes=64 << 20)
-    channel = connect(f"tcp://127.0.0.1:{port}", big, peer="a", timeout_s=SILENCE_S)
-    channel.post(1, b"")
-    # When more is sent than the network holds, then the sender gives up
-    channel._is_waiting = False
-    with pytest.raises(PeerLost):
-        channel.post(1, b"", [torch.zeros(12 << 20)])
-    gate.set()
-    listening.close()
+        thread = threading.Thread(target=greet_and_stall)
+        thread.start()
+        big = hello(request_bytes=64 << 20)
+        channel = connect(f"tcp://127.0.0.1:{port}", big, peer="a", timeout_s=SILENCE_S)
+        # When more is sent than the network holds, then the sender gives up
+        with pytest.raises(PeerLost, match="timed out"):
+            channel.post(1, b"", [torch.zeros(12 << 20)])
+        gate.set()
+        thread.join()
 
 
 # ------------------------------------------------------------------------------------------ TLS
