@@ -103,7 +103,9 @@ class Parts:
         self.admission = Admission(
             rank.model, self.scheduler, self.rmanager, lambda request_id: self.receiver.is_arriving(request_id)
         )
-        self.reporting = Reporting(me.instance, self.allocator, self.host, self.loans, self.rmanager, self.scheduler)
+        self.reporting = Reporting(
+            me.instance, self.allocator, self.host, self.loans, self.rmanager, self.scheduler, self.followers
+        )
         self.unplaceable = Unplaceable(self.admission, self.scheduler, self.clock)
         # Requests that come from instances that leave, and go when this one leaves
         self.receiver = Receiver(

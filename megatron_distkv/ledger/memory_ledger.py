@@ -376,6 +376,7 @@ class MemoryLedger:
             num_running=report.num_running,
             num_waiting=report.num_waiting,
             max_request_tokens=report.max_request_tokens,
+            counted=member.record.counted if report.counted is None else report.counted,
         )
         placements = member.placements if report.placements is None else in_order(report.placements)
         if (record, placements) != (member.record, member.placements):

@@ -6,6 +6,7 @@ Contract: DebtLedger. The key schema is in keys.py, the rules are in scripts/.
 import functools
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -34,7 +35,7 @@ from megatron_distkv.ledger.records import (
 )
 from megatron_distkv.ledger.url import explain, warning_about
 from megatron_distkv.log import get_logger
-from megatron_distkv.messages import Refusal
+from megatron_distkv.messages import Counted, Refusal
 from megatron_distkv.rblock import InstanceId, LoanKey
 
 logger = get_logger(__name__)
@@ -127,7 +128,8 @@ class RedisLedger:
     def heartbeat(self, instance: InstanceId, epoch: int, report: InstanceReport, lease_s: float) -> HeartbeatReply:
         reply = self._run(
             "heartbeat", instance, epoch, to_ms(lease_s), report.local_used_rblocks, report.state.value,
-            report.num_running, report.num_waiting, report.max_request_tokens, *_placements_text(report.placements),
+            report.num_running, report.num_waiting, report.max_request_tokens, _placements_text(report.placements),
+            _counted_text(report.counted),
         )  # fmt: skip
         if int(reply[0]) == 0:
             return HeartbeatReply(known=False)
@@ -292,12 +294,22 @@ def _read_info(text: str) -> dict[str, str]:
     return msgspec.json.decode(text, type=dict[str, str])
 
 
-def _placements_text(placements: Sequence[RequestPlacementEntry] | None) -> list[str]:
-    """As an argument that may be absent."""
+def _placements_text(placements: Sequence[RequestPlacementEntry] | None) -> str:
+    """Empty: as they were."""
     if placements is None:
-        return []
+        return ""
     rows = [(entry.request_id, entry.holder, entry.num_rblocks, entry.is_local) for entry in in_order(placements)]
-    return [msgspec.json.encode(rows).decode()]
+    return msgspec.json.encode(rows).decode()
+
+
+def _counted_text(counted: Sequence[Counted] | None) -> str:
+    """Empty: as it was."""
+    return "" if counted is None else msgspec.json.encode(counted).decode()
+
+
+def _read_counted(text: str | None) -> tuple[Counted, ...]:
+    """None: the version that has registered this member knows nothing of it."""
+    return () if text is None else msgspec.json.decode(text, type=tuple[Counted, ...])
 
 
 def _read_placements(text: str) -> tuple[RequestPlacementEntry, ...]:
@@ -344,8 +356,10 @@ def _read_member(row: Sequence[Any], now_ms: int) -> MemberChange:
             unreadable.append(f"{what}: {error}")
             return None
 
-    lease_end_ms, fields, loan_rows, placements, is_sealed = parts
+    lease_end_ms, (*fields, counted), loan_rows, placements, is_sealed = parts
     record = read("its record", _read_record, instance, lease_end_ms, now_ms, fields, bool(is_sealed))
+    if record is not None:
+        record = replace(record, counted=read("its counts", _read_counted, counted) or ())
     loans = [read("a loan", _read_loan, row) for row in loan_rows]
     placed = () if placements == "" else read("its placements", _read_placements, placements)
     return MemberChange(
@@ -359,7 +373,7 @@ _COUNTS = ("total", "reserved", "local_used", "lent", "borrowed", "num_running",
 def _read_record(
     instance: str, lease_end_ms: str | None, now_ms: int, values: Sequence[str | None], is_sealed: bool
 ) -> InstanceRecord:
-    """`values` as changes.lua names them."""
+    """`values` as changes.lua names them, all but the last."""
     names = ("epoch", "address", *_COUNTS[:5], "state", *_COUNTS[5:], "info")
     fields = {name: value for name, value in zip(names, values, strict=True) if value is not None}
     missing = [name for name in names if name not in fields]

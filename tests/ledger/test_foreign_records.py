@@ -33,6 +33,7 @@ FIELDS = [
     "epoch", "address", "total", "reserved", "local_used", "lent", "borrowed", "state", "num_running", "info", "seal",
     "placements", "debtor", "debtor_epoch", "creditor", "creditor_epoch", "num_rblocks", "candidate", "until", "event",
     "version", "horizon", "now", "wall", "lease", "counted_at", "offered", "caps", "members", "moves", "server",
+    "counted",
 ]  # fmt: skip
 values = st.one_of(
     st.binary(max_size=8), st.sampled_from([b"", b"-1", b"1e300", b"nan", b"9" * 40,
@@ -115,6 +116,7 @@ def everything(ledger: RedisLedger, a: int, b: int) -> Iterator[Callable[[], obj
 @example(damages=[("loan:l1", "creditor", b"", "missing")])
 @example(damages=[("instance:a", "moves", b"no bars", "field")])
 @example(damages=[("instance:a", "placements", b"x|y", "field")])
+@example(damages=[("instance:a", "counted", b"[7]", "field")])
 def test_whatever_the_damage_there_is_an_answer(
     ledger: RedisLedger, damages: list[tuple[str, str, bytes, str]]
 ) -> None:
