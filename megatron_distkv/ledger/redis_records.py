@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import msgspec
@@ -106,10 +105,9 @@ def read_member(row: Sequence[Any], now_ms: int) -> MemberChange:
             unreadable.append(f"{what}: {error}")
             return None
 
-    lease_end_ms, (*fields, counted), loan_rows, placements, is_sealed = parts
-    record = read("its record", _read_record, instance, lease_end_ms, now_ms, fields, bool(is_sealed))
-    if record is not None:
-        record = replace(record, counted=read("its counts", _read_counted, counted) or ())
+    lease_end_ms, (*fields, counts), loan_rows, placements, is_sealed = parts
+    counted = read("its counts", _read_counted, counts) or ()
+    record = read("its record", _read_record, instance, lease_end_ms, now_ms, fields, bool(is_sealed), counted)
     loans = [read("a loan", read_loan, row) for row in loan_rows]
     placed = () if placements == "" else read("its placements", _read_placements, placements)
     return MemberChange(
@@ -121,8 +119,9 @@ _COUNTS = ("total", "reserved", "local_used", "lent", "borrowed", "num_running",
 
 
 def _read_record(
-    instance: str, lease_end_ms: str | None, now_ms: int, values: Sequence[str | None], is_sealed: bool
-) -> InstanceRecord:
+    instance: str, lease_end_ms: str | None, now_ms: int, values: Sequence[str | None], is_sealed: bool,
+    counted: tuple[Counted, ...],
+) -> InstanceRecord:  # fmt: skip
     """`values` as changes.lua names them, all but the last."""
     names = ("epoch", "address", *_COUNTS[:5], "state", *_COUNTS[5:], "info")
     fields = {name: value for name, value in zip(names, values, strict=True) if value is not None}
@@ -140,5 +139,6 @@ def _read_record(
         state=InstanceState(fields["state"]),
         lease_left_ms=int(float(lease_end_ms)) - now_ms,
         info=_read_info(fields["info"]),
+        counted=counted,
         **{name: int(fields[name]) for name in _COUNTS},
     )

@@ -20,6 +20,7 @@ from megatron_distkv.ledger import (
 )
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
 from megatron_distkv.ledger.redis_ledger import RedisLedger
+from megatron_distkv.messages import Counted
 from megatron_distkv.pool import check_picture, picture_of
 from megatron_distkv.rblock import InstanceId, LoanId
 from tests.pool.members import info
@@ -214,6 +215,32 @@ def test_one_odd_record_spoils_no_other_and_heals(odd_server: EmbeddedServer, ke
     assert (healed.unreadable, [record.instance for record in healed.instances]) == ({}, ["a", "b", "c", "d"])
     assert check_picture(picture_of(healed)) == []
     assert "l2" in {loan.key for loan in healed.loans}
+    pool.close()
+
+
+@pytest.mark.parametrize(
+    ("written", "is_named"), [(None, False), ("{", True), ("[7]", True), ('[["x",{"a-b":"c"},1]]', True)]
+)
+def test_counts_that_are_missing_or_odd_cost_nothing_but_themselves(
+    odd_server: EmbeddedServer, written: str | None, is_named: bool
+) -> None:
+    # Given a member of a version that counts nothing, or whose counts somebody else has written
+    pool, a = Pool(odd_server), InstanceId("a")
+    if written is None:
+        pool.raw.hdel("{odd}:instance:a", "counted")
+    else:
+        pool.raw.hset("{odd}:instance:a", "counted", written)
+    # Then it is read all the same
+    read = pool.ledger.snapshot()
+    assert [record.instance for record in read.instances] == ["a", "b", "c", "d"]
+    assert ("its counts" in read.unreadable.get(a, "")) == is_named
+    # And the next counts that it tells are there
+    counted = (Counted("distkv_loans_made_total", {}, 1.0),)
+    for _ in range(2):
+        if not pool.ledger.heartbeat(a, pool.epochs[a], InstanceReport(3, counted=counted), 10.0).known:
+            pool.epochs[a] = pool.join(a, pool.epochs[a])
+    read = pool.ledger.snapshot()
+    assert ([x.counted for x in read.instances if x.instance == a], read.unreadable) == ([counted], {})
     pool.close()
 
 
