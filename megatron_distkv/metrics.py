@@ -1,6 +1,7 @@
 """What gateways and instances count, for Prometheus (docs/metrics.md). Gateways show both.
 
-An instance's counts travel in its InstanceStatus. No label may have a value for each request or member that ever was.
+An instance's counts travel in its InstanceStatus, a lender's in its heartbeats (messages/counts.py). No label may have
+a value for each request or member that ever was.
 """
 
 from collections.abc import Iterator
@@ -36,7 +37,7 @@ TPOT_SECONDS = Histogram(
     "distkv_time_per_output_token_seconds", "Mean gap between tokens of a request", buckets=_SECONDS, registry=REGISTRY
 )
 
-# ------------------------------------------------------------------ of an instance
+# ------------------------------------------------------------------ of an instance, its followers and lenders
 
 STEPS = Counter("distkv_steps", "Steps of the engine", registry=INSTANCE_REGISTRY)
 COMPUTED_TOKENS = Counter(
@@ -50,7 +51,7 @@ RECOMPUTED_TOKENS = Counter(
     registry=INSTANCE_REGISTRY,
 )
 PREEMPTIONS = Counter("distkv_preemptions", "Running requests that gave up their memory", registry=INSTANCE_REGISTRY)
-LOANS_MADE = Counter("distkv_loans_made", "Loans that this instance gave to others", registry=INSTANCE_REGISTRY)
+LOANS_MADE = Counter("distkv_loans_made", "Loans that this member gave to others", registry=INSTANCE_REGISTRY)
 LOANS_ENDED = Counter("distkv_loans_ended", "Of those, loans that have ended", registry=INSTANCE_REGISTRY)
 LOANS_RECALLED = Counter(
     "distkv_loans_recalled", "Loans to this instance that their creditors wanted back early", registry=INSTANCE_REGISTRY
@@ -74,5 +75,5 @@ REFUSED_ACCESSES = Counter(
 
 
 def instance_counts() -> Iterator[Sample]:
-    """What this process, an instance, has counted since it began."""
+    """What this process, a rank of an instance or a lender, has counted since it began."""
     return (x for family in INSTANCE_REGISTRY.collect() for x in family.samples if x.name.endswith("_total"))

@@ -21,6 +21,7 @@ from megatron_distkv.errors import UserError
 from megatron_distkv.kvcache.rblock_shape import RBlockShape
 from megatron_distkv.ledger import open_ledger
 from megatron_distkv.log import setup_logging
+from megatron_distkv.messages import happened_here
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     if shape is None:
         return _leave(config)
     size = _size(config, shape)
-    lender = Lender(config, shape, ledger)
+    lender = Lender(config, shape, ledger, counted=happened_here)
     try:
         print(f"{config.lender_id} lends {size} to pool {config.ledger.pool!r}", flush=True)
         print(f"READY {config.lender_id}", flush=True)

@@ -59,70 +59,87 @@ class Parts:
 
     def __init__(self, rank: Rank, ledger: DebtLedger, clock: Clock | None = None) -> None:
         """Raises UserError."""
-        config, me = rank.config, rank.identity
-        cache, limits = config.kv_cache, config.lending
+        cache = rank.config.kv_cache
         self.rank, self.ledger = rank, ledger
         self.clock: Clock = clock or SystemClock()
         self.fatal = Fatal()
         self.host_lender: Lender | None = None
-        self.allocator = RBlockAllocator(cache.num_rblocks, limits.max_lent(cache.num_rblocks))
+        self.allocator = RBlockAllocator(cache.num_rblocks, rank.config.lending.max_lent(cache.num_rblocks))
         self.host = RBlockAllocator(cache.num_host_rblocks, max_lent=0)
         self.followers = _connect_followers(rank)
-        revoker = self.followers or NoFollowers()
-        # What this process knows of the pool
-        self.membership = self._membership()
-        self.book = LoanBook(ledger, me)
         self.jobs = ThreadPoolExecutor(NUM_JOB_THREADS, thread_name_prefix="pool-job")
+        self._make_pool()
+        self._make_rmanager()
+        self._make_engine()
+        self._make_handover()
+        self.doors = self._open_doors()
+        self.heartbeat = Periodic("heartbeat", self.membership.beat, self.membership.interval_s, self.fatal)
+        self.link_probes = Periodic("links", self._probe_links, lambda: PROBE_INTERVAL_S, self.fatal)
+        self.pool_looks = Periodic("pool view", self.view.look, lambda: LOOK_INTERVAL_S, self.fatal)
+
+    def _make_pool(self) -> None:
+        """What this process knows of the pool."""
+        rank, limits, me = self.rank, self.rank.config.lending, self.rank.identity
+        self.membership = self._membership()
+        self.view = PoolView(self.ledger, self.clock)
+        self.book = LoanBook(self.ledger, me)
         self.control = ControlChannels(rank.peers, limits.min_deadline_s, self.clock)
         probe = LinkProbe(rank.peers, rank.shape, limits.deadline_s)
         self.links = Links(self.clock, probe, self.membership.publish_links)
         self.cooldown = Quarantine(self.clock)
         self.candidates = Candidates(
-            ledger, self.membership, self.links, self.cooldown, rank.peers.lost, enabled=limits.enabled
+            self.ledger, self.membership, self.links, self.cooldown, rank.peers.lost, enabled=limits.enabled
         )
         self.ended_loans = EndedLoans(self.book, self.clock)
         self.loans = Loans(
             self.book, self.candidates, self.control, self.ended_loans, self.cooldown, self.jobs, self.clock,
             enabled=limits.enabled,
         )  # fmt: skip
-        # Who holds this instance's rBlocks
+
+    def _make_rmanager(self) -> None:
+        """Who holds this instance's rBlocks."""
+        rank, config = self.rank, self.rank.config
+        revoker = self.followers or NoFollowers()
         self.lending = Lending(
             self.allocator, self.book, rank.loan_table, revoker, lambda: self.loans.num_borrowed > 0, self.jobs,
             self.clock,
         )  # fmt: skip
         open_slots = OpenSlots(num_own_open_slots(config))
         self.incoming = IncomingHandovers(
-            self.allocator, rank.loan_table, revoker, cache.rblock_size, open_slots, self.jobs, self.clock
+            self.allocator, rank.loan_table, revoker, config.kv_cache.rblock_size, open_slots, self.jobs, self.clock
         )
         self.rmanager = RManager(
-            self.allocator, self.host, self.loans, self.candidates, self.links, self.cooldown, limits,
-            cache.rblock_size, open_slots, self.clock, self._want_totals, self.lending.ask_back,
+            self.allocator, self.host, self.loans, self.candidates, self.links, self.cooldown, config.lending,
+            config.kv_cache.rblock_size, open_slots, self.clock, self._want_totals, self.lending.ask_back,
         )  # fmt: skip
-        # What it computes
-        self.scheduler = Scheduler(config.scheduler, self.rmanager, self.clock)
+
+    def _make_engine(self) -> None:
+        """What it computes, and for whom."""
+        rank = self.rank
+        self.scheduler = Scheduler(rank.config.scheduler, self.rmanager, self.clock)
         self.admission = Admission(
             rank.model, self.scheduler, self.rmanager, lambda request_id: self.receiver.is_arriving(request_id)
         )
-        self.reporting = Reporting(me.instance, self.allocator, self.host, self.loans, self.rmanager, self.scheduler)
+        self.reporting = Reporting(
+            rank.identity.instance, self.allocator, self.host, self.loans, self.rmanager, self.scheduler,
+            self.followers,
+        )  # fmt: skip
         self.unplaceable = Unplaceable(self.admission, self.scheduler, self.clock)
-        # Requests that come from instances that leave, and go when this one leaves
+
+    def _make_handover(self) -> None:
+        """Requests that come from instances that leave, and go when this one leaves."""
+        me, lost = self.rank.identity, self.rank.peers.lost
         self.receiver = Receiver(
             self.incoming, me, self.allocator, self.lending, self.loans, self.rmanager, self.scheduler
         )
-        self.view = PoolView(ledger, self.clock)
         self.sender = Sender(
-            lambda: self.view.picture, me, HandoverClient(self.control, rank.peers.lost, me, self.jobs, self.clock),
-            self.loans, self.rmanager, self.scheduler, limits.max_moved_rblocks_per_step, self.clock,
+            lambda: self.view.picture, me, HandoverClient(self.control, lost, me, self.jobs, self.clock),
+            self.loans, self.rmanager, self.scheduler, self.rank.config.lending.max_moved_rblocks_per_step, self.clock,
         )  # fmt: skip
         self.drain = Drain(
             self.sender, self.rmanager, self.loans, lambda: self.is_idle and not self.allocator.num_lent,
             self._announce_drain, self.clock,
         )  # fmt: skip
-        self.doors = self._open_doors()
-        # Threads
-        self.heartbeat = Periodic("heartbeat", self.membership.beat, self.membership.interval_s, self.fatal)
-        self.link_probes = Periodic("links", self._probe_links, lambda: PROBE_INTERVAL_S, self.fatal)
-        self.pool_looks = Periodic("pool view", self.view.look, lambda: LOOK_INTERVAL_S, self.fatal)
 
     def start(self) -> None:
         """Join the pool, and stay in it. Raises UserError."""

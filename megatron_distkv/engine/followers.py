@@ -10,7 +10,17 @@ import msgspec
 from megatron_distkv.engine.addresses import control_address
 from megatron_distkv.engine.batch import StepPlan, StepReply
 from megatron_distkv.errors import PeerLost, RankLost
-from megatron_distkv.messages import GrantHeader, Holder, MessageKind, Revoked, RevokeHeader, TransferHeader, decode
+from megatron_distkv.messages import (
+    Counted,
+    Counts,
+    GrantHeader,
+    Holder,
+    MessageKind,
+    Revoked,
+    RevokeHeader,
+    TransferHeader,
+    decode,
+)
 from megatron_distkv.rblock import InstanceId
 from megatron_distkv.transport import PROTOCOL_VERSION, Channel, Hello, connect
 
@@ -61,6 +71,11 @@ class FollowerRanks:
         replies = self._tell(MessageKind.REVOKE, RevokeHeader(loan_id))
         return [frozenset(decode(reply, Revoked).stored) for reply in replies]
 
+    def counted(self) -> list[Counted]:
+        """What each of them has counted since it began."""
+        replies = self._tell(MessageKind.COUNTS)
+        return [count for reply in replies for count in decode(reply, Counts).counted]
+
     def stop(self) -> None:
         header = msgspec.msgpack.encode(RevokeHeader(""))
         with self._lock:
@@ -70,9 +85,9 @@ class FollowerRanks:
         for channel in (*self._steps, *self._grants):
             channel.close()
 
-    def _tell(self, kind: MessageKind, header: msgspec.Struct) -> list[bytes]:
+    def _tell(self, kind: MessageKind, header: msgspec.Struct | None = None) -> list[bytes]:
         """Their answers, each of them."""
-        order = msgspec.msgpack.encode(header)
+        order = b"" if header is None else msgspec.msgpack.encode(header)
         with self._lock, _lost_for_good():
             return [channel.call(kind, order, deadline_s=GRANT_DEADLINE_S).header for channel in self._grants]
 

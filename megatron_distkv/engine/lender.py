@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
@@ -18,6 +19,7 @@ from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
 from megatron_distkv.kvcache.rblock_pool import rank_pool, torch_dtype
 from megatron_distkv.kvcache.rblock_shape import RBlockShape
 from megatron_distkv.log import get_logger
+from megatron_distkv.messages import Counted
 from megatron_distkv.pool import (
     DebtLedger,
     Identity,
@@ -66,9 +68,17 @@ class Lender:
     """
 
     def __init__(
-        self, config: LenderConfig, shape: RBlockShape, ledger: DebtLedger, fatal: Fatal | None = None
+        self,
+        config: LenderConfig,
+        shape: RBlockShape,
+        ledger: DebtLedger,
+        fatal: Fatal | None = None,
+        counted: Callable[[], tuple[Counted, ...]] | None = None,
     ) -> None:
-        """`fatal`: hears what this process must end for, where nobody calls `run`, which raises it."""
+        """`fatal`: hears what this process must end for, where nobody calls `run`, which raises it.
+
+        `counted`: what this process has counted. None: it is another member's, which tells that itself.
+        """
         self._ledger = ledger
         self.fatal = fatal or Fatal()
         clock, identity = SystemClock(), Identity(InstanceId(config.lender_id))
@@ -86,9 +96,8 @@ class Lender:
             self.allocator, LoanBook(ledger, identity), self.loan_table, NoFollowers(), lambda: False, self._jobs, clock
         )
         self._doors = self._open_doors(config, creditor)
-        membership.report = lambda: InstanceReport(
-            0, state=InstanceState.DRAINING if self.lending.draining else InstanceState.UP
-        )
+        self._counted = counted
+        membership.report = self._report
         membership.follow_ups = (self.lending.reconcile,)
         membership.when_forgotten = self.lending.begin_restore
         self._heartbeat = Periodic("heartbeat", membership.beat, membership.interval_s, self.fatal)
@@ -133,6 +142,10 @@ class Lender:
                 self._ledger.close,
             ]
         )
+
+    def _report(self) -> InstanceReport:
+        state = InstanceState.DRAINING if self.lending.draining else InstanceState.UP
+        return InstanceReport(0, state=state, counted=None if self._counted is None else self._counted())
 
     def _make_creditor(self, shape: RBlockShape) -> Creditor:
         pool = rank_pool(shape, self.num_rblocks)

@@ -1,9 +1,9 @@
 """What an instance says of itself: to the ledger with each heartbeat, and to who asks."""
 
+from megatron_distkv.engine.followers import FollowerRanks
 from megatron_distkv.engine.scheduler import Scheduler
 from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
-from megatron_distkv.messages import Counted, InstanceStatus
-from megatron_distkv.metrics import instance_counts
+from megatron_distkv.messages import InstanceStatus, counted_here
 from megatron_distkv.pool import InstanceReport, InstanceState, Loans, RequestPlacementEntry
 from megatron_distkv.rblock import InstanceId
 from megatron_distkv.request import Request
@@ -21,6 +21,7 @@ class Reporting:
         loans: Loans,
         rmanager: RManager,
         scheduler: Scheduler,
+        followers: FollowerRanks | None,
     ) -> None:
         self._instance = instance
         self._allocator = allocator
@@ -28,6 +29,7 @@ class Reporting:
         self._loans = loans
         self._rmanager = rmanager
         self._scheduler = scheduler
+        self._followers = followers
         self.state = InstanceState.UP
         self.num_steps = 0
         self.num_computed_tokens = 0
@@ -46,6 +48,8 @@ class Reporting:
         )
 
     def status(self, query_id: int) -> InstanceStatus:
+        """Raises RankLost: a follower is asked, too."""
+        theirs = [] if self._followers is None else self._followers.counted()
         return InstanceStatus(
             query_id=query_id,
             instance_id=self._instance,
@@ -59,7 +63,7 @@ class Reporting:
             num_steps=self.num_steps,
             num_preemptions=self._scheduler.num_preemptions,
             num_computed_tokens=self.num_computed_tokens,
-            counted=[Counted(count.name, dict(count.labels), count.value) for count in instance_counts()],
+            counted=[*counted_here(), *theirs],
         )
 
     def _placements(self, request: Request) -> list[RequestPlacementEntry]:

@@ -15,12 +15,14 @@ from megatron_distkv.errors import DistkvError
 from megatron_distkv.log import get_logger
 from megatron_distkv.messages import (
     Acknowledge,
+    Counts,
     GrantHeader,
     MessageKind,
     Revoked,
     RevokeHeader,
     TransferHeader,
     decode,
+    happened_here,
 )
 from megatron_distkv.transport import Answer, Hello, Listener, Request
 
@@ -96,6 +98,8 @@ class Worker:
         elif kind is MessageKind.REVOKE:
             stored = self._rank.loan_table.revoke(decode(request.header, RevokeHeader).loan_id)
             return Answer(msgspec.msgpack.encode(Revoked(sorted(stored))))
+        elif kind is MessageKind.COUNTS:
+            return Answer(msgspec.msgpack.encode(Counts(list(happened_here(self._rank.parallel.rank)))))
         elif kind is MessageKind.STOP:
             self._plans.put(None)
         else:

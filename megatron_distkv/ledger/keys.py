@@ -14,6 +14,7 @@
     {pool}:instance:ID        hash     epoch address total reserved info (JSON), and the seal of these; local_used lent
                                        borrowed state num_running num_waiting max_request_tokens placements (JSON)
                                        moves (planned, a line each: request|destination|num_rblocks)
+                                       counted (JSON; for /metrics, of members that tell no gateway)
     {pool}:loan:ID            hash     debtor debtor_epoch creditor creditor_epoch num_rblocks state recalled
     {pool}:debts:ID           set      loans of which ID is the debtor
     {pool}:credits:ID         set      loans of which ID is the creditor

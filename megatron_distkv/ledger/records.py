@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from megatron_distkv.messages import Counted
 from megatron_distkv.rblock import InstanceId, LoanKey
 
 
@@ -62,6 +63,7 @@ class InstanceReport:
     num_waiting: int = 0
     max_request_tokens: int = 0
     placements: tuple[RequestPlacementEntry, ...] | None = None  # all of them; None: as in the last answered report
+    counted: tuple[Counted, ...] | None = None  # for /metrics, of who tells no gateway; None: as for placements
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,7 @@ class MemberCounts:
 
 @dataclass(frozen=True)
 class InstanceRecord(MemberCounts):
-    """`info`: what the member says of itself, in words that only members read."""
+    """`info`: what the member says of itself, in words that only members read. `counted`: since it began."""
 
     info: Mapping[str, str] = field(default_factory=dict)
+    counted: tuple[Counted, ...] = ()

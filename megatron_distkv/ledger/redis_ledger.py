@@ -1,36 +1,42 @@
 """The debt ledger in Redis or Valkey (>= 6.2): one Lua script per operation, so each is atomic there.
 
-Contract: DebtLedger. The key schema is in keys.py, the rules are in scripts/.
+Contract: DebtLedger. The key schema is in keys.py, the rules are in scripts/; redis_records.py reads and
+writes what goes in and comes out.
 """
 
 import functools
-import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-import msgspec
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from megatron_distkv.errors import LedgerUnavailable, SupersededError
 from megatron_distkv.ledger.keys import prefix
-from megatron_distkv.ledger.pool_snapshot import MemberChange, PoolChanges, PoolReader, PoolSnapshot, ReadPosition
+from megatron_distkv.ledger.pool_snapshot import PoolChanges, PoolReader, PoolSnapshot, ReadPosition
 from megatron_distkv.ledger.records import (
     Creditor,
     HeartbeatReply,
-    InstanceRecord,
     InstanceReport,
-    InstanceState,
     Loan,
-    LoanState,
     Move,
     Recall,
     Registration,
-    RequestPlacementEntry,
     heartbeat_interval_s,
-    in_order,
+)
+from megatron_distkv.ledger.redis_records import (
+    UNREADABLE,
+    counted_text,
+    info_text,
+    placements_text,
+    read_creditor,
+    read_loan,
+    read_member,
+    read_moves,
+    read_pairs,
+    read_refusal,
 )
 from megatron_distkv.ledger.url import explain, warning_about
 from megatron_distkv.log import get_logger
@@ -42,10 +48,6 @@ _SCRIPTS = Path(__file__).parent / "scripts"
 _COMMON, _ADOPT_SERVER = "_common", "adopt_server"
 # Loans asked for at once: a call stays short.
 _LOANS_PER_CALL = 500
-# What a text of another shape than ours raises when it is read.
-_UNREADABLE = (
-    ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError, msgspec.MsgspecError,
-)  # fmt: skip
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
@@ -59,7 +61,7 @@ def reading(operation: Callable[_P, _T]) -> Callable[_P, _T]:
             return operation(*args, **kwargs)
         except redis.RedisError as error:
             raise LedgerUnavailable(f"{operation.__name__}: {error}") from error
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             raise LedgerUnavailable(f"{operation.__name__}: the ledger's data cannot be read: {error}") from error
 
     return guarded
@@ -117,7 +119,7 @@ class RedisLedger:
     ) -> Registration:  # fmt: skip
         first, second = self._run(
             "register", instance, address, total_rblocks, reserved_rblocks, to_ms(lease_s), epoch, generation,
-            _info_text(info),
+            info_text(info),
         )  # fmt: skip
         if first == "superseded":
             raise SupersededError(f"a newer {instance} has registered (epoch {second}, this is {epoch})")
@@ -127,7 +129,8 @@ class RedisLedger:
     def heartbeat(self, instance: InstanceId, epoch: int, report: InstanceReport, lease_s: float) -> HeartbeatReply:
         reply = self._run(
             "heartbeat", instance, epoch, to_ms(lease_s), report.local_used_rblocks, report.state.value,
-            report.num_running, report.num_waiting, report.max_request_tokens, *_placements_text(report.placements),
+            report.num_running, report.num_waiting, report.max_request_tokens, placements_text(report.placements),
+            counted_text(report.counted),
         )  # fmt: skip
         if int(reply[0]) == 0:
             return HeartbeatReply(known=False)
@@ -143,13 +146,13 @@ class RedisLedger:
             lending_caps=lending_caps,
             num_members=num_members,
             interval_s=heartbeat_interval_s(num_members),
-            recalls=tuple(Recall(LoanKey(loan), instance, int(num)) for loan, num in _pairs(recalls)),
-            moves=tuple(_read_moves(instance, moves.splitlines())),
+            recalls=tuple(Recall(LoanKey(loan), instance, int(num)) for loan, num in read_pairs(recalls)),
+            moves=tuple(read_moves(instance, moves.splitlines())),
         )
 
     @reading
     def describe(self, instance: InstanceId, epoch: int, info: Mapping[str, str]) -> bool:
-        return bool(self._run("describe", instance, epoch, _info_text(info)))
+        return bool(self._run("describe", instance, epoch, info_text(info)))
 
     @reading
     def deregister(self, instance: InstanceId, epoch: int) -> None:
@@ -163,7 +166,7 @@ class RedisLedger:
 
     @reading
     def recommend(self, debtor: InstanceId, limit: int, skip: int = 0) -> list[Creditor]:
-        return [_read_creditor(row) for row in self._run("recommend", debtor, limit, skip)]
+        return [read_creditor(row) for row in self._run("recommend", debtor, limit, skip)]
 
     @reading
     def borrow(
@@ -171,11 +174,11 @@ class RedisLedger:
         num_rblocks: int, pending_s: float,
     ) -> Refusal | None:  # fmt: skip
         terms = (loan_id, debtor, debtor_epoch, creditor, creditor_epoch, num_rblocks)
-        return _refusal(self._run("borrow", *terms, to_ms(pending_s)))
+        return read_refusal(self._run("borrow", *terms, to_ms(pending_s)))
 
     @reading
     def accept(self, loan_id: LoanKey, creditor: InstanceId, creditor_epoch: int) -> Refusal | None:
-        return _refusal(self._run("accept", loan_id, creditor, creditor_epoch))
+        return read_refusal(self._run("accept", loan_id, creditor, creditor_epoch))
 
     @reading
     def release(self, loan_id: LoanKey, instance: InstanceId, epoch: int) -> int:
@@ -191,7 +194,7 @@ class RedisLedger:
         self, loan_id: LoanKey, debtor: InstanceId, debtor_epoch: int, creditor: InstanceId, creditor_epoch: int,
         num_rblocks: int,
     ) -> Refusal | None:  # fmt: skip
-        return _refusal(
+        return read_refusal(
             self._run("restore", loan_id, debtor, debtor_epoch, creditor, creditor_epoch, num_rblocks)
         )  # fmt: skip
 
@@ -200,7 +203,7 @@ class RedisLedger:
         self, loan_id: LoanKey, new_loan_id: LoanKey, new_debtor: InstanceId, new_debtor_epoch: int,
         creditor: InstanceId, creditor_epoch: int,
     ) -> Refusal | None:  # fmt: skip
-        return _refusal(
+        return read_refusal(
             self._run("transfer", loan_id, new_loan_id, new_debtor, new_debtor_epoch, creditor, creditor_epoch)
         )  # fmt: skip
 
@@ -209,7 +212,7 @@ class RedisLedger:
         rows = self._run("loans_of", creditor, epoch)
         if rows is None:
             raise LedgerUnavailable(f"the ledger does not know {creditor} (epoch {epoch}) now")
-        return [_read_loan(row) for row in rows]
+        return [read_loan(row) for row in rows]
 
     @reading
     def known_loans(self, loan_ids: Collection[LoanKey]) -> set[LoanKey]:
@@ -233,7 +236,7 @@ class RedisLedger:
             int(now),
             bool(is_whole),
             bool(has_more),
-            tuple(_read_member(row, int(now)) for row in rows),
+            tuple(read_member(row, int(now)) for row in rows),
         )
 
     def snapshot(self) -> PoolSnapshot:
@@ -274,107 +277,3 @@ class RedisLedger:
 
 def to_ms(seconds: float) -> int:
     return int(seconds * 1000)
-
-
-def _pairs(flat: Sequence[str]) -> list[tuple[str, str]]:
-    return list(zip(flat[::2], flat[1::2], strict=True))
-
-
-def _refusal(name: str) -> Refusal | None:
-    return Refusal(name) if name else None
-
-
-def _info_text(info: Mapping[str, str] | None) -> str:
-    return json.dumps(dict(info or {}), sort_keys=True)
-
-
-def _read_info(text: str) -> dict[str, str]:
-    return msgspec.json.decode(text, type=dict[str, str])
-
-
-def _placements_text(placements: Sequence[RequestPlacementEntry] | None) -> list[str]:
-    """As an argument that may be absent."""
-    if placements is None:
-        return []
-    rows = [(entry.request_id, entry.holder, entry.num_rblocks, entry.is_local) for entry in in_order(placements)]
-    return [msgspec.json.encode(rows).decode()]
-
-
-def _read_placements(text: str) -> tuple[RequestPlacementEntry, ...]:
-    rows = msgspec.json.decode(text, type=list[tuple[str, str, int, bool]])
-    return tuple(RequestPlacementEntry(request, InstanceId(holder), num, local) for request, holder, num, local in rows)
-
-
-def _read_moves(source: InstanceId, texts: Sequence[str]) -> Iterator[Move]:
-    """A plan is advice: one that cannot be read is left out."""
-    for text in texts:
-        request_id, *rest = text.rsplit("|", 2)
-        if len(rest) == 2 and rest[1].isdecimal():
-            yield Move(request_id, source, InstanceId(rest[0]), int(rest[1]))
-
-
-def _read_creditor(row: Sequence[str]) -> Creditor:
-    name, epoch, address, free, info = row
-    try:
-        facts = _read_info(info)
-    except _UNREADABLE:
-        facts = {}
-    return Creditor(InstanceId(name), int(epoch), address, int(free), facts)
-
-
-def _read_loan(row: Sequence[str]) -> Loan:
-    loan, debtor, debtor_epoch, creditor, creditor_epoch, num, state = row
-    return Loan(
-        LoanKey(loan), InstanceId(debtor), int(debtor_epoch), InstanceId(creditor), int(creditor_epoch), int(num),
-        LoanState(state),
-    )  # fmt: skip
-
-
-def _read_member(row: Sequence[Any], now_ms: int) -> MemberChange:
-    """What cannot be read of it is left out, and named."""
-    instance, *parts = row
-    if not parts:
-        return MemberChange(InstanceId(instance))
-    unreadable: list[str] = []
-
-    def read(what: str, reader: Callable[..., _T], *arguments: object) -> _T | None:
-        try:
-            return reader(*arguments)
-        except _UNREADABLE as error:
-            unreadable.append(f"{what}: {error}")
-            return None
-
-    lease_end_ms, fields, loan_rows, placements, is_sealed = parts
-    record = read("its record", _read_record, instance, lease_end_ms, now_ms, fields, bool(is_sealed))
-    loans = [read("a loan", _read_loan, row) for row in loan_rows]
-    placed = () if placements == "" else read("its placements", _read_placements, placements)
-    return MemberChange(
-        InstanceId(instance), record, tuple(loan for loan in loans if loan), placed or (), "; ".join(unreadable)
-    )  # fmt: skip
-
-
-_COUNTS = ("total", "reserved", "local_used", "lent", "borrowed", "num_running", "num_waiting", "max_request_tokens")
-
-
-def _read_record(
-    instance: str, lease_end_ms: str | None, now_ms: int, values: Sequence[str | None], is_sealed: bool
-) -> InstanceRecord:
-    """`values` as changes.lua names them."""
-    names = ("epoch", "address", *_COUNTS[:5], "state", *_COUNTS[5:], "info")
-    fields = {name: value for name, value in zip(names, values, strict=True) if value is not None}
-    missing = [name for name in names if name not in fields]
-    if missing:
-        raise ValueError(f"it has no {', '.join(missing)}")
-    if lease_end_ms is None:
-        raise ValueError("it has no lease")
-    if not is_sealed:
-        raise ValueError("another version, or somebody else, has written it")
-    return InstanceRecord(
-        instance=InstanceId(instance),
-        epoch=int(fields["epoch"]),
-        address=fields["address"],
-        state=InstanceState(fields["state"]),
-        lease_left_ms=int(float(lease_end_ms)) - now_ms,
-        info=_read_info(fields["info"]),
-        **{name: int(fields[name]) for name in _COUNTS},
-    )

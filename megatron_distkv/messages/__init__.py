@@ -1,9 +1,11 @@
 """Everything that crosses a process border, as msgspec structs (MessagePack on the wire), a file for each walk.
 
 gateway <-> instance: `requests`. rManager <-> rManager, over a transport channel: one header type per `MessageKind`,
-in `loans`, `queries` and `handover`. `decode` refuses what does not fit its type: a peer's bytes are checked there.
+in `loans`, `queries` and `handover`. For gateways, on whatever way: `counts`. `decode` refuses what does not fit its
+type: a peer's bytes are checked there.
 """
 
+from megatron_distkv.messages.counts import Counted, Counts, counted_here, happened_here
 from megatron_distkv.messages.handover import CommitHeader, InheritedSpan, InheritHeader, PrepareHeader
 from megatron_distkv.messages.kinds import Acknowledge, MessageKind, Refusal
 from megatron_distkv.messages.loans import (
@@ -22,7 +24,6 @@ from megatron_distkv.messages.queries import QueryHeader, QueryShare, Scoring
 from megatron_distkv.messages.receipt import RequestKV, continue_receipt, receipt_of
 from megatron_distkv.messages.requests import (
     AbortRequest,
-    Counted,
     DrainInstance,
     FromInstance,
     HandedOver,
@@ -43,6 +44,7 @@ __all__ = [
     "CommitHeader",
     "Count",
     "Counted",
+    "Counts",
     "DrainInstance",
     "FetchHeader",
     "FromInstance",
@@ -75,6 +77,8 @@ __all__ = [
     "TokenOutput",
     "TransferHeader",
     "continue_receipt",
+    "counted_here",
     "decode",
+    "happened_here",
     "receipt_of",
 ]

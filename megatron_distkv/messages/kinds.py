@@ -18,6 +18,7 @@ class MessageKind(IntEnum):
     STEP = 7  # an instance's leader -> its own followers: run one engine step
     FETCH = 9  # debtor's rank r -> creditor's rank r: KV bytes of borrowed rBlocks, fetched back
     PROBE = 13  # any member -> another's leader: what does the link cost? Any payload; the answer is empty
+    COUNTS = 15  # an instance's leader -> its own followers: what have you counted?
     STOP = 8  # an instance's leader -> its own followers: exit
     PREPARE = 10  # a leaving instance's leader -> its successor's: room for a request
     COMMIT = 11  # a leaving instance's leader -> its successor's: the request, whose rBlocks are stored

@@ -2,6 +2,7 @@
 
 import msgspec
 
+from megatron_distkv.messages.counts import Counted
 from megatron_distkv.messages.receipt import RequestKV
 from megatron_distkv.sampling_params import SamplingParams
 
@@ -75,14 +76,6 @@ class HandedOver(msgspec.Struct, frozen=True, tag="handed_over"):
     handover_id: str = ""
 
 
-class Counted(msgspec.Struct, frozen=True, array_like=True):
-    """One series of a counter, as in /metrics but for the instance's name; it begins at 0 with the instance."""
-
-    name: str
-    labels: dict[str, str]
-    value: float
-
-
 class InstanceStatus(msgspec.Struct, frozen=True, tag="instance_status"):
     query_id: int
     instance_id: str
@@ -96,7 +89,7 @@ class InstanceStatus(msgspec.Struct, frozen=True, tag="instance_status"):
     num_preemptions: int
     num_computed_tokens: int
     used_host_rblocks: int = 0
-    counted: list[Counted] = []
+    counted: list[Counted] = []  # by each of its ranks
 
 
 ToInstance = NewRequest | AbortRequest | StatusQuery | DrainInstance

@@ -8,6 +8,7 @@ import msgspec
 
 from megatron_distkv.kvcache.rblock_shape import RBlockShape
 from megatron_distkv.ledger import InstanceRecord, MemberCounts
+from megatron_distkv.messages import Counted
 from megatron_distkv.pool.links import LinkCost
 from megatron_distkv.rblock import InstanceId
 
@@ -89,6 +90,7 @@ class Member(MemberCounts):
     """One life of a member, as the ledger knew it when the picture was taken."""
 
     info: MemberInfo
+    counted: tuple[Counted, ...] = ()
 
     @property
     def peer(self) -> Peer:
@@ -112,4 +114,4 @@ class Member(MemberCounts):
 def read_member(record: InstanceRecord) -> Member:
     """Raises MemberUnreadable."""
     counts = {field.name: getattr(record, field.name) for field in fields(MemberCounts)}
-    return Member(**counts, info=read_info(record.info))
+    return Member(**counts, info=read_info(record.info), counted=record.counted)

@@ -62,7 +62,7 @@ class Membership:
         self.info = info
         self._clock = clock
         self._ledger_is_away = False
-        self._reported: tuple[object, ...] | None = None
+        self._reported: InstanceReport | None = None  # the last one that the ledger answered
         self._interval_s = config.heartbeat_interval_s
         self._last_beat_s = float("-inf")
         self.round_trip_s = 0.0
@@ -171,13 +171,12 @@ class Membership:
 
     def _beat(self) -> None:
         report, began_s = self.report(), self._clock.monotonic_s()
-        is_news = report.placements != self._reported
-        told = report if is_news else replace(report, placements=None)
-        reply = self._ledger.heartbeat(self.identity.instance, self.identity.epoch, told, self._lease_s)
+        news = self._without_repetition(report)
+        reply = self._ledger.heartbeat(self.identity.instance, self.identity.epoch, news, self._lease_s)
         self._last_beat_s = self._clock.monotonic_s()
         self.round_trip_s = self._last_beat_s - began_s
         if reply.known:
-            self._reported = report.placements
+            self._reported = report
             self._take(reply)
         else:
             logger.warning("the ledger has forgotten this instance: registering again")
@@ -186,6 +185,15 @@ class Membership:
             self.when_forgotten(self._lease_s)
         for follow_up in self.follow_ups:
             follow_up(reply.lent)
+
+    def _without_repetition(self, report: InstanceReport) -> InstanceReport:
+        """What is long and seldom changes is said once."""
+        last = self._reported
+        if last is not None and report.placements == last.placements:
+            report = replace(report, placements=None)
+        if last is not None and report.counted == last.counted:
+            report = replace(report, counted=None)
+        return report
 
     def _take(self, reply: HeartbeatReply) -> None:
         self.totals = PoolTotals(reply.lendable_now, reply.lending_caps)

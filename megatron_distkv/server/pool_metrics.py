@@ -6,7 +6,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from megatron_distkv.messages import InstanceStatus
+from megatron_distkv.messages import Counted, InstanceStatus
 from megatron_distkv.metrics import INSTANCE_REGISTRY
 from megatron_distkv.pool import Member
 
@@ -15,9 +15,10 @@ STATUS_WITHIN_S = 1.0
 
 
 class PoolMetrics(Collector):
-    """Gauges of the ledger's picture, and the counts of this gateway's instances, all labelled by `instance`.
+    """Gauges and lenders' counts, of the ledger's picture, and the counts of this gateway's instances.
 
-    A counter begins anew with its instance: Prometheus takes a lower value for a restart.
+    All are labelled by `instance`, counters also by `rank`. A counter begins anew with its member: Prometheus takes a
+    lower value for a restart.
     """
 
     def __init__(self, members: Sequence[Member], statuses: Sequence[InstanceStatus]) -> None:
@@ -47,11 +48,18 @@ class PoolMetrics(Collector):
         """Of the kinds that this version knows."""
         for known in INSTANCE_REGISTRY.collect():
             family = Metric(known.name, known.documentation, known.type)
-            for status in self._statuses:
-                for count in status.counted:
-                    if count.name == f"{known.name}_total":
-                        family.add_sample(count.name, {"instance": status.instance_id, **count.labels}, count.value)
+            for instance, count in self._counted():
+                if count.name == f"{known.name}_total":
+                    labels = {**count.labels, "instance": instance, "rank": str(count.rank)}
+                    family.add_sample(count.name, labels, count.value)
             yield family
+
+    def _counted(self) -> Iterator[tuple[str, Counted]]:
+        """By member: an instance tells its gateways, a lender the ledger."""
+        for status in self._statuses:
+            yield from ((status.instance_id, count) for count in status.counted)
+        for member in self._members:
+            yield from ((member.instance, count) for count in member.counted)
 
 
 def _add(family: GaugeMetricFamily, record: Member, counts: Iterable[tuple[str, int]]) -> None:

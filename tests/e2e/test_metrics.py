@@ -18,9 +18,23 @@ from tests.transport.raw_peer import RawPeer, hello
 PATIENCE_S = 60.0
 
 
+LENDER_RBLOCKS = 64
+
+
 @pytest.fixture(scope="module")
 def pool(byte_llama: Path) -> Iterator[LocalCluster]:
     with LocalCluster(cluster_config(byte_llama, instances=2)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def many_ranks(byte_llama: Path) -> Iterator[LocalCluster]:
+    """An instance of two ranks, and a lender."""
+    parts = {"instances": 1, "tensor_parallel": 2, "lenders": 1, "lender_rblocks": LENDER_RBLOCKS}
+    # A long lease: two ranks and a launcher start on whatever cores there are
+    ledger = {"url": "embedded://", "heartbeat_interval_s": 0.1, "lease_s": 10.0}
+    config = cluster_config(byte_llama, launcher="deepspeed", ledger=ledger, start_timeout_s=600.0, **parts)
+    with LocalCluster(config) as running:
         yield running
 
 
@@ -72,6 +86,46 @@ def test_who_has_died_is_gone_and_who_comes_back_begins_anew(pool: LocalCluster)
     pool.wait_for(["instance-1"])
     wait_until(lambda: "instance-1" in names_in({"x": scrape(pool)["distkv_steps"]}))
     assert value(pool, "distkv_refused_channels", instance="instance-1") == 0
+
+
+def knock(cluster: LocalCluster, member: str, rank: int) -> None:
+    """Ask for a channel without knowing the pool's secret."""
+    with RawPeer(rank_address(cluster.run_dir, member, rank)) as stranger:
+        stranger.shake_hands(hello(pool=cluster.config.ledger.pool), secret=b"another")
+
+
+def test_every_rank_that_refuses_a_channel_is_counted(many_ranks: LocalCluster) -> None:
+    # Given an instance of two ranks that has nothing to do
+    # When strangers knock at both, then /metrics says how often, and where
+    wrong = {"instance": "instance-0", "reason": "secret"}
+    knock(many_ranks, "instance-0", rank=1)
+    wait_until(lambda: value(many_ranks, "distkv_refused_channels", rank="1", **wrong) == 1)
+    assert value(many_ranks, "distkv_refused_channels", rank="0", **wrong) == 0
+    knock(many_ranks, "instance-0", rank=0)
+    wait_until(lambda: value(many_ranks, "distkv_refused_channels", rank="0", **wrong) == 1)
+    assert value(many_ranks, "distkv_refused_channels", rank="1", **wrong) == 1
+    # And a rank tells no more than it has counted itself
+    assert value(many_ranks, "distkv_steps", rank="1") == 0
+
+
+def test_lenders_are_counted_like_instances_and_gone_when_they_are_gone(many_ranks: LocalCluster) -> None:
+    # Given a request that is longer than its instance: it borrows of the lender
+    with openai_client(many_ranks) as api:
+        api.completions.create(model="distkv", prompt=[5 + i % 200 for i in range(150)], max_tokens=20)
+    wait_until(lambda: value(many_ranks, "distkv_loans_ended", instance="lender-0") >= 1)
+    assert value(many_ranks, "distkv_loans_made", instance="lender-0") >= 1
+
+    # And when a stranger knocks at the lender, then the alarm is there, under the lender's name alone
+    knock(many_ranks, "lender-0", 0)
+    wait_until(lambda: value(many_ranks, "distkv_refused_channels", instance="lender-0", reason="secret") == 1)
+
+    # And when the lender is killed, then no series of its is left; when it comes back, it begins anew
+    many_ranks.kill("lender-0")
+    wait_until(lambda: "lender-0" not in names_in(scrape(many_ranks)))
+    many_ranks.restart("lender-0")
+    many_ranks.wait_for(["lender-0"])
+    wait_until(lambda: "lender-0" in names_in(scrape(many_ranks)))
+    assert value(many_ranks, "distkv_refused_channels", instance="lender-0") == 0
 
 
 def names_in(families: dict[str, Metric]) -> set[str]:

@@ -45,6 +45,8 @@ def test_kv_lies_in_another_instances_host_memory(ends: str, make_config: MakeCo
         lender = b.instance.parts.host_lender
         assert lender is not None
         assert 0 < held.get("b.host", 0) <= lender.allocator.num_lent  # a little is borrowed ahead
+        # And what it counts, it counts with its instance and tells nobody again
+        assert not any(record.counted for record in a.instance.parts.ledger.snapshot().instances)
         # When it is told to leave, or is lost, in the middle of it, and others have memory, too
         stack.enter_context(LLM(make_config("d", **rooms(server.url, 40))))
         if ends == "drained":

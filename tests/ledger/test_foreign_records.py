@@ -22,6 +22,7 @@ from megatron_distkv.ledger import (
 )
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
 from megatron_distkv.ledger.redis_ledger import RedisLedger
+from megatron_distkv.messages import Counted
 from megatron_distkv.pool import check_picture, picture_of
 from megatron_distkv.rblock import InstanceId, LoanId
 from tests.ledger.one_answer_server import OneAnswerServer
@@ -36,6 +37,7 @@ FIELDS = [
     "epoch", "address", "total", "reserved", "local_used", "lent", "borrowed", "state", "num_running", "info", "seal",
     "placements", "debtor", "debtor_epoch", "creditor", "creditor_epoch", "num_rblocks", "candidate", "until", "event",
     "version", "horizon", "now", "wall", "lease", "counted_at", "offered", "caps", "members", "moves", "server",
+    "counted",
 ]  # fmt: skip
 values = st.one_of(
     st.binary(max_size=8), st.sampled_from([b"", b"-1", b"1e300", b"nan", b"9" * 40,
@@ -128,6 +130,7 @@ def everything(ledger: DebtLedger, a: int, b: int) -> Iterator[Callable[[], obje
 @example(damages=[("loan:l1", "creditor", b"", "missing")])
 @example(damages=[("instance:a", "moves", b"no bars", "field")])
 @example(damages=[("instance:a", "placements", b"x|y", "field")])
+@example(damages=[("instance:a", "counted", b"[7]", "field")])
 def test_whatever_the_damage_there_is_an_answer(
     ledger: DebtLedger, raw: redis.Redis, damages: list[tuple[str, str, bytes, str]]
 ) -> None:
@@ -229,6 +232,32 @@ def test_one_odd_record_spoils_no_other_and_heals(odd_server: EmbeddedServer, ke
     assert (healed.unreadable, [record.instance for record in healed.instances]) == ({}, ["a", "b", "c", "d"])
     assert check_picture(picture_of(healed)) == []
     assert "l2" in {loan.key for loan in healed.loans}
+    pool.close()
+
+
+@pytest.mark.parametrize(
+    ("written", "is_named"), [(None, False), ("{", True), ("[7]", True), ('[["x",{"a-b":"c"},1]]', True)]
+)
+def test_counts_that_are_missing_or_odd_cost_nothing_but_themselves(
+    odd_server: EmbeddedServer, written: str | None, is_named: bool
+) -> None:
+    # Given a member of a version that counts nothing, or whose counts somebody else has written
+    pool, a = Pool(odd_server), InstanceId("a")
+    if written is None:
+        pool.raw.hdel("{odd}:instance:a", "counted")
+    else:
+        pool.raw.hset("{odd}:instance:a", "counted", written)
+    # Then it is read all the same
+    read = pool.ledger.snapshot()
+    assert [record.instance for record in read.instances] == ["a", "b", "c", "d"]
+    assert ("its counts" in read.unreadable.get(a, "")) == is_named
+    # And the next counts that it tells are there
+    counted = (Counted("distkv_loans_made_total", {}, 1.0),)
+    for _ in range(2):
+        if not pool.ledger.heartbeat(a, pool.epochs[a], InstanceReport(3, counted=counted), 10.0).known:
+            pool.epochs[a] = pool.join(a, pool.epochs[a])
+    read = pool.ledger.snapshot()
+    assert ([x.counted for x in read.instances if x.instance == a], read.unreadable) == ([counted], {})
     pool.close()
 
 

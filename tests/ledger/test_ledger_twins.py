@@ -28,6 +28,7 @@ from megatron_distkv.ledger import (
 )
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
 from megatron_distkv.ledger.redis_ledger import RedisLedger
+from megatron_distkv.messages import Counted
 from megatron_distkv.rblock import InstanceId, LoanId
 
 INSTANCES = [InstanceId(name) for name in ("a", "b", "c", "d")]
@@ -36,6 +37,8 @@ PENDING_S = 3.0
 who = st.sampled_from(INSTANCES)
 loan_ids = st.sampled_from([LoanId(f"loan-{number}") for number in range(6)])
 amounts = st.integers(0, 12)
+counts = st.sampled_from([None, None, (), (Counted("distkv_loans_made_total", {}, 2.0),),
+                          (Counted("distkv_refused_channels_total", {"reason": "pool"}, 1.0),)])  # fmt: skip
 stale = st.sampled_from([0, 0, 0, 0, -1])
 pools = itertools.count()
 
@@ -100,17 +103,20 @@ class LedgerTwins(RuleBasedStateMachine):
             assert self.both("register", instance, "late", 9, 0, LEASE_S, epoch=live.epoch + off) == "superseded"
             assert self.memory.snapshot() == before
 
-    @rule(instance=who, used=st.integers(0, 15), off=stale, draining=st.booleans(), num=st.integers(-1, 3))
-    def heartbeat(self, instance: InstanceId, used: int, off: int, draining: bool, num: int) -> None:
+    @rule(instance=who, used=st.integers(0, 15), off=stale, draining=st.booleans(), num=st.integers(-1, 3),
+          counted=counts)  # fmt: skip
+    def heartbeat(
+        self, instance: InstanceId, used: int, off: int, draining: bool, num: int, counted: tuple[Counted, ...] | None
+    ) -> None:
         state = InstanceState.DRAINING if draining and used > 12 else InstanceState.UP
         placed = [RequestPlacementEntry(f"req|{n}", instance, n, n == 1) for n in range(num, -1, -1)]
-        report = InstanceReport(used, state, 1, 2, 300, tuple(placed) if num >= 0 else None)
+        report = InstanceReport(used, state, 1, 2, 300, tuple(placed) if num >= 0 else None, counted)
         reply = self.both("heartbeat", instance, self.epoch(instance, off), report, LEASE_S)
         assert off == 0 or not reply.known
 
-    @rule(instance=who)
-    def report_the_same_again(self, instance: InstanceId) -> None:
-        report = InstanceReport(3, InstanceState.UP, 1, 2, 300)
+    @rule(instance=who, counted=counts)
+    def report_the_same_again(self, instance: InstanceId, counted: tuple[Counted, ...] | None) -> None:
+        report = InstanceReport(3, InstanceState.UP, 1, 2, 300, counted=counted)
         self.both("heartbeat", instance, self.epoch(instance), report, LEASE_S)
         version = self.both("changes", 0).version
         self.both("heartbeat", instance, self.epoch(instance), report, LEASE_S)

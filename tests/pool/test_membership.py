@@ -15,9 +15,10 @@ from megatron_distkv.config.instance import InstanceConfig, LedgerConfig
 from megatron_distkv.engine.llm import LLM
 from megatron_distkv.errors import UserError
 from megatron_distkv.kvcache.rblock_shape import RBlockShape
-from megatron_distkv.ledger import DebtLedger, MemoryLedger
+from megatron_distkv.ledger import DebtLedger, HeartbeatReply, InstanceReport, MemoryLedger
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
 from megatron_distkv.ledger.redis_ledger import RedisLedger
+from megatron_distkv.messages import Counted
 from megatron_distkv.pool import Identity, MemberInfo, Membership, membership
 from megatron_distkv.rblock import InstanceId
 from megatron_distkv.request import Request
@@ -86,6 +87,42 @@ def test_of_two_shapes_that_join_at_the_same_moment_one_is_refused(order: str) -
     ledger.lose_everything()
     members[first].join()
     assert [record.instance for record in ledger.snapshot().instances] == [first]
+
+
+class RecordingLedger(MemoryLedger):
+    """Remembers what heartbeats said."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: list[InstanceReport] = []
+
+    def heartbeat(self, instance: InstanceId, epoch: int, report: InstanceReport, lease_s: float) -> HeartbeatReply:
+        self.said.append(report)
+        return super().heartbeat(instance, epoch, report, lease_s)
+
+
+def test_counts_are_told_when_they_change_and_again_to_a_ledger_that_has_lost_them() -> None:
+    # Given a member that has counted something
+    ledger = RecordingLedger()
+    lender = member("lender", ledger, MemberInfo(shape=SHAPE, role="lender"))
+    counted = (Counted("distkv_loans_made_total", {}, 1.0),)
+    lender.report = lambda: InstanceReport(0, counted=counted)
+    lender.join()
+    # When it reports twice, then it has said so once, and the ledger keeps it without a change
+    lender.beat()
+    version = ledger.changes(0).version
+    lender.beat()
+    assert [report.counted for report in ledger.said] == [counted, None]
+    assert (ledger.changes(version).members, ledger.snapshot().instances[0].counted) == ((), counted)
+    # And once more where the ledger has lost its data
+    ledger.lose_everything()
+    lender.beat()
+    lender.beat()
+    assert ledger.snapshot().instances[0].counted == counted
+    # And what it has counted since
+    counted = (Counted("distkv_loans_made_total", {}, 2.0),)
+    lender.beat()
+    assert ledger.snapshot().instances[0].counted == counted
 
 
 @pytest.mark.parametrize("comes_back", [True, False])

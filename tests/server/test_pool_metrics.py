@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from megatron_distkv.messages import Counted, InstanceStatus
 from megatron_distkv.metrics import INSTANCE_REGISTRY, REGISTRY
 from megatron_distkv.server.pool_metrics import PoolMetrics
+from tests.server.still_view import member
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "metrics.md"
 
@@ -37,18 +39,24 @@ def test_counts_of_instances_are_counters_with_their_names() -> None:
     # Given two instances that have counted, one of them something that this version does not know
     steps = "distkv_steps_total"
     refused = Counted("distkv_refused_channels_total", {"reason": "secret"}, 3.0)
+    follower = Counted("distkv_refused_channels_total", {"reason": "secret", "instance": "another"}, 4.0, rank=1)
     told = [
-        status("a", Counted(steps, {}, 7.0), refused, Counted("distkv_of_the_future_total", {}, 1.0)),
+        status("a", Counted(steps, {}, 7.0), refused, follower, Counted("distkv_of_the_future_total", {}, 1.0)),
         status("b", Counted(steps, {}, 9.0)),
     ]
+    # And a lender, which tells the ledger
+    lender = replace(member("l", total=4), counted=(refused,))
     # When they are scraped
-    text = generate_latest(PoolMetrics([], told)).decode()
+    text = generate_latest(PoolMetrics([lender], told)).decode()
     read = {family.name: family for family in text_string_to_metric_families(text)}
-    # Then a reader of Prometheus' format finds counters, labelled by instance
+    # Then a reader of Prometheus' format finds counters, labelled by instance and rank
     assert read["distkv_steps"].type == "counter"
     assert {x.labels["instance"]: x.value for x in read["distkv_steps"].samples} == {"a": 7.0, "b": 9.0}
-    (sample,) = read["distkv_refused_channels"].samples
-    assert (sample.labels, sample.value) == ({"instance": "a", "reason": "secret"}, 3.0)
+    assert [(x.labels, x.value) for x in read["distkv_refused_channels"].samples] == [
+        ({"instance": "a", "rank": "0", "reason": "secret"}, 3.0),
+        ({"instance": "a", "rank": "1", "reason": "secret"}, 4.0),
+        ({"instance": "l", "rank": "0", "reason": "secret"}, 3.0),
+    ]
     assert "future" not in text
 
 

@@ -1,26 +1,26 @@
 -- instance, epoch, lease_ms, local_used, state, num_running, num_waiting, max_request_tokens,
---   placements (JSON; absent: as they were)
+--   placements, counted (JSON; empty: as they were)
 -- -> {0} | {1, generation, lent, borrowed, free, offered by others, lent by others at most, members,
 --    {loan, num_rblocks, ...} recalls, moves ("request|destination|num", a line each)}
 local id, key = ARGV[2], instance_key(ARGV[2])
 local r = call('HMGET', key, 'local_used', 'state', 'num_running', 'num_waiting', 'max_request_tokens', 'placements',
-  'epoch', 'address', 'total', 'reserved', 'info', 'seal', 'lent', 'borrowed', 'moves')
+  'epoch', 'address', 'total', 'reserved', 'info', 'seal', 'lent', 'borrowed', 'moves', 'counted')
 -- A record without any lease has lost it by no doing of ours: death takes both away.
 local lease_end = call('ZSCORE', P .. ':leases', id)
 if r[7] ~= ARGV[3] or (lease_end and number(lease_end) <= now) then
   expire_a_few()
   return {0}
 end
-local is_list = r[6] and string.sub(r[6], 1, 1) == '[' and string.sub(r[6], -1) == ']'
-if not is_list or not has_seal(id, r[7], r[8], r[9], r[10], r[11], r[12]) then
+local function is_list(json) return json and string.sub(json, 1, 1) == '[' and string.sub(json, -1) == ']' end
+if not is_list(r[6]) or not is_list(r[16] or '[]') or not has_seal(id, r[7], r[8], r[9], r[10], r[11], r[12]) then
   note('unreadable', 'instance', id)
   return {0}
 end
-local placements, is_new = ARGV[10] or r[6], false
+local placements, counted, is_new = ARGV[10] ~= '' and ARGV[10] or r[6], ARGV[11] ~= '' and ARGV[11] or r[16], false
 for i = 1, 5 do is_new = is_new or r[i] ~= ARGV[i + 4] end
-if is_new or placements ~= r[6] then
+if is_new or placements ~= r[6] or counted ~= r[16] then
   call('HSET', key, 'local_used', ARGV[5], 'state', ARGV[6], 'num_running', ARGV[7], 'num_waiting', ARGV[8],
-    'max_request_tokens', ARGV[9], 'placements', placements)
+    'max_request_tokens', ARGV[9], 'placements', placements, 'counted', counted or '[]')
   touch(id)
 end
 call('ZADD', P .. ':leases', text(now + number(ARGV[4])), id)
