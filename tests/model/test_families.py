@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from megatron_distkv.config.model import GemmaConfig
 from megatron_distkv.errors import CheckpointError, ConfigError
 from megatron_distkv.model import build_gpt, find_checkpoint, init_tensor_parallel, load_weights
+from megatron_distkv.model.families import family_of, options_of
+from megatron_distkv.model.families.gemma2 import GemmaOptions
 from tests.model.against_hf import Errors, compare
 from tests.model.families import FAMILIES, save_family
 
@@ -56,7 +57,7 @@ def test_two_ranks_give_the_logits_of_transformers(references: Path, tmp_path: P
 
 def test_what_each_family_is_read_as(references: Path) -> None:
     models = {name: find_checkpoint(references / name).model for name in FAMILIES}
-    assert {name: model.family for name, model in models.items()} == {
+    assert {name: family_of(model).name for name, model in models.items()} == {
         "llama": "llama", "llama3": "llama", "llama3-tied": "llama", "llama-linear": "llama", "llama-yarn": "llama",
         "mistral": "llama", "mistral-window": "mistral", "qwen2": "qwen2", "qwen2-tied": "qwen2",
         "qwen2-yarn": "qwen2", "qwen2-window": "qwen2", "qwen3": "qwen3", "qwen3-yarn": "qwen3",
@@ -84,7 +85,7 @@ def test_a_gemma_3_as_google_published_it_is_read(references: Path, tmp_path: Pa
     model = find_checkpoint(tmp_path).model
     assert [model.window_of(layer) for layer in range(7)] == [512] * 5 + [None, 512]
     assert (model.rotary_base, model.rope_scaling and model.rope_scaling.factor) == (1e6, 8.0)
-    assert model.gemma == GemmaConfig(score_scale_dims=256, window_rotary_base=1e4)
+    assert options_of(model, GemmaOptions) == GemmaOptions(score_scale_dims=256, window_rotary_base=1e4)
     assert model.tie_embeddings
 
 
