@@ -21,17 +21,17 @@ def family_of(model: ModelConfig) -> Family:
     Raises ConfigError for an unknown name, which lists the known ones, and for options that the family does not have.
     """
     if model.family is not None:
-        family = family_named(model.family)
+        family = family_named(model.family, "model.family")
     else:
         family = next(x for x in _FAMILIES.values() if x.matches is not None and x.matches(model))
     options_of(model, family.options)
     return family
 
 
-def family_named(name: str) -> Family:
-    """Raises ConfigError, which lists the known ones."""
+def family_named(name: str, where: str) -> Family:
+    """Raises ConfigError, which lists the known ones, with `where` in front."""
     if name not in _FAMILIES:
-        raise ConfigError(f"model family {name!r} is not known; known: {', '.join(sorted(_FAMILIES))}")
+        raise ConfigError(f"{where}: the family {name!r} is not known; known: {', '.join(sorted(_FAMILIES))}")
     return _FAMILIES[name]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from megatron_distkv.config.base import parse_config
 from megatron_distkv.config.model import MixtureConfig, ModelConfig
 from megatron_distkv.errors import CheckpointError
-from megatron_distkv.model.families import family_named, family_of
+from megatron_distkv.model.families import Family, family_named, family_of
 
 # What else than this changes the computation: key, the only value that we compute, why in words.
 _ONLY = (
@@ -32,9 +32,9 @@ def read_args(args: dict[str, Any], where: str) -> ModelConfig:
     """The model's shape; raises CheckpointError when it is none that we can build."""
     args = _with_family(args)
     name = args.get("distkv_family")
-    of_family = family_named(name).parts.megatron_args if name else {}
+    family = family_named(str(name), where) if name else None
     for key, plain in _ONLY:
-        wanted = of_family.get(key, plain)
+        wanted = plain if family is None else family.parts.megatron_args.get(key, plain)
         found = args.get(key, wanted)
         if found != wanted and not (wanted in (None, False) and not found):
             raise CheckpointError(f"{where}: the model has {key}={found!r}; only {wanted!r} is supported yet")
@@ -62,8 +62,7 @@ def read_args(args: dict[str, Any], where: str) -> ModelConfig:
         "mixture": _mixture(args),
         "sliding_window": None if not window else window[0] + 1,
         "windowed_layers": _windowed_layers(args) if window else None,
-        "family": name,
-        "family_options": args.get("distkv_family_options") or {},
+        **({} if family is None else _family(family, args, where)),
         "norm_epsilon": args.get("norm_epsilon", 1e-5),
         "tie_embeddings": not args.get("untie_embeddings_and_output_weights", False),
         "max_context_tokens": args.get("max_position_embeddings"),
@@ -71,6 +70,11 @@ def read_args(args: dict[str, Any], where: str) -> ModelConfig:
         "eos_token_ids": tuple(args.get("eos_token_ids", ())),
     }
     return parse_config(ModelConfig, values, where)
+
+
+def _family(family: Family, args: dict[str, Any], where: str) -> dict[str, Any]:
+    options = parse_config(family.options, args.get("distkv_family_options") or {}, where)
+    return {"family": family.name, "family_options": options.model_dump()}
 
 
 def _with_family(args: dict[str, Any]) -> dict[str, Any]:
