@@ -91,9 +91,9 @@ class ModelConfig(FrozenConfig):
     windowed_layers: tuple[bool, ...] | None = None
     """Which layers have the sliding window, one entry a layer; None: all, if there is a window."""
     family: str | None = None
-    """Whose layers these are, where the keys above do not tell: a name of model/families. None: they do."""
-    family_options: dict[str, Any] = Field(default_factory=dict)
-    """What that family alone has, by the keys in its file."""
+    """Whose layers these are, where the other keys do not tell: a name of model/families. None: they do."""
+    family_options: dict[str, Any] = Field({})
+    """What that family alone has, by keys of its own: `options` in its file."""
     norm_epsilon: float = Field(1e-5, gt=0)
     """RMSNorm's epsilon."""
     tie_embeddings: bool = False
