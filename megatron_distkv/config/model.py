@@ -57,23 +57,6 @@ class MixtureConfig(FrozenConfig):
         return self
 
 
-class GemmaConfig(FrozenConfig):
-    """What Gemma 2 and 3 do differently from Llama, always together: norms multiply by 1 + weight and also
-    follow attention and MLP, the MLP's gate is a GELU (tanh), embeddings are multiplied by sqrt(hidden_size)."""
-
-    score_scale_dims: float = Field(gt=0)
-    """Scores are divided by the square root of this (query_pre_attn_scalar), not of head_dim."""
-    score_soft_cap: float | None = Field(None, gt=0)
-    """Scores x become cap * tanh(x / cap); None: as they are."""
-    logit_soft_cap: float | None = Field(None, gt=0)
-    """The same of the output's logits."""
-    window_rotary_base: float | None = Field(None, gt=0)
-    """RoPE's theta in layers with a sliding window, whose frequencies are not stretched; None: as in all layers."""
-
-
-Family = Literal["llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "gemma2", "gemma3_text"]
-
-
 class ModelConfig(FrozenConfig):
     """A Llama-style GPT: RMSNorm, a gated MLP, grouped-query attention, rotary or no position embedding."""
 
@@ -107,8 +90,10 @@ class ModelConfig(FrozenConfig):
     """A token sees no more than this many of the last ones, itself included; None: all."""
     windowed_layers: tuple[bool, ...] | None = None
     """Which layers have the sliding window, one entry a layer; None: all, if there is a window."""
-    gemma: GemmaConfig | None = None
-    """What Gemma does differently; None: nothing."""
+    family: str | None = None
+    """Whose layers these are, where the other keys do not tell: a name of model/families. None: they do."""
+    family_options: dict[str, Any] = Field({})
+    """What that family alone has, by keys of its own: `options` in its file."""
     norm_epsilon: float = Field(1e-5, gt=0)
     """RMSNorm's epsilon."""
     tie_embeddings: bool = False
@@ -136,19 +121,6 @@ class ModelConfig(FrozenConfig):
         if self.sliding_window is None or (self.windowed_layers is not None and not self.windowed_layers[layer]):
             return None
         return self.sliding_window
-
-    @property
-    def family(self) -> Family:
-        """The first family that has these layers: a Mistral without a window is a Llama."""
-        if self.gemma is not None:
-            return "gemma3_text" if self.qk_layernorm else "gemma2"
-        if self.mixture is not None:
-            return "qwen3_moe" if self.qk_layernorm else "mixtral"
-        if self.qk_layernorm:
-            return "qwen3"
-        if self.qkv_bias:
-            return "qwen2"
-        return "llama" if self.sliding_window is None else "mistral"
 
     @property
     def mlp_hidden_size(self) -> int:

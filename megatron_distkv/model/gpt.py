@@ -10,7 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_distkv.config.instance import Layers
 from megatron_distkv.config.model import MixtureConfig, ModelConfig
 from megatron_distkv.errors import ConfigError
-from megatron_distkv.model.gemma import Norm, gated_activation, scale_and_cap
+from megatron_distkv.model.families import family_of
 from megatron_distkv.model.layer_spec import layers_of
 from megatron_distkv.model.megatron_gpt import MegatronGPT, new_gpt
 from megatron_distkv.model.parallel import TensorParallel, gather_vocabulary
@@ -35,17 +35,17 @@ def build_gpt(config: ModelConfig, parallel: TensorParallel, *, init_std: float 
         raise ConfigError(
             f"tensor_parallel {parallel.size} does not divide the model's ffn_hidden_size {config.mlp_hidden_size}"
         )
+    parts = family_of(config).parts
     gpt = new_gpt(
         _transformer_config(config, parallel, init_std),
         layers_of(config),
-        last_norm=None if config.gemma is None else Norm,
+        last_norm=parts.last_norm,
         vocab_size=padded_vocab_size(config, parallel.size),
         max_context_tokens=config.max_context_tokens or 1,  # read by learned positions only
         tie_embeddings=config.tie_embeddings,
     )
     dtype = TORCH_DTYPES[config.dtype]
-    if config.gemma is not None:
-        scale_and_cap(gpt, config.gemma, config.hidden_size, dtype)
+    parts.change_model(gpt, config, dtype)
     return gpt.to(dtype)  # params_dtype alone leaves the norms in fp32
 
 
@@ -55,34 +55,34 @@ def padded_vocab_size(config: ModelConfig, tensor_parallel: int) -> int:
 
 
 def _transformer_config(config: ModelConfig, parallel: TensorParallel, init_std: float | None) -> TransformerConfig:
-    return TransformerConfig(
-        num_layers=config.num_layers,
-        hidden_size=config.hidden_size,
-        ffn_hidden_size=config.ffn_hidden_size,
-        num_attention_heads=config.num_attention_heads,
-        num_query_groups=config.num_kv_heads,
-        kv_channels=config.head_dim,
-        normalization="RMSNorm",
-        layernorm_epsilon=config.norm_epsilon,
-        gated_linear_unit=True,
-        activation_func=F.silu if config.gemma is None else gated_activation,
-        softmax_scale=None if config.gemma is None else config.gemma.score_scale_dims**-0.5,
-        add_bias_linear=False,
-        add_qkv_bias=config.qkv_bias,
-        qk_layernorm=config.qk_layernorm,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        init_method_std=init_std or 0.0,
-        perform_initialization=init_std is not None,
-        use_cpu_initialization=not torch.cuda.is_available(),
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        params_dtype=TORCH_DTYPES[config.dtype],
-        bf16=config.dtype == "bf16",
-        tensor_model_parallel_size=parallel.size,
+    settings: dict[str, Any] = {
+        "num_layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "ffn_hidden_size": config.ffn_hidden_size,
+        "num_attention_heads": config.num_attention_heads,
+        "num_query_groups": config.num_kv_heads,
+        "kv_channels": config.head_dim,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": config.norm_epsilon,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "add_qkv_bias": config.qkv_bias,
+        "qk_layernorm": config.qk_layernorm,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "init_method_std": init_std or 0.0,
+        "perform_initialization": init_std is not None,
+        "use_cpu_initialization": not torch.cuda.is_available(),
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "params_dtype": TORCH_DTYPES[config.dtype],
+        "bf16": config.dtype == "bf16",
+        "tensor_model_parallel_size": parallel.size,
         **({} if config.mixture is None else _mixture_settings(config.mixture, parallel)),
-    )
+    }
+    return TransformerConfig(**{**settings, **family_of(config).parts.settings(config)})
 
 
 def _mixture_settings(mixture: MixtureConfig, parallel: TensorParallel) -> dict[str, Any]:

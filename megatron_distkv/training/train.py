@@ -11,6 +11,7 @@ from megatron_distkv.attention import DenseAttention, DistAttention
 from megatron_distkv.config.train import TrainConfig
 from megatron_distkv.context_parallel import ContextShard, RingAttention, ZigzagLayout
 from megatron_distkv.model import build_gpt, find_checkpoint, init_tensor_parallel, load_weights
+from megatron_distkv.model.families import family_of
 from megatron_distkv.training.batch import MicroBatch
 from megatron_distkv.training.checkpoint import find_run, load_states, save_run
 from megatron_distkv.training.deepspeed_engine import build_engine, init_distributed
@@ -25,7 +26,9 @@ class Trainer:
     """One rank. `output` gets checkpoints (to serve, and to resume from), `log.jsonl` and `loss.png`."""
 
     def __init__(self, config: TrainConfig, output: Path, *, resume: bool = False) -> None:
-        """With `resume` from the latest checkpoint in the output; raises CheckpointError when there is none."""
+        """With `resume` from the latest checkpoint in the output; raises CheckpointError when there is none, and
+        ConfigError for a model of no known family, both before anything is written."""
+        family_of(config.model)
         torch.set_num_threads(config.threads)
         init_distributed()
         self.config = config

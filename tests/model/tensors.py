@@ -5,8 +5,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from megatron_distkv.model.parameter import Range
 from megatron_distkv.model.weights import find_checkpoint, open_source
-from megatron_distkv.model.weights.parameters import Range, model_parameters
+from megatron_distkv.model.weights.parameters import model_parameters
 
 
 def whole_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 
-from megatron_distkv.config.model import GemmaConfig
 from megatron_distkv.errors import CheckpointError, ConfigError
 from megatron_distkv.model import build_gpt, find_checkpoint, init_tensor_parallel, load_weights
+from megatron_distkv.model.families import family_of, options_of
+from megatron_distkv.model.families.gemma2 import GemmaOptions
+from megatron_distkv.model.weights import CheckpointFormat, open_source, write_checkpoint
+from megatron_distkv.model.weights.megatron_args import read_args, write_args
 from tests.model.against_hf import Errors, compare
 from tests.model.families import FAMILIES, save_family
 
@@ -27,8 +30,8 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run_ranks(folder: Path, references: Path, tp: int, out: Path) -> dict[str, Errors]:
-    command = [sys.executable, str(FORK_RANKS), str(tp), str(SCRIPT)]
+def run_ranks(folder: Path, references: Path, tp: int, out: Path, *, script: Path = SCRIPT) -> dict[str, Errors]:
+    command = [sys.executable, str(FORK_RANKS), str(tp), str(script)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": os.getcwd()}
     arguments = [str(folder), str(references), str(tp), str(out)]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=env, check=False)
@@ -58,7 +61,7 @@ def test_two_ranks_give_the_logits_of_transformers(references: Path, tmp_path: P
 
 def test_what_each_family_is_read_as(references: Path) -> None:
     models = {name: find_checkpoint(references / name).model for name in FAMILIES}
-    assert {name: model.family for name, model in models.items()} == {
+    assert {name: family_of(model).name for name, model in models.items()} == {
         "llama": "llama", "llama3": "llama", "llama3-tied": "llama", "llama-linear": "llama", "llama-yarn": "llama",
         "mistral": "llama", "mistral-window": "mistral", "qwen2": "qwen2", "qwen2-tied": "qwen2",
         "qwen2-yarn": "qwen2", "qwen2-window": "qwen2", "qwen3": "qwen3", "qwen3-yarn": "qwen3",
@@ -86,7 +89,7 @@ def test_a_gemma_3_as_google_published_it_is_read(references: Path, tmp_path: Pa
     model = find_checkpoint(tmp_path).model
     assert [model.window_of(layer) for layer in range(7)] == [512] * 5 + [None, 512]
     assert (model.rotary_base, model.rope_scaling and model.rope_scaling.factor) == (1e6, 8.0)
-    assert model.gemma == GemmaConfig(score_scale_dims=256, window_rotary_base=1e4)
+    assert options_of(model, GemmaOptions) == GemmaOptions(score_scale_dims=256, window_rotary_base=1e4)
     assert model.tie_embeddings
 
 
@@ -125,3 +128,69 @@ def test_what_we_lack_is_one_sentence(references: Path, tmp_path: Path, changes:
     with pytest.raises((CheckpointError, ConfigError), match=sentence) as caught:
         find_checkpoint(changed(references, "llama", tmp_path / "changed", **changes))
     assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_architecture_is_told_the_known_ones(references: Path, tmp_path: Path) -> None:
+    changes = {"architectures": ["NobodysForCausalLM"]}
+    with pytest.raises(CheckpointError) as caught:
+        find_checkpoint(changed(references, "llama", tmp_path / "changed", **changes))
+    sentence = str(caught.value)
+    assert "architecture NobodysForCausalLM is not supported yet; known: Gemma2ForCausalLM, Gemma3For" in sentence
+    for config in FAMILIES.values():
+        assert config.architectures is None or config.architectures[0] in sentence
+    assert "\n" not in sentence
+
+
+def test_an_unknown_family_is_told_the_known_ones(references: Path) -> None:
+    # In a configuration to train, and in what a newer version wrote
+    model = find_checkpoint(references / "llama").model
+    sentence = "the family 'nobody' is not known; known: gemma2, gemma3_text, llama, mistral, mixtral, qwen2, "
+    with pytest.raises(ConfigError, match=f"^model.family: {sentence}"):
+        family_of(model.model_copy(update={"family": "nobody"}))
+    with pytest.raises(ConfigError, match=f"^there: {sentence}"):
+        read_args({**vars(write_args(model)), "distkv_family": "nobody"}, "there")
+
+
+def test_options_without_a_family_that_has_them_are_refused(references: Path) -> None:
+    model = find_checkpoint(references / "llama").model
+    with pytest.raises(ConfigError, match=r"^model.family_options: unknown key 'score_soft_cap'"):
+        family_of(model.model_copy(update={"family_options": {"score_soft_cap": 1.0}}))
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3"])
+def test_gemmas_from_before_families_were_named_are_read(name: str, references: Path) -> None:
+    model = find_checkpoint(references / name).model
+    args = vars(write_args(model))
+    args["distkv_gemma"] = args.pop("distkv_family_options")
+    del args["distkv_family"]
+    assert read_args(args, "there") == model
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "sentence"),
+    [
+        ("qwen3", {"qkv_bias": True}, "a qwen3 config.json has no place for this model's qkv_bias"),
+        ("mixtral", {"qkv_bias": True}, "a mixtral config.json has no place for this model's qkv_bias"),
+        ("mixtral", {"windowed_layers": (True, False)}, "a mixtral .* sliding windows"),
+        ("mistral-window", {"windowed_layers": (True, False)}, "a mistral .* sliding windows"),
+        ("llama", {"rotary_percent": 0.5}, "a llama .* rotary_percent"),
+        ("gemma2", {"family_options": {"score_scale_dims": 24, "window_rotary_base": 2.0}}, "a gemma2 .* family_opt"),
+    ],
+)
+def test_what_a_config_json_cannot_say_is_refused_before_anything_is_written(
+    name: str, changes: dict[str, Any], sentence: str, references: Path, tmp_path: Path
+) -> None:
+    checkpoint = find_checkpoint(references / name)
+    model = checkpoint.model.model_copy(update=changes)
+    with pytest.raises(CheckpointError, match=sentence):
+        write_checkpoint(open_source(checkpoint, checkpoint.model), model, CheckpointFormat.HF, tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_weights_that_do_not_sum_to_one_are_no_mixtrals(references: Path, tmp_path: Path) -> None:
+    checkpoint = find_checkpoint(references / "mixtral")
+    assert checkpoint.model.mixture is not None
+    mixture = checkpoint.model.mixture.model_copy(update={"normalize_weights": False})
+    model = checkpoint.model.model_copy(update={"mixture": mixture})
+    with pytest.raises(CheckpointError, match=r"a mixtral config.json has no place for this model's mixture"):
+        write_checkpoint(open_source(checkpoint, model), model, CheckpointFormat.HF, tmp_path / "hf")

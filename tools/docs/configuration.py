@@ -90,6 +90,8 @@ def _words(annotation: Any) -> str:
         return " or ".join(f"`{x}`" for x in arguments)
     if origin in (list, tuple):
         return f"list of {_words(arguments[0])}s"
+    if origin is dict:
+        return "mapping"
     return _NAMES.get(annotation, getattr(annotation, "__name__", str(annotation)))
 
 
@@ -99,7 +101,7 @@ def _default(field: FieldInfo) -> str:
     if isinstance(field.default, FrozenConfig):
         changed = {key: getattr(field.default, key) for key in field.default.model_fields_set}
         return ", ".join(f"`{key}: {value}`" for key, value in changed.items())
-    if field.default is None or field.default == ():
+    if field.default in (None, (), {}):
         return "none"
     return f"`{str(field.default).lower() if isinstance(field.default, bool) else field.default}`"
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from megatron_distkv.config.model import ModelConfig
 from megatron_distkv.errors import CheckpointError
 from megatron_distkv.log import get_logger
+from megatron_distkv.model.families import family_of
 from megatron_distkv.model.megatron_gpt import MegatronGPT
 from megatron_distkv.model.weights import deepspeed, hf, hf_config, legacy, torch_dist
 from megatron_distkv.model.weights.dist_source import DistSource
@@ -40,7 +41,7 @@ class Checkpoint:
         return [self.directory.parent, self.directory.parent.parent]
 
     def __str__(self) -> str:
-        notes = [self.model.family, self.parallelism, "" if self.step is None else f"step {self.step}"]
+        notes = [family_of(self.model).name, self.parallelism, "" if self.step is None else f"step {self.step}"]
         return f"{self.format.value} checkpoint {self.directory} ({', '.join(note for note in notes if note)})"
 
 

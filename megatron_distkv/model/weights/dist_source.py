@@ -12,8 +12,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_distkv.config.model import ModelConfig
 from megatron_distkv.errors import CheckpointError
+from megatron_distkv.model.parameter import Parameter, Range, Split
 from megatron_distkv.model.weights.dist_index import DistIndex
-from megatron_distkv.model.weights.parameters import Parameter, Range, Split
 from megatron_distkv.model.weights.safe_load import load_piece
 from megatron_distkv.model.weights.source import require_weights
 

@@ -14,10 +14,11 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_state_dic
 from tqdm import tqdm
 
 from megatron_distkv.config.model import ModelConfig
+from megatron_distkv.model.parameter import Parameter, Range
 from megatron_distkv.model.weights.dist_layout import LATEST, PortableWriter, write_backends, write_common
 from megatron_distkv.model.weights.dist_source import stored_names
 from megatron_distkv.model.weights.megatron_args import write_args
-from megatron_distkv.model.weights.parameters import Parameter, Range, model_parameters
+from megatron_distkv.model.weights.parameters import model_parameters
 from megatron_distkv.model.weights.source import Source
 
 # Linear layers have an (empty) state for fp8 that Megatron's own loader asks for.

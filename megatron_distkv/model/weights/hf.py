@@ -1,20 +1,11 @@
 """Hugging Face checkpoints in safetensors, one or many files: only slices are read, whole files are written.
 
-| Hugging Face                       | Megatron-core                     |
-|------------------------------------|-----------------------------------|
-| q_proj, k_proj, v_proj             | linear_qkv: per KV head [q.. k v] |
-| o_proj                             | linear_proj                       |
-| gate_proj, up_proj                 | linear_fc1: [gate; up]            |
-| down_proj                          | linear_fc2                        |
-| q_norm, k_norm                     | q_layernorm, k_layernorm          |
-| Gemma: post_attention_layernorm    | linear_proj.post_layernorm        |
-| Gemma: pre_feedforward_layernorm   | pre_mlp_layernorm                 |
-| Gemma: post_feedforward_layernorm  | linear_fc2.post_layernorm         |
-| Mixtral: w1, w3, w2                | an expert's gate, up, down        |
-| embed_tokens, lm_head              | word_embeddings, output_layer     |
+Which tensors make up a parameter of Megatron-core's, the family says (`Family.tensor_names`). Those of several hold:
+linear_qkv per KV head [queries.. k v], linear_fc1 [gate; up].
 """
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -22,26 +13,11 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_distkv.config.model import ModelConfig
 from megatron_distkv.errors import CheckpointError
-from megatron_distkv.model.weights.parameters import Parameter, Range
+from megatron_distkv.model.families import family_of
+from megatron_distkv.model.parameter import Parameter, Range
 from megatron_distkv.model.weights.source import require_weights
 
-_NAMES = {
-    "embedding.word_embeddings.weight": "model.embed_tokens.weight",
-    "decoder.final_layernorm.weight": "model.norm.weight",
-    "output_layer.weight": "lm_head.weight",
-}
-_LAYER_NAMES = {
-    "input_layernorm.weight": "input_layernorm.weight",
-    "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
-    "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
-    "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
-    "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
-}
-_GEMMA_NAMES = {
-    "self_attention.linear_proj.post_layernorm.weight": "post_attention_layernorm.weight",
-    "pre_mlp_layernorm.weight": "pre_feedforward_layernorm.weight",
-    "mlp.linear_fc2.post_layernorm.weight": "post_feedforward_layernorm.weight",
-}
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 class Piece:
@@ -54,30 +30,21 @@ class Piece:
 
 def pieces(parameter: Parameter, c: ModelConfig) -> list[Piece]:
     """The Hugging Face tensors that make up `parameter`: three for linear_qkv, two for linear_fc1, else one."""
-    if parameter.name in _NAMES:
-        return [Piece(_NAMES[parameter.name], parameter.shape[0])]
-    _, _, layer, rest = parameter.name.split(".", 3)
-    prefix = f"model.layers.{layer}."
-    kind = rest.rsplit(".", 1)[-1]
-    if rest.startswith("self_attention.linear_qkv"):
-        rows = {"q": c.num_attention_heads * c.head_dim, "k": c.num_kv_heads * c.head_dim}
-        return [Piece(f"{prefix}self_attn.{x}_proj.{kind}", rows["q" if x == "q" else "k"]) for x in "qkv"]
-    if rest == "mlp.router.weight":
-        return [Piece(f"{prefix}{_mixture_prefix(c)}gate.weight", parameter.shape[0])]
-    mlp, names = "mlp.", ("gate_proj", "up_proj", "down_proj")
-    if ".local_experts." in rest:
-        mlp = f"{_mixture_prefix(c)}experts.{rest.split('.')[3]}."
-        names = names if c.family == "qwen3_moe" else ("w1", "w3", "w2")
-    if rest.endswith("linear_fc1.weight"):
-        return [Piece(f"{prefix}{mlp}{x}.weight", parameter.shape[0] // 2) for x in names[:2]]
-    if rest.endswith("linear_fc2.weight"):
-        return [Piece(f"{prefix}{mlp}{names[2]}.weight", parameter.shape[0])]
-    names_here = _LAYER_NAMES if c.gemma is None else {**_LAYER_NAMES, **_GEMMA_NAMES}
-    return [Piece(prefix + names_here[rest], parameter.shape[0])]
+    numbers = _NUMBER.findall(parameter.name)
+    stem, kind = _NUMBER.sub("*", parameter.name).rsplit(".", 1)
+    names = family_of(c).tensor_names[stem]
+    if len(names) == 3:
+        keys = c.num_kv_heads * c.head_dim
+        rows = [c.num_attention_heads * c.head_dim, keys, keys]
+    else:
+        rows = [parameter.shape[0] // len(names)] * len(names)
+    return [Piece(f"{_numbered(name, numbers)}.{kind}", num) for name, num in zip(names, rows, strict=True)]
 
 
-def _mixture_prefix(c: ModelConfig) -> str:
-    return "mlp." if c.family == "qwen3_moe" else "block_sparse_moe."
+def _numbered(name: str, numbers: list[str]) -> str:
+    for number in numbers:
+        name = name.replace("*", number, 1)
+    return name
 
 
 class HfSource:

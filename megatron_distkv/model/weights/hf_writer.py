@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_distkv.config.model import ModelConfig
+from megatron_distkv.model.parameter import Parameter, Range
 from megatron_distkv.model.weights.hf import Piece, pieces
-from megatron_distkv.model.weights.hf_config import write_config
-from megatron_distkv.model.weights.parameters import Parameter, Range, model_parameters
+from megatron_distkv.model.weights.hf_config import config_text
+from megatron_distkv.model.weights.parameters import model_parameters
 from megatron_distkv.model.weights.source import Source, with_progress
 
 MAX_FILE_BYTES = 2 << 30
@@ -20,6 +21,7 @@ def write_hf(
     source: Source, model: ModelConfig, dtype: torch.dtype, directory: Path, *, max_file_bytes: int = MAX_FILE_BYTES
 ) -> Path:
     """Tensors first, config.json last: what is found has been written whole."""
+    text = config_text(model, directory / "config.json")
     directory.mkdir(parents=True, exist_ok=True)
     files = _plan(model, dtype, max_file_bytes)
     file_of: dict[str, str] = {}
@@ -36,7 +38,7 @@ def write_hf(
     if len(files) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(file_of.items()))}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    write_config(model, directory)
+    (directory / "config.json").write_text(text)
     return directory
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from megatron_distkv.config.base import parse_config
 from megatron_distkv.config.model import MixtureConfig, ModelConfig
 from megatron_distkv.errors import CheckpointError
+from megatron_distkv.model.families import Family, family_named, family_of
 
 # What else than this changes the computation: key, the only value that we compute, why in words.
 _ONLY = (
@@ -29,9 +30,11 @@ _POSITIONS = ("rope", "none")
 
 def read_args(args: dict[str, Any], where: str) -> ModelConfig:
     """The model's shape; raises CheckpointError when it is none that we can build."""
-    if args.get("distkv_gemma"):  # then these are written for others, who would compute something else
-        args = {**args, "swiglu": True, "apply_layernorm_1p": False}
-    for key, wanted in _ONLY:
+    args = _with_family(args)
+    name = args.get("distkv_family")
+    family = family_named(str(name), where) if name else None
+    for key, plain in _ONLY:
+        wanted = plain if family is None else family.parts.megatron_args.get(key, plain)
         found = args.get(key, wanted)
         if found != wanted and not (wanted in (None, False) and not found):
             raise CheckpointError(f"{where}: the model has {key}={found!r}; only {wanted!r} is supported yet")
@@ -59,7 +62,7 @@ def read_args(args: dict[str, Any], where: str) -> ModelConfig:
         "mixture": _mixture(args),
         "sliding_window": None if not window else window[0] + 1,
         "windowed_layers": _windowed_layers(args) if window else None,
-        "gemma": args.get("distkv_gemma"),
+        **({} if family is None else _family(family, args, where)),
         "norm_epsilon": args.get("norm_epsilon", 1e-5),
         "tie_embeddings": not args.get("untie_embeddings_and_output_weights", False),
         "max_context_tokens": args.get("max_position_embeddings"),
@@ -67,6 +70,19 @@ def read_args(args: dict[str, Any], where: str) -> ModelConfig:
         "eos_token_ids": tuple(args.get("eos_token_ids", ())),
     }
     return parse_config(ModelConfig, values, where)
+
+
+def _family(family: Family, args: dict[str, Any], where: str) -> dict[str, Any]:
+    options = parse_config(family.options, args.get("distkv_family_options") or {}, where)
+    return {"family": family.name, "family_options": options.model_dump()}
+
+
+def _with_family(args: dict[str, Any]) -> dict[str, Any]:
+    """Our first checkpoints of Gemma had a key of their own for its options."""
+    if not args.get("distkv_gemma"):
+        return args
+    name = "gemma3_text" if args.get("qk_layernorm") else "gemma2"
+    return {**args, "distkv_family": name, "distkv_family_options": args["distkv_gemma"]}
 
 
 def _mixture(args: dict[str, Any]) -> dict[str, Any] | None:
@@ -127,11 +143,11 @@ def write_args(config: ModelConfig, *, tensor_parallel: int = 1) -> argparse.Nam
         **({} if config.mixture is None else _written_mixture(config.mixture)),
         window_size=None if window is None else (window - 1, 0),
         window_attn_skip_freq=None if config.windowed_layers is None else [int(x) for x in config.windowed_layers],
-        distkv_gemma=None if config.gemma is None else config.gemma.model_dump(),
-        apply_layernorm_1p=config.gemma is not None,
+        distkv_family=config.family,
+        distkv_family_options=config.family_options or None,
         norm_epsilon=config.norm_epsilon,
         normalization="RMSNorm",
-        swiglu=config.gemma is None,
+        **{"apply_layernorm_1p": False, "swiglu": True, **family_of(config).parts.megatron_args},
         add_bias_linear=False,
         untie_embeddings_and_output_weights=not config.tie_embeddings,
         max_position_embeddings=config.max_context_tokens,

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from megatron_distkv.errors import CheckpointError
-from megatron_distkv.model.weights.parameters import Parameter, Range, Split
+from megatron_distkv.model.parameter import Parameter, Range, Split
 from megatron_distkv.model.weights.source import require_weights
 
 

@@ -11,7 +11,8 @@ from tqdm import tqdm
 from megatron_distkv.config.model import ModelConfig
 from megatron_distkv.errors import CheckpointError
 from megatron_distkv.model.megatron_gpt import MegatronGPT
-from megatron_distkv.model.weights.parameters import Parameter, Range, model_parameters
+from megatron_distkv.model.parameter import Parameter, Range
+from megatron_distkv.model.weights.parameters import model_parameters
 
 _WEIGHTS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

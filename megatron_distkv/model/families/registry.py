@@ -1,0 +1,44 @@
+"""Which families there are. A family's file registers it; nobody outside of this folder names one."""
+
+from megatron_distkv.config.model import ModelConfig
+from megatron_distkv.errors import ConfigError
+from megatron_distkv.model.families.family import Family, options_of
+
+_FAMILIES: dict[str, Family] = {}
+
+
+def register(family: Family) -> None:
+    """Raises ValueError when another family has its name or its architecture."""
+    taken = family_of_architecture(family.architecture) or _FAMILIES.get(family.name)
+    if taken is not None:
+        raise ValueError(f"{family.name} ({family.architecture}): {taken.name} ({taken.architecture}) is registered")
+    _FAMILIES[family.name] = family
+
+
+def family_of(model: ModelConfig) -> Family:
+    """The one that the model names, or that its fields tell.
+
+    Raises ConfigError for an unknown name, which lists the known ones, and for options that the family does not have.
+    """
+    if model.family is not None:
+        family = family_named(model.family, "model.family")
+    else:
+        family = next(x for x in _FAMILIES.values() if x.matches is not None and x.matches(model))
+    options_of(model, family.options)
+    return family
+
+
+def family_named(name: str, where: str) -> Family:
+    """Raises ConfigError, which lists the known ones, with `where` in front."""
+    if name not in _FAMILIES:
+        raise ConfigError(f"{where}: the family {name!r} is not known; known: {', '.join(sorted(_FAMILIES))}")
+    return _FAMILIES[name]
+
+
+def family_of_architecture(architecture: str) -> Family | None:
+    """By the class in config.json; None: not known."""
+    return next((x for x in _FAMILIES.values() if x.architecture == architecture), None)
+
+
+def known_architectures() -> list[str]:
+    return sorted(family.architecture for family in _FAMILIES.values())
