@@ -52,8 +52,8 @@ class Instance:
 
     def take_final_notices(self) -> list[HandedOver | RequestRefused]:
         """Requests that go on elsewhere, or nowhere, since the last time."""
-        notices = [*self.parts.drain.take_final_notices(), *self.parts.unplaceable.give_up()]
-        return [*self.take_failed(), *notices]
+        given_up = [*self.take_failed(), *self.parts.unplaceable.give_up()]
+        return [*self.parts.drain.take_final_notices(), *given_up]
 
     def take_failed(self) -> list[RequestRefused]:
         """Requests that ended since the last time because no token could be computed for them, here or elsewhere."""

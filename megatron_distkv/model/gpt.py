@@ -1,6 +1,7 @@
 """From a ModelConfig to Megatron-core's GPTModel, and its forward pass over a packed batch."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,12 +11,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_distkv.config.instance import Layers
 from megatron_distkv.config.model import MixtureConfig, ModelConfig
 from megatron_distkv.errors import ConfigError
+from megatron_distkv.log import get_logger
 from megatron_distkv.model.families import family_of
 from megatron_distkv.model.layer_spec import layers_of
 from megatron_distkv.model.megatron_gpt import MegatronGPT, new_gpt
 from megatron_distkv.model.parallel import TensorParallel, gather_vocabulary
-from megatron_distkv.model.serving_layers import ServingLayers
+from megatron_distkv.model.serving_layers import ServingLayers, can_walk
 
+logger = get_logger(__name__)
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -103,7 +106,7 @@ class GPT:
     def __init__(self, gpt: MegatronGPT, config: ModelConfig, layers: Layers = "direct") -> None:
         """`layers`: whether the decoder is walked by ServingLayers or by Megatron's own forward; the same bits."""
         self._gpt = gpt.eval()
-        self._layers = ServingLayers(gpt.decoder) if layers == "direct" else self._megatrons
+        self._layers = self._megatrons if layers == "megatron" else self._direct()
         self._vocab_size = config.vocab_size
         self._output_weight = gpt.shared_embedding_or_output_weight() if config.tie_embeddings else None
 
@@ -113,6 +116,12 @@ class GPT:
         hidden_Th = self._layers(self._gpt.embedding(ids_T[None], None)[:, 0])
         logits_R1V, _ = self._gpt.output_layer(hidden_Th[rows_R, None], weight=self._output_weight)
         return gather_vocabulary(logits_R1V[:, 0])[:, : self._vocab_size]
+
+    def _direct(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        if can_walk(self._gpt.decoder):
+            return ServingLayers(self._gpt.decoder)
+        logger.info("layers: Megatron's own forward serves, as this family's are not all Megatron's")
+        return self._megatrons
 
     def _megatrons(self, hidden_Th: torch.Tensor) -> torch.Tensor:
         hidden_T1h: torch.Tensor = self._gpt.decoder(hidden_states=hidden_Th[:, None], attention_mask=None)

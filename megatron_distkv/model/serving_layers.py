@@ -2,7 +2,8 @@
 
 Megatron's forward serves training too: an autograd function around every product, dropouts of nothing and a dozen
 Python calls per layer take a third of a decode step. What is computed here, in which order, is the same to the bit
-(tests/model/test_serving_layers.py); a part that this file does not know runs through its own forward.
+(tests/model/test_serving_layers.py). A part that this file does not know runs through its own forward, and a decoder
+with hooks inside, or with layers of another kind, is left to Megatron as a whole.
 """
 
 from collections.abc import Callable
@@ -13,13 +14,17 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel import RowParallelLinear
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP
-from megatron.core.transformer.moe.moe_layer import MoELayer
-
-from megatron_distkv.model.gemma import Norm
+from megatron.core.transformer.transformer_layer import TransformerLayer
 
 _Function = Callable[[torch.Tensor], torch.Tensor]
+
+
+def can_walk(decoder: Any) -> bool:
+    """Whether ServingLayers computes what the decoder's own forward would."""
+    are_known = all(type(layer) is TransformerLayer for layer in decoder.layers)
+    return are_known and not any(m._forward_hooks or m._forward_pre_hooks for m in decoder.modules())
 
 
 class ServingLayers:
@@ -75,8 +80,8 @@ def _norm(norm: Any) -> _Function:
 
 
 def _mlp(mlp: Any) -> _Function:
-    if not isinstance(mlp, MLP):
-        return partial(_of_own_forward, mlp)
+    if type(mlp) is not MLP or not mlp.config.gated_linear_unit:
+        return partial(_by_own_forward, mlp)
     first, second, activation = _product(mlp.linear_fc1), _product(mlp.linear_fc2), mlp.config.activation_func
 
     def gated(x_Th: torch.Tensor) -> torch.Tensor:
@@ -86,20 +91,25 @@ def _mlp(mlp: Any) -> _Function:
     return gated
 
 
-def _of_own_forward(module: MoELayer, x_Th: torch.Tensor) -> torch.Tensor:
-    return module(x_Th[:, None])[0][:, 0]
+def _by_own_forward(module: Any, x_Th: torch.Tensor) -> torch.Tensor:
+    """Of a module that returns its output and a bias to be added later, which ours have none of."""
+    out_T1h: torch.Tensor = module(x_Th[:, None])[0]
+    return out_T1h[:, 0]
 
 
 def _product(linear: Any) -> _Function:
-    """This rank's part of a parallel linear layer, and the sum over ranks where Megatron has it."""
-    weight_Nh = linear.weight.detach()
-    steps: list[_Function] = [partial(F.linear, weight=weight_Nh)]
+    """This rank's part of a parallel linear layer, the sum over ranks where Megatron has it, and a norm where NeMo has
+    Gemma's."""
+    norm = getattr(linear, "post_layernorm", None)
+    if type(linear) not in (ColumnParallelLinear, RowParallelLinear) and norm is None:
+        return partial(_by_own_forward, linear)
+    steps: list[_Function] = [partial(F.linear, weight=linear.weight.detach())]
     if isinstance(linear, RowParallelLinear) and parallel_state.get_tensor_model_parallel_world_size() > 1:
         steps.append(_sum_over_ranks)
     if linear.bias is not None:
         steps.append(partial(torch.add, other=linear.bias.detach()))  # rounded twice, as Megatron does
-    if isinstance(norm := getattr(linear, "post_layernorm", None), Norm):
-        steps.append(norm.forward)
+    if norm is not None:
+        steps.append(_norm(norm))
     return steps[0] if len(steps) == 1 else partial(_in_turn, steps)
 
 

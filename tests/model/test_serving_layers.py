@@ -22,3 +22,19 @@ def test_layers_walked_and_by_megatrons_forward_give_the_same_bits(name: str, tm
     )
     assert max(float(logits.abs().max()) for logits in megatrons) > 1
     assert largest_difference(direct, megatrons) == 0
+
+
+def test_layers_with_hooks_are_left_to_megatron(tmp_path: Path) -> None:
+    # Given a model in whose layers somebody listens
+    checkpoint = find_checkpoint(save_family("llama", tmp_path / "llama"))
+    parallel = init_tensor_parallel(1)
+    module = build_gpt(checkpoint.model, parallel)
+    load_weights(module, checkpoint, checkpoint.model)
+    heard: list[int] = []
+    module.decoder.layers[1].mlp.register_forward_hook(lambda *_: heard.append(1))
+    # When it serves, then what listens hears
+    texts = random_texts(checkpoint.model)
+    direct = packed_logits(GPT(module, checkpoint.model), checkpoint.model, parallel, texts)
+    assert heard
+    megatrons = packed_logits(GPT(module, checkpoint.model, "megatron"), checkpoint.model, parallel, texts)
+    assert largest_difference(direct, megatrons) == 0
