@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,26 @@ def test_an_unknown_family_is_told_the_known_ones(references: Path) -> None:
         family_of(model.model_copy(update={"family": "nobody"}))
     with pytest.raises(ConfigError, match=f"^there: {sentence}"):
         read_args({**vars(write_args(model)), "distkv_family": "nobody"}, "there")
+
+
+def test_layers_that_are_megatrons_tell_exactly_one_family(references: Path) -> None:
+    """As they always did: experts before norms on queries and keys, these before biases, these before windows."""
+    llama, mixtral = (find_checkpoint(references / name).model for name in ("llama", "mixtral"))
+    for mixture, norms, biases, window in product((None, mixtral.mixture), (False, True), (False, True), (None, 7)):
+        fields = {"mixture": mixture, "qk_layernorm": norms, "qkv_bias": biases, "sliding_window": window}
+        if mixture is not None:
+            name = "qwen3_moe" if norms else "mixtral"
+        else:
+            name = "qwen3" if norms else "qwen2" if biases else "llama" if window is None else "mistral"
+        assert family_of(llama.model_copy(update=fields)).name == name, fields
+
+
+def test_a_name_beside_layers_of_another_family_is_refused(references: Path) -> None:
+    model = find_checkpoint(references / "llama").model.model_copy(update={"family": "qwen2"})
+    sentence = r"model\.family is 'qwen2', but the model's other keys are those of 'llama'"
+    with pytest.raises(ConfigError, match=sentence):
+        family_of(model)
+    assert family_of(model.model_copy(update={"qkv_bias": True})).name == "qwen2"
 
 
 def test_options_without_a_family_that_has_them_are_refused(references: Path) -> None:

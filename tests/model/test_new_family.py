@@ -68,7 +68,7 @@ class SlateOptions(FrozenConfig):
 
 
 def read(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    options = {key: values[key] for key in SlateOptions.model_fields}
+    options = {key: values[key] for key in SlateOptions.model_fields if key in values}
     return {**read_shared(values, path), "family_options": parse_config(SlateOptions, options, str(path)).model_dump()}
 
 

@@ -50,8 +50,8 @@ class Family:
     read again before it counts."""
     tensor_names: TensorNames
     matches: Callable[[ModelConfig], bool] | None = None
-    """For families whose layers are Megatron's: whether ModelConfig's fields mean this one, and no other. None: they
-    tell nothing, so `ModelConfig.family` names it."""
+    """For families whose layers are Megatron's own: whether ModelConfig's fields mean this one, and no other that is
+    here. None, for all new ones: fields do not tell it, so `ModelConfig.family` and Megatron's args name it."""
     options: type[FrozenConfig] = FrozenConfig
     """What `ModelConfig.family_options` holds; FrozenConfig itself has no keys."""
     parts: Parts = Parts()

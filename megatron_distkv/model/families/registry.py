@@ -18,12 +18,16 @@ def register(family: Family) -> None:
 def family_of(model: ModelConfig) -> Family:
     """The one that the model names, or that its fields tell.
 
-    Raises ConfigError for an unknown name, which lists the known ones, and for options that the family does not have.
+    Raises ConfigError for an unknown name, which lists the known ones; for one whose layers are not those of the other
+    fields; and for options that the family does not have.
     """
-    if model.family is not None:
-        family = family_named(model.family, "model.family")
+    if model.family is None:
+        [family] = (x for x in _FAMILIES.values() if x.matches is not None and x.matches(model))
     else:
-        family = next(x for x in _FAMILIES.values() if x.matches is not None and x.matches(model))
+        family = family_named(model.family, "model.family")
+        if family.matches is not None and not family.matches(model):
+            told = family_of(model.model_copy(update={"family": None})).name
+            raise ConfigError(f"model.family is {family.name!r}, but the model's other keys are those of {told!r}")
     options_of(model, family.options)
     return family
 
