@@ -1,9 +1,10 @@
 """How much of a creditor's time its debtors may have while it has work of its own."""
 
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+
+from megatron_distkv.clock import Clock
 
 # Between two steps that follow each other an instance counts as busy for this long.
 STILL_BUSY_S = 0.05
@@ -19,18 +20,18 @@ class QueryLimiter:
     A token bucket: it fills with `share` seconds a second, answers empty it, and while it is empty queries wait.
     """
 
-    def __init__(self, share: float = 1.0, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, share: float, clock: Clock) -> None:
         self._share = share
         self._clock = clock
         self._left_s = share * BURST_S
-        self._filled_at_s = clock()
+        self._filled_at_s = clock.monotonic_s()
         self._num_own = 0
         self._busy_until_s = float("-inf")
         self._changed = threading.Condition()
 
     @property
     def is_busy(self) -> bool:
-        return self._num_own > 0 or self._clock() < self._busy_until_s
+        return self._num_own > 0 or self._clock.monotonic_s() < self._busy_until_s
 
     @contextmanager
     def own_work(self) -> Iterator[None]:
@@ -42,29 +43,30 @@ class QueryLimiter:
         finally:
             with self._changed:
                 self._num_own -= 1
-                self._busy_until_s = self._clock() + STILL_BUSY_S
+                self._busy_until_s = self._clock.monotonic_s() + STILL_BUSY_S
 
     @contextmanager
     def turn(self) -> Iterator[float]:
         """Answer a query inside; gives for how long that was throttled, in seconds."""
         throttled_s = self._wait()
-        began_s = self._clock()
+        began_s = self._clock.monotonic_s()
         try:
             yield throttled_s
         finally:
             with self._changed:
-                self._left_s -= self._clock() - began_s
+                self._left_s -= self._clock.monotonic_s() - began_s
 
     def _wait(self) -> float:
-        began_s = self._clock()
+        began_s = self._clock.monotonic_s()
+        until_s = began_s + MAX_WAIT_S
         with self._changed:
-            while (lacking_s := self._lacking_s()) > 0 and (left_s := began_s + MAX_WAIT_S - self._clock()) > 0:
+            while (lacking_s := self._lacking_s()) > 0 and (left_s := until_s - self._clock.monotonic_s()) > 0:
                 self._changed.wait(min(lacking_s, left_s))
-        return self._clock() - began_s
+        return self._clock.monotonic_s() - began_s
 
     def _lacking_s(self) -> float:
         """Until there is something in the bucket; 0 where nothing is bounded."""
-        now_s = self._clock()
+        now_s = self._clock.monotonic_s()
         self._left_s = min(self._share * BURST_S, self._left_s + self._share * (now_s - self._filled_at_s))
         self._filled_at_s = now_s
         if self._share >= 1.0 or self._left_s > 0 or not self.is_busy:

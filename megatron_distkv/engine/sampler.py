@@ -5,10 +5,10 @@ rBlocks lie, whoever else is in the batch, and after a preemption.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 
+from megatron_distkv.engine.sampled_token import SampledToken
 from megatron_distkv.messages import TokenLogprobs
 from megatron_distkv.request import Request
 from megatron_distkv.sampling_params import SamplingParams
@@ -18,11 +18,6 @@ _POSITION_STRIDE = 0x9E3779B97F4A7C15
 _SEED_MASK = (1 << 63) - 1
 # Below this a distribution is its maximum, and logits divided by the temperature leave the range of fp32.
 _COLDEST = 1e-6
-
-
-class SampledToken(NamedTuple):
-    token_id: int
-    logprobs: TokenLogprobs | None
 
 
 def sample(logits_RV: torch.Tensor, requests: Sequence[Request]) -> list[SampledToken]:

@@ -6,11 +6,11 @@ Same semantics as the Redis scripts, line for line; one stateful test drives bot
 import contextlib
 import heapq
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from megatron_distkv.clock import SystemClock
 from megatron_distkv.errors import LedgerUnavailable, SupersededError
 from megatron_distkv.ledger.pool_snapshot import MemberChange, PoolChanges, PoolReader, PoolSnapshot, ReadPosition
 from megatron_distkv.ledger.records import (
@@ -89,10 +89,10 @@ class _Data:
 
 
 class MemoryLedger:
-    """Thread-safe. `clock_ms` is injected by tests."""
+    """Thread-safe. `clock_ms`: the time by the calendar, as a server has it; by default the system's."""
 
     def __init__(self, clock_ms: Callable[[], int] | None = None) -> None:
-        self._clock_ms = clock_ms or (lambda: time.time_ns() // 1_000_000)
+        self._clock_ms = clock_ms or SystemClock().unix_ms
         self._lock = threading.RLock()
         self._data = _Data()
 

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 import pytest
 
 from megatron_distkv.gmanager import GManager
-from megatron_distkv.ledger import open_ledger
+from megatron_distkv.ledger.opening import open_ledger
 from megatron_distkv.ledger.redis_ledger import RedisLedger
 from megatron_distkv.request import Request
 from megatron_distkv.sampling_params import SamplingParams

@@ -19,8 +19,9 @@ from megatron_distkv.config.instance import InstanceConfig
 from megatron_distkv.engine import unplaceable
 from megatron_distkv.engine.instance import Instance
 from megatron_distkv.engine.llm import LLM
-from megatron_distkv.ledger import DebtLedger, open_ledger
+from megatron_distkv.ledger import DebtLedger
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
+from megatron_distkv.ledger.opening import open_ledger
 from megatron_distkv.messages import HandedOver, Holder, TokenOutput
 from megatron_distkv.rblock import HOST, RemoteSpan, loan_key
 from megatron_distkv.request import Request
