@@ -27,8 +27,10 @@ from megatron_distkv.config.cluster import ClusterConfig
 from megatron_distkv.config.instance import InstanceConfig, LedgerConfig
 from megatron_distkv.config.lender import LenderConfig
 from megatron_distkv.errors import LedgerUnavailable, SupersededError, UserError
-from megatron_distkv.ledger import DebtLedger, open_ledger, shown
+from megatron_distkv.ledger import DebtLedger
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
+from megatron_distkv.ledger.opening import open_ledger
+from megatron_distkv.ledger.url import shown
 from megatron_distkv.log import get_logger
 from megatron_distkv.transport import OPEN_POOL, read_secret, write_new_secret
 

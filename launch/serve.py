@@ -24,7 +24,7 @@ from megatron_distkv.engine.rank import build_rank  # noqa: E402
 from megatron_distkv.engine.serving import Serving  # noqa: E402
 from megatron_distkv.engine.worker import Worker  # noqa: E402
 from megatron_distkv.errors import SupersededError, UserError  # noqa: E402
-from megatron_distkv.ledger import open_ledger  # noqa: E402
+from megatron_distkv.ledger.opening import open_ledger  # noqa: E402
 from megatron_distkv.log import setup_logging  # noqa: E402
 from megatron_distkv.model import init_tensor_parallel  # noqa: E402
 
@@ -42,7 +42,7 @@ def serve(config: InstanceConfig, stop: threading.Event) -> None:
     if not parallel.is_leader:
         Worker(rank).run()
         return
-    instance = Instance(rank, open_ledger(config.ledger.url, config.ledger.pool))
+    instance = Instance(rank, open_ledger(config.ledger.url, config.ledger.pool, clock=rank.clock))
     try:
         serving = Serving(instance)
         print(f"READY {config.instance_id}", flush=True)

@@ -13,6 +13,9 @@ class Clock(Protocol):
     def monotonic_s(self) -> float:
         """Seconds since some moment; never goes back."""
 
+    def unix_ms(self) -> int:
+        """Milliseconds since 1970, by the calendar: may jump."""
+
     def sleep(self, seconds: float) -> None: ...
 
 
@@ -22,6 +25,9 @@ class SystemClock:
 
     def monotonic_s(self) -> float:
         return time.monotonic()
+
+    def unix_ms(self) -> int:
+        return time.time_ns() // 1_000_000
 
     def sleep(self, seconds: float) -> None:
         time.sleep(seconds)

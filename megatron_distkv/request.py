@@ -1,12 +1,11 @@
 """One request inside an instance: its tokens, how many of them have their KV computed, and how it ended."""
 
-import random
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from megatron_distkv import metrics
+from megatron_distkv.clock import Clock
 from megatron_distkv.sampling_params import SamplingParams
 
 
@@ -40,13 +39,13 @@ class Request:
     prompt_token_ids: list[int]
     sampling: SamplingParams
     eos_token_ids: frozenset[int] = frozenset()
-    arrival_s: float = field(default_factory=time.monotonic)
+    arrival_s: float = 0.0  # by the clock of the instance that has it
     output_token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
     lost_ranges: list[range] = field(default_factory=list)  # below num_computed_tokens: in order, apart, not empty
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: FinishReason | None = None
-    sampling_seed: int = field(default_factory=lambda: random.getrandbits(63))
+    sampling_seed: int = 0
     kv_dtype: str = ""
     num_preemptions: int = 0
     preempted_at_s: float = float("-inf")  # the last time
@@ -65,6 +64,12 @@ class Request:
             self.sampling_seed = self.sampling.seed
         if self.output_token_ids:  # another instance computed them, and is gone
             self.num_recomputed_tokens = self.num_tokens_at_losses = self.num_tokens - 1
+
+    def arrive(self, clock: Clock) -> None:
+        """An instance takes it in: its age counts from now, and it draws from a seed of its own, if it has none."""
+        self.arrival_s = clock.monotonic_s()
+        if self.sampling.seed is None:
+            self.sampling_seed = clock.random.getrandbits(63)
 
     @property
     def importance(self) -> tuple[int, float]:

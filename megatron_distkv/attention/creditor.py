@@ -13,6 +13,7 @@ from megatron_distkv.attention.head_share import HeadShare, attend_heads
 from megatron_distkv.attention.loan_table import Access, LoanTable
 from megatron_distkv.attention.query_limiter import QueryLimiter
 from megatron_distkv.attention.shares import ShareIndex, index_shares, measure_query_us
+from megatron_distkv.clock import Clock
 from megatron_distkv.errors import DistkvError
 from megatron_distkv.log import get_logger
 from megatron_distkv.messages import (
@@ -52,6 +53,7 @@ class Creditor:
         num_query_heads: int,
         model_dtype: torch.dtype,
         scale: float,
+        clock: Clock,
         limiter: QueryLimiter | None = None,
         *,
         rank: int = 0,
@@ -64,7 +66,7 @@ class Creditor:
         """
         self._holds = HeadShare(rank, num_ranks, pool_BLK2ND.shape[2] * num_ranks)
         self._group = num_query_heads // pool_BLK2ND.shape[2]
-        self._limiter = limiter or QueryLimiter()
+        self._limiter = limiter or QueryLimiter(1.0, clock)
         self._pool = pool_BLK2ND
         self._head_dim = head_dim or pool_BLK2ND.shape[-1]
         self._kv = readable(pool_BLK2ND, self._head_dim)
@@ -72,6 +74,7 @@ class Creditor:
         self._num_query_heads = num_query_heads
         self._model_dtype = model_dtype
         self._scale = scale
+        self._clock = clock
         # By the nonce of a channel's hello, by how scores are made and which part of the question it is.
         self._prepared: dict[bytes, dict[tuple[Scoring, int], _PreparedQuery]] = {}
         self._lock = threading.Lock()
@@ -84,7 +87,9 @@ class Creditor:
         """
         zero = torch.zeros(1, dtype=torch.int64)
         scatter_rblocks(gather_rblocks(self._pool, zero), self._pool, zero)
-        return measure_query_us(self._pool, self._num_query_heads, self._head_dim, self._model_dtype, self._scale)
+        return measure_query_us(
+            self._pool, self._num_query_heads, self._head_dim, self._model_dtype, self._scale, self._clock
+        )
 
     def query(self, hello: Hello, request: Request) -> Answer:
         """MicroAttention of one layer over the debtor's rBlocks here (contract: messages.QueryHeader)."""

@@ -1,6 +1,5 @@
 """The asking side: one message per creditor and layer for the whole batch, answered while local work goes on."""
 
-import time
 from collections.abc import Container, Mapping
 
 import msgspec
@@ -13,6 +12,7 @@ from megatron_distkv.attention.metadata import RemoteShare
 from megatron_distkv.attention.partial import Partial
 from megatron_distkv.attention.shares import ORDINARY
 from megatron_distkv.attention.verification import Question, Verification
+from megatron_distkv.clock import Clock
 from megatron_distkv.errors import DistkvError, PeerLost
 from megatron_distkv.messages import Acknowledge, MessageKind, QueryHeader, Scoring, decode
 from megatron_distkv.rblock import HOST
@@ -34,6 +34,7 @@ class Debtor:
         self,
         channels: Mapping[str, CreditorChannel],
         deadline_s: float,
+        clock: Clock,
         host: HostMemory | None = None,
         verification: Verification | None = None,
         deadlines: Deadlines | None = None,
@@ -46,6 +47,7 @@ class Debtor:
         self._channels = channels
         self._host = host
         self._deadline_s = deadline_s
+        self._clock = clock
         self._verification = verification
         self._step = 0
         self._remote: dict[str, RemoteShare] = {}
@@ -160,14 +162,14 @@ class Debtor:
         return self._verification.verified(self._channels[creditor], question, partial)
 
     def _wait(self, creditor: str) -> Reply:
-        began_s = time.monotonic()
+        began_s = self._clock.monotonic_s()
         try:
             self._raise_if_dead(creditor)
-            reply = self._channels[creditor].wait(self._deadline_s - (time.monotonic() - began_s))
+            reply = self._channels[creditor].wait(self._deadline_s - (self._clock.monotonic_s() - began_s))
         finally:
-            self.waited_s += time.monotonic() - began_s
+            self.waited_s += self._clock.monotonic_s() - began_s
         if self._deadlines is not None:
-            self._deadlines.note(creditor, time.monotonic() - began_s)
+            self._deadlines.note(creditor, self._clock.monotonic_s() - began_s)
         return reply
 
     def _raise_if_dead(self, creditor: str) -> None:

@@ -8,6 +8,7 @@ from megatron_distkv.attention.fixed_order.leaves import Leaves
 from megatron_distkv.attention.metadata import RemoteShare
 from megatron_distkv.attention.partial import Partial
 from megatron_distkv.attention.shares import ORDINARY, ShareIndex, attend_shares, index_shares, measure_query_us
+from megatron_distkv.clock import Clock
 from megatron_distkv.messages import Scoring
 from megatron_distkv.ops import gather_rblocks, readable, scatter_rblocks
 
@@ -31,9 +32,9 @@ class HostMemory:
         """A copy: `[M, layers, KV heads, 2, slots, head_dim]`, or packed (ops.int8_kv)."""
         return gather_rblocks(self._pool, torch.tensor(block_ids, dtype=torch.int64))
 
-    def warm_up(self, num_query_heads: int, dtype: torch.dtype) -> float:
+    def warm_up(self, num_query_heads: int, dtype: torch.dtype, clock: Clock) -> float:
         """What a query costs here, measured before any rBlock is in use."""
-        return measure_query_us(self._pool, num_query_heads, self._head_dim, dtype, self._scale)
+        return measure_query_us(self._pool, num_query_heads, self._head_dim, dtype, self._scale, clock)
 
     def begin_step(self, share: RemoteShare | None) -> None:
         """None: this step has no rBlocks here."""

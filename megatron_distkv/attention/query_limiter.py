@@ -4,7 +4,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from megatron_distkv.clock import Clock, SystemClock
+from megatron_distkv.clock import Clock
 
 # Between two steps that follow each other an instance counts as busy for this long.
 STILL_BUSY_S = 0.05
@@ -20,9 +20,9 @@ class QueryLimiter:
     A token bucket: it fills with `share` seconds a second, answers empty it, and while it is empty queries wait.
     """
 
-    def __init__(self, share: float = 1.0, clock: Clock | None = None) -> None:
+    def __init__(self, share: float, clock: Clock) -> None:
         self._share = share
-        self._clock: Clock = clock or SystemClock()
+        self._clock = clock
         self._left_s = share * BURST_S
         self._filled_at_s = self._clock.monotonic_s()
         self._num_own = 0

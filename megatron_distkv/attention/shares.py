@@ -1,12 +1,12 @@
 """MicroAttention over the rBlocks of many sequences, all in the past of all queries: what every holder computes."""
 
-import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from megatron_distkv.attention.fixed_order.leaves import KV, FixedIndex
+from megatron_distkv.clock import Clock
 from megatron_distkv.errors import DistkvError
 from megatron_distkv.messages import QueryShare, Scoring
 from megatron_distkv.ops import Int8RBlocks, micro_attention, micro_attention_int8, readable
@@ -77,7 +77,7 @@ def attend_shares(
 
 
 def measure_query_us(
-    pool: torch.Tensor, num_query_heads: int, head_dim: int, dtype: torch.dtype, scale: float
+    pool: torch.Tensor, num_query_heads: int, head_dim: int, dtype: torch.dtype, scale: float, clock: Clock
 ) -> float:
     """What one query over one rBlock costs where this pool lies: microseconds for all layers, without the way there.
 
@@ -90,7 +90,7 @@ def measure_query_us(
     index = index_shares([QueryShare([], block_ids, 1)])
     took_s = []
     for _ in range(1 + MEASUREMENTS):  # the first one is there to warm up
-        began_s = time.perf_counter()
+        began_s = clock.monotonic_s()
         attend_shares(q_THD, kv, 0, index, scale)[0].cpu()
-        took_s.append(time.perf_counter() - began_s)
+        took_s.append(clock.monotonic_s() - began_s)
     return min(took_s[1:]) * 1e6 * pool.shape[1] / MEASURED_RBLOCKS

@@ -1,6 +1,5 @@
 """A creditor whose tensor-parallel ranks are cut otherwise than ours: several of its ranks hold this rank's heads."""
 
-import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,6 +8,7 @@ import torch
 
 from megatron_distkv.attention.creditor_channel import CreditorChannel
 from megatron_distkv.attention.debtor import wire_dtype
+from megatron_distkv.clock import Clock
 from megatron_distkv.errors import PeerLost
 from megatron_distkv.messages import Acknowledge, FetchHeader, MessageKind, QueryHeader, decode
 from megatron_distkv.transport import Reply, TensorSpec, pack_tensors, read_tensors
@@ -30,9 +30,10 @@ class SplitChannel:
     `rblock`: one rBlock of this rank, `[L, K, 2, N, D]`. What fails on one part fails on all: the channel is closed.
     """
 
-    def __init__(self, parts: Sequence[Part], rblock: TensorSpec) -> None:
+    def __init__(self, parts: Sequence[Part], rblock: TensorSpec, clock: Clock) -> None:
         self._parts = parts
         self._rblock = rblock
+        self._clock = clock
         self._asked: Sequence[Part] = ()
         self._specs: tuple[TensorSpec, ...] = ()
         self._head_dim = _ROW_HEADS
@@ -57,9 +58,9 @@ class SplitChannel:
 
     def wait(self, deadline_s: float) -> Reply:
         """All answers as one; a refusal of one is that of all."""
-        end_s = time.monotonic() + deadline_s
+        end_s = self._clock.monotonic_s() + deadline_s
         try:
-            replies = [part.channel.wait(max(1e-3, end_s - time.monotonic())) for part in self._asked]
+            replies = [part.channel.wait(max(1e-3, end_s - self._clock.monotonic_s())) for part in self._asked]
             if len(replies) == 1:
                 return replies[0]
             refused = [reply for reply in replies if decode(reply.header, Acknowledge).refusal is not None]
@@ -70,8 +71,8 @@ class SplitChannel:
 
     def is_answered(self, within_s: float) -> bool:
         """By all that were asked."""
-        end_s = time.monotonic() + within_s
-        return all(part.channel.is_answered(max(0.0, end_s - time.monotonic())) for part in self._asked)
+        end_s = self._clock.monotonic_s() + within_s
+        return all(part.channel.is_answered(max(0.0, end_s - self._clock.monotonic_s())) for part in self._asked)
 
     def give_up(self, reason: str) -> PeerLost:
         lost = self._parts[0].channel.give_up(reason)

@@ -1,6 +1,5 @@
 """Does a creditor tell the truth? One rank's checks of what comes back, and the alarm."""
 
-import random
 from collections.abc import Container, Iterator, Sequence
 from enum import StrEnum
 from typing import NamedTuple
@@ -14,6 +13,7 @@ from megatron_distkv.attention.fixed_order.leaves import KV, index_in_fixed_orde
 from megatron_distkv.attention.partial import Partial
 from megatron_distkv.attention.sent_rblocks import SentRBlocks
 from megatron_distkv.attention.shares import ORDINARY, attend_shares, index_shares
+from megatron_distkv.clock import Clock
 from megatron_distkv.errors import PeerLost, PeerWrong
 from megatron_distkv.log import get_logger
 from megatron_distkv.messages import Acknowledge, FetchHeader, MessageKind, QueryShare, Scoring, decode
@@ -59,6 +59,7 @@ class Verification:
         scale: float,
         rblocks_per_message: int,
         deadline_s: float,
+        clock: Clock,
         head_dim: int | None = None,
     ) -> None:
         """`rblock`: one as it travels; in int8 it does not tell the `head_dim`."""
@@ -68,6 +69,7 @@ class Verification:
         self._scale = scale
         self._rblocks_per_message = rblocks_per_message
         self._deadline_s = deadline_s
+        self._clock = clock
         self._sent = SentRBlocks()
         self._got_no_numbers: set[str] = set()
         self._wrong: set[str] = set()
@@ -129,7 +131,7 @@ class Verification:
 
     def _is_next(self, question: Question) -> bool:
         """Whether this is the one of so many, and all that it takes to compute it again was sent from here."""
-        if not self._one_in or random.randrange(self._one_in):
+        if not self._one_in or self._clock.random.randrange(self._one_in):
             return False
         asked = (block_id for share in question.shares for block_id in share.block_ids)
         return self._sent.knows(question.creditor, asked)

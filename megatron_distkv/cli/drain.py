@@ -9,7 +9,8 @@ from tqdm import tqdm
 from megatron_distkv import framing
 from megatron_distkv.cli.pool_arguments import add_pool_arguments
 from megatron_distkv.errors import LedgerUnavailable, UserError
-from megatron_distkv.ledger import DebtLedger, open_ledger
+from megatron_distkv.ledger import DebtLedger
+from megatron_distkv.ledger.opening import open_ledger
 from megatron_distkv.messages import DrainInstance
 from megatron_distkv.pool import Member, picture_of
 from megatron_distkv.rblock import InstanceId

@@ -6,9 +6,10 @@ import uvicorn
 
 from megatron_distkv.cli.listening import listen_on
 from megatron_distkv.cli.pool_arguments import add_pool_arguments
+from megatron_distkv.clock import SystemClock
 from megatron_distkv.config.admission import AdmissionConfig
 from megatron_distkv.config.base import parse_config
-from megatron_distkv.ledger import open_ledger
+from megatron_distkv.ledger.opening import open_ledger
 from megatron_distkv.log import setup_logging
 from megatron_distkv.server.app import Gateway
 
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     setup_logging("gateway")
     admission = _admission(args)
-    gateway = Gateway(open_ledger(args.ledger, args.pool), args.served_model_name, admission)
+    gateway = Gateway(open_ledger(args.ledger, args.pool), args.served_model_name, admission, SystemClock())
     listening = listen_on(args.host, args.port)
     host, port = listening.getsockname()[:2]
     print(f"READY gateway http://{host}:{port}/v1", flush=True)

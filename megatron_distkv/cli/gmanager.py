@@ -8,7 +8,7 @@ import threading
 
 from megatron_distkv.cli.pool_arguments import add_pool_arguments
 from megatron_distkv.gmanager import GManager
-from megatron_distkv.ledger import open_ledger
+from megatron_distkv.ledger.opening import open_ledger
 from megatron_distkv.log import setup_logging
 
 

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from megatron_distkv import framing
 from megatron_distkv.cli.pool_arguments import add_pool_arguments
 from megatron_distkv.errors import LedgerUnavailable, UnreadableMessage, UserError
-from megatron_distkv.ledger import DebtLedger, open_ledger, render_history
+from megatron_distkv.ledger import DebtLedger, render_history
+from megatron_distkv.ledger.opening import open_ledger
 from megatron_distkv.messages import InstanceStatus, StatusQuery, decode
 from megatron_distkv.pool import Member, check_instance, check_picture, picture_of, render_debts
 

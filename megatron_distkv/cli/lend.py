@@ -19,7 +19,7 @@ from megatron_distkv.engine.lender import Lender, num_rblocks_to_lend, shape_of_
 from megatron_distkv.engine.rank_memory import rblock_shape
 from megatron_distkv.errors import UserError
 from megatron_distkv.kvcache.rblock_shape import RBlockShape
-from megatron_distkv.ledger import open_ledger
+from megatron_distkv.ledger.opening import open_ledger
 from megatron_distkv.log import setup_logging
 from megatron_distkv.messages import happened_here
 

@@ -15,7 +15,7 @@ from megatron_distkv.config.instance import KVCacheConfig
 from megatron_distkv.errors import LedgerUnavailable, UserError
 from megatron_distkv.launch.local_cluster import EMBEDDED, LocalCluster
 from megatron_distkv.launch.supervision import Supervision
-from megatron_distkv.ledger import shown
+from megatron_distkv.ledger.url import shown
 from megatron_distkv.log import setup_logging
 from megatron_distkv.pool import picture_of, render_debts
 

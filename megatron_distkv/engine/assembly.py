@@ -6,7 +6,6 @@ from contextlib import suppress
 import torch.distributed as dist
 
 from megatron_distkv.background import Fatal, Periodic
-from megatron_distkv.clock import Clock, SystemClock
 from megatron_distkv.config.instance import LONELY_LEDGER
 from megatron_distkv.engine.addresses import rank_address, request_socket
 from megatron_distkv.engine.admission import Admission
@@ -25,6 +24,7 @@ from megatron_distkv.errors import LedgerUnavailable
 from megatron_distkv.handover import Drain, HandoverClient, IncomingHandovers, Receiver, Sender
 from megatron_distkv.kvcache.open_slots import OpenSlots
 from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
+from megatron_distkv.peers import ControlChannels, LinkProbe
 from megatron_distkv.pool import (
     Candidates,
     DebtLedger,
@@ -38,13 +38,7 @@ from megatron_distkv.pool import (
     PoolView,
     Quarantine,
 )
-from megatron_distkv.rmanager import (
-    ControlChannels,
-    Lending,
-    LinkProbe,
-    NoFollowers,
-    RManager,
-)
+from megatron_distkv.rmanager import Lending, NoFollowers, RManager
 
 # Jobs that may wait for the ledger or for another member at one time: beside them the engine goes on.
 NUM_JOB_THREADS = 8
@@ -57,11 +51,11 @@ LOOK_INTERVAL_S = 0.2
 class Parts:
     """All parts of an instance, by name. Others may call from its making on; `start` lets its threads run."""
 
-    def __init__(self, rank: Rank, ledger: DebtLedger, clock: Clock | None = None) -> None:
+    def __init__(self, rank: Rank, ledger: DebtLedger) -> None:
         """Raises UserError."""
         cache = rank.config.kv_cache
         self.rank, self.ledger = rank, ledger
-        self.clock: Clock = clock or SystemClock()
+        self.clock = rank.clock
         self.fatal = Fatal()
         self.host_lender: Lender | None = None
         self.allocator = RBlockAllocator(cache.num_rblocks, rank.config.lending.max_lent(cache.num_rblocks))
@@ -84,7 +78,7 @@ class Parts:
         self.view = PoolView(self.ledger, self.clock)
         self.book = LoanBook(self.ledger, me)
         self.control = ControlChannels(rank.peers, limits.min_deadline_s, self.clock)
-        probe = LinkProbe(rank.peers, rank.shape, limits.deadline_s)
+        probe = LinkProbe(rank.peers, rank.shape, limits.deadline_s, self.clock)
         self.links = Links(self.clock, probe, self.membership.publish_links)
         self.cooldown = Quarantine(self.clock)
         self.candidates = Candidates(
@@ -122,7 +116,7 @@ class Parts:
         )
         self.reporting = Reporting(
             rank.identity.instance, self.allocator, self.host, self.loans, self.rmanager, self.scheduler,
-            self.followers,
+            list if self.followers is None else self.followers.counted,
         )  # fmt: skip
         self.unplaceable = Unplaceable(self.admission, self.scheduler, self.clock)
 
@@ -130,7 +124,7 @@ class Parts:
         """Requests that come from instances that leave, and go when this one leaves."""
         me, lost = self.rank.identity, self.rank.peers.lost
         self.receiver = Receiver(
-            self.incoming, me, self.allocator, self.lending, self.loans, self.rmanager, self.scheduler
+            self.incoming, me, self.allocator, self.lending, self.loans, self.rmanager, self.scheduler, self.clock
         )
         self.sender = Sender(
             lambda: self.view.picture, me, HandoverClient(self.control, lost, me, self.jobs, self.clock),
@@ -149,7 +143,7 @@ class Parts:
         self.membership.join()
         self.membership.beat()
         self.heartbeat.start()
-        self.host_lender = open_host_lender(self.rank.config, self.rank.shape, self.fatal)
+        self.host_lender = open_host_lender(self.rank.config, self.rank.shape, self.fatal, self.clock)
         self.drain.host_lender = self.host_lender
         if self.rank.config.lending.enabled and not self.is_lonely:
             self.link_probes.start()

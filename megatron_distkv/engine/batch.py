@@ -4,7 +4,7 @@ import msgspec
 
 from megatron_distkv.pool import Peer
 from megatron_distkv.rblock import Span
-from megatron_distkv.rmanager.move import Move, Pull
+from megatron_distkv.rmanager import Move, Pull
 
 
 class Slice(msgspec.Struct, frozen=True):

@@ -3,20 +3,18 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_distkv.address import Address, parse_address, this_host
 from megatron_distkv.config.network import NetworkConfig
 from megatron_distkv.engine.addresses import rank_address
 from megatron_distkv.log import get_logger
 from megatron_distkv.transport import (
     OPEN_POOL,
-    Address,
     Handler,
     Hello,
     Listener,
     OnFatal,
     Tls,
     load_tls,
-    parse_address,
-    this_host,
 )
 
 logger = get_logger(__name__)

@@ -1,15 +1,16 @@
 """The memory-only lender of an instance's own: lends host memory that the instance does not need itself."""
 
 from megatron_distkv.background import Fatal
+from megatron_distkv.clock import Clock
 from megatron_distkv.config.instance import InstanceConfig
 from megatron_distkv.config.lender import LenderConfig
 from megatron_distkv.config.network import NetworkConfig
 from megatron_distkv.engine.lender import Lender
 from megatron_distkv.kvcache.rblock_shape import RBlockShape
-from megatron_distkv.pool import open_ledger
+from megatron_distkv.ledger.opening import open_ledger
 
 
-def open_host_lender(config: InstanceConfig, shape: RBlockShape, fatal: Fatal) -> Lender | None:
+def open_host_lender(config: InstanceConfig, shape: RBlockShape, fatal: Fatal, clock: Clock) -> Lender | None:
     """A member of the pool named `ID.host`, from now on; None where the configuration gives it no memory."""
     if not config.kv_cache.num_lent_host_rblocks:
         return None
@@ -20,7 +21,8 @@ def open_host_lender(config: InstanceConfig, shape: RBlockShape, fatal: Fatal) -
         ledger=config.ledger,
         network=_behind_the_ranks(config.network, config.tensor_parallel),
     )
-    return Lender(lender, shape, open_ledger(config.ledger.url, config.ledger.pool), fatal)
+    ledger = open_ledger(config.ledger.url, config.ledger.pool, clock=clock)
+    return Lender(lender, shape, ledger, fatal, clock=clock)
 
 
 def _behind_the_ranks(network: NetworkConfig, num_ranks: int) -> NetworkConfig:

@@ -1,13 +1,13 @@
 """One serving instance: the loop that is the architecture."""
 
-from megatron_distkv.clock import Clock
 from megatron_distkv.config.instance import InstanceConfig
 from megatron_distkv.engine.assembly import Parts
 from megatron_distkv.engine.batch import Slice, StepPlan
 from megatron_distkv.engine.closing import close_in_order
 from megatron_distkv.engine.model_runner import StepResult
 from megatron_distkv.engine.rank import Rank
-from megatron_distkv.engine.sampler import SampledToken, sample
+from megatron_distkv.engine.sampled_token import SampledToken
+from megatron_distkv.engine.sampler import sample
 from megatron_distkv.engine.scheduler import Scheduled
 from megatron_distkv.log import get_logger
 from megatron_distkv.messages import HandedOver, InstanceStatus, RequestRefused, TokenOutput
@@ -26,11 +26,11 @@ RETURN_WITHIN_S = 3.0
 class Instance:
     """Rank 0 of an instance. `step()` computes tokens; `serve()` (serving.py) feeds it from a socket."""
 
-    def __init__(self, rank: Rank, ledger: DebtLedger, clock: Clock | None = None) -> None:
+    def __init__(self, rank: Rank, ledger: DebtLedger) -> None:
         """Raises UserError."""
         self.config: InstanceConfig = rank.config
         self.model = rank.model
-        self.parts = parts = Parts(rank, ledger, clock)
+        self.parts = parts = Parts(rank, ledger)
         self.rmanager = parts.rmanager
         self.scheduler = parts.scheduler
         self._failed: list[RequestRefused] = []

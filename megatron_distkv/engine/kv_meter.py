@@ -1,9 +1,9 @@
 """Meters what each running request holds, and how long it waits for creditors: the figures of its receipt."""
 
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple
 
+from megatron_distkv.clock import Clock
 from megatron_distkv.kvcache.block_table import BlockTable
 from megatron_distkv.rblock import HOST
 from megatron_distkv.request import Request
@@ -24,7 +24,7 @@ class KVMeter:
     rBlocks of a loan that nothing lies in yet are not counted: they are this instance's reserve, no request's use.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._held: dict[str, _Held] = {}
 
@@ -33,7 +33,7 @@ class KVMeter:
         self.settle(request)
         borrowed = {str(lender): count for lender, count in table.remote_by_creditor().items()}
         num_host = borrowed.pop(HOST, 0)
-        held = _Held(self._clock(), table.num_local, num_host, borrowed)
+        held = _Held(self._clock.monotonic_s(), table.num_local, num_host, borrowed)
         self._held[request.request_id] = held
         request.max_local_rblocks = max(request.max_local_rblocks, held.num_local)
         request.max_host_rblocks = max(request.max_host_rblocks, held.num_host)
@@ -45,7 +45,7 @@ class KVMeter:
         held = self._held.pop(request.request_id, None)
         if held is None:
             return
-        elapsed_s = self._clock() - held.since_s
+        elapsed_s = self._clock.monotonic_s() - held.since_s
         request.local_rblock_s += held.num_local * elapsed_s
         request.host_rblock_s += held.num_host * elapsed_s
         for lender, count in held.borrowed.items():

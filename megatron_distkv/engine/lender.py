@@ -1,14 +1,13 @@
 """A memory-only lender: host memory, and the CPU that computes MicroAttention over it. No model, no requests."""
 
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 from megatron_distkv.attention import Creditor, LoanTable
 from megatron_distkv.background import Fatal, Periodic
-from megatron_distkv.clock import SystemClock
+from megatron_distkv.clock import Clock, SystemClock
 from megatron_distkv.config.lender import LenderConfig
 from megatron_distkv.engine.addresses import rank_address
 from megatron_distkv.engine.closing import close_in_order
@@ -74,6 +73,7 @@ class Lender:
         ledger: DebtLedger,
         fatal: Fatal | None = None,
         counted: Callable[[], tuple[Counted, ...]] | None = None,
+        clock: Clock | None = None,
     ) -> None:
         """`fatal`: hears what this process must end for, where nobody calls `run`, which raises it.
 
@@ -81,7 +81,8 @@ class Lender:
         """
         self._ledger = ledger
         self.fatal = fatal or Fatal()
-        clock, identity = SystemClock(), Identity(InstanceId(config.lender_id))
+        clock, identity = clock or SystemClock(), Identity(InstanceId(config.lender_id))
+        self._clock = clock
         self.num_rblocks = num_rblocks_to_lend(config, shape)
         self.allocator = RBlockAllocator(self.num_rblocks, self.num_rblocks)
         self.loan_table = LoanTable()
@@ -117,10 +118,10 @@ class Lender:
 
     def drain(self, within_s: float) -> None:
         """Lend nothing new and ask for everything back; returns when it has come, or the time is over."""
-        until_s = time.monotonic() + within_s
+        until_s = self._clock.monotonic_s() + within_s
         self.ask_back()
-        while self.allocator.num_lent > 0 and time.monotonic() < until_s:
-            time.sleep(WATCH_INTERVAL_S)
+        while self.allocator.num_lent > 0 and self._clock.monotonic_s() < until_s:
+            self._clock.sleep(WATCH_INTERVAL_S)
             self.ask_back()
 
     def ask_back(self) -> None:
@@ -152,7 +153,7 @@ class Lender:
         logger.info("pool of %s", pool.describe())
         scale = shape.head_dim**-0.5
         num_heads, dtype, head_dim = shape.query_heads_per_rank, torch_dtype(shape), shape.head_dim
-        return Creditor(pool.tensor_BLK2ND, self.loan_table, num_heads, dtype, scale, head_dim=head_dim)
+        return Creditor(pool.tensor_BLK2ND, self.loan_table, num_heads, dtype, scale, self._clock, head_dim=head_dim)
 
     def _open_doors(self, config: LenderConfig, creditor: Creditor) -> Doors:
         secret = read_secret(config.ledger.secret_file)

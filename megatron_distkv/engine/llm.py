@@ -7,9 +7,9 @@ from megatron_distkv.config.instance import InstanceConfig
 from megatron_distkv.engine.instance import Instance
 from megatron_distkv.engine.rank import build_rank
 from megatron_distkv.errors import UserError
+from megatron_distkv.ledger.opening import open_ledger
 from megatron_distkv.messages import RequestRefused, TokenLogprobs, TokenOutput
 from megatron_distkv.model import init_tensor_parallel
-from megatron_distkv.pool import open_ledger
 from megatron_distkv.request import Request
 from megatron_distkv.sampling_params import SamplingParams
 
@@ -46,9 +46,9 @@ class LLM:
         parallel = init_tensor_parallel(config.tensor_parallel)
         if parallel.size > 1:
             raise UserError("the offline LLM runs on one rank; serve tensor-parallel models with `distkv serve`")
-        self.instance = Instance(
-            build_rank(config, parallel), open_ledger(config.ledger.url, config.ledger.pool), clock
-        )
+        rank = build_rank(config, parallel, clock)
+        ledger = open_ledger(config.ledger.url, config.ledger.pool, clock=rank.clock)
+        self.instance = Instance(rank, ledger)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams | Sequence[SamplingParams]

@@ -2,7 +2,7 @@
 
 from megatron_distkv.config.instance import InstanceConfig
 from megatron_distkv.engine.rank_memory import RankMemory
-from megatron_distkv.rmanager import MailboxSizes
+from megatron_distkv.peers import MailboxSizes
 
 # Migrated rBlocks travel in messages of about this size: large enough for full bandwidth, small enough for a mailbox.
 STORE_MESSAGE_BYTES = 8 << 20

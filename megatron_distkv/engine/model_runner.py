@@ -19,7 +19,7 @@ from megatron_distkv.engine.batch import StepPlan
 from megatron_distkv.errors import PeerLost
 from megatron_distkv.kvcache.rblock_pool import RBlockPool
 from megatron_distkv.model import GPT
-from megatron_distkv.rmanager import Migration, Peers
+from megatron_distkv.peers import Migration, Peers
 
 
 class StepResult(NamedTuple):

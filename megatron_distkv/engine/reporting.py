@@ -1,9 +1,10 @@
 """What an instance says of itself: to the ledger with each heartbeat, and to who asks."""
 
-from megatron_distkv.engine.followers import FollowerRanks
+from collections.abc import Callable, Sequence
+
 from megatron_distkv.engine.scheduler import Scheduler
 from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
-from megatron_distkv.messages import InstanceStatus, counted_here
+from megatron_distkv.messages import Counted, InstanceStatus, counted_here
 from megatron_distkv.pool import InstanceReport, InstanceState, Loans, RequestPlacementEntry
 from megatron_distkv.rblock import InstanceId
 from megatron_distkv.request import Request
@@ -21,15 +22,16 @@ class Reporting:
         loans: Loans,
         rmanager: RManager,
         scheduler: Scheduler,
-        followers: FollowerRanks | None,
+        counted_by_followers: Callable[[], Sequence[Counted]],
     ) -> None:
+        """`counted_by_followers`: asks them; raises RankLost."""
         self._instance = instance
         self._allocator = allocator
         self._host = host
         self._loans = loans
         self._rmanager = rmanager
         self._scheduler = scheduler
-        self._followers = followers
+        self._counted_by_followers = counted_by_followers
         self.state = InstanceState.UP
         self.num_steps = 0
         self.num_computed_tokens = 0
@@ -49,7 +51,6 @@ class Reporting:
 
     def status(self, query_id: int) -> InstanceStatus:
         """Raises RankLost: a follower is asked, too."""
-        theirs = [] if self._followers is None else self._followers.counted()
         return InstanceStatus(
             query_id=query_id,
             instance_id=self._instance,
@@ -63,7 +64,7 @@ class Reporting:
             num_steps=self.num_steps,
             num_preemptions=self._scheduler.num_preemptions,
             num_computed_tokens=self.num_computed_tokens,
-            counted=[*counted_here(), *theirs],
+            counted=[*counted_here(), *self._counted_by_followers()],
         )
 
     def _placements(self, request: Request) -> list[RequestPlacementEntry]:

@@ -15,8 +15,9 @@ import msgspec
 from megatron_distkv import framing
 from megatron_distkv.background import Fatal
 from megatron_distkv.errors import UserError
-from megatron_distkv.log import calm_shortages, get_logger
+from megatron_distkv.log import get_logger
 from megatron_distkv.messages import FromInstance, ToInstance
+from megatron_distkv.shortages import calm_shortages
 from megatron_distkv.transport import SocketFile
 
 logger = get_logger(__name__)

@@ -6,11 +6,11 @@ rBlocks lie, whoever else is in the batch, and after a preemption. It is the out
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from numpy.random import Philox
 
+from megatron_distkv.engine.sampled_token import SampledToken
 from megatron_distkv.messages import TokenLogprobs
 from megatron_distkv.ops import sample_tokens
 from megatron_distkv.request import Request
@@ -19,11 +19,6 @@ from megatron_distkv.sampling_params import SamplingParams
 _SEED_MASK = (1 << 64) - 1
 # Below this a distribution is its maximum, and logits divided by the temperature leave the range of fp32.
 _COLDEST = 1e-6
-
-
-class SampledToken(NamedTuple):
-    token_id: int
-    logprobs: TokenLogprobs | None
 
 
 def sample(logits_RV: torch.Tensor, requests: Sequence[Request]) -> list[SampledToken | None]:

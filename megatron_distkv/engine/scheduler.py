@@ -10,11 +10,11 @@ from typing import NamedTuple
 from megatron_distkv.clock import Clock
 from megatron_distkv.config.instance import SchedulerConfig
 from megatron_distkv.engine.kv_meter import KVMeter
-from megatron_distkv.engine.sampler import SampledToken
+from megatron_distkv.engine.sampled_token import SampledToken
 from megatron_distkv.log import get_logger
 from megatron_distkv.messages import TokenLogprobs, TokenOutput, receipt_of
 from megatron_distkv.request import FinishReason, Request, RequestStatus
-from megatron_distkv.rmanager.rmanager import RManager
+from megatron_distkv.rmanager import RManager
 
 logger = get_logger(__name__)
 # A request without room waits this long before a less important one is preempted for it: moves and repayments take
@@ -90,7 +90,7 @@ class Scheduler:
         self.starved: set[str] = set()
         """Requests for which the last step found no memory."""
         self._waits: dict[str, _Wait] = {}
-        self._meter = KVMeter()
+        self._meter = KVMeter(clock)
 
     @property
     def is_full(self) -> bool:
@@ -105,6 +105,8 @@ class Scheduler:
         return self._config.max_running_requests - len(self.running)
 
     def add(self, request: Request) -> None:
+        """It is new here, and waits."""
+        request.arrive(self._clock)
         self.waiting.append(request)
 
     def find(self, request_id: str) -> Request | None:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
+from megatron_distkv.clock import Clock
 from megatron_distkv.handover.incoming import Incoming, IncomingHandover, IncomingHandovers, table_of
 from megatron_distkv.kvcache.block_table import BlockTable
 from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
@@ -60,6 +61,7 @@ class Receiver:
         loans: Loans,
         rmanager: RManager,
         entry: Entry,
+        clock: Clock,
     ) -> None:
         self._incoming = incoming
         self._identity = identity
@@ -68,6 +70,7 @@ class Receiver:
         self._loans = loans
         self._rmanager = rmanager
         self._entry = entry
+        self._clock = clock
         self._arrivals: dict[str, Arrival] = {}  # by request
 
     @property
@@ -88,6 +91,7 @@ class Receiver:
             self._incoming.free(handover_id, handover.block_ids)
             return False
         self._free_unused(handover, header)
+        request.arrive(self._clock)
         _restore(request, header)
         arrival = self._take_over(request, handover_id, header)
         self._arrivals[request.request_id] = arrival

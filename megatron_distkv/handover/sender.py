@@ -20,7 +20,6 @@ from megatron_distkv.pool import HeldLoan, Identity, Loans, Member, Peer, Pictur
 from megatron_distkv.rblock import num_rblocks_for
 from megatron_distkv.request import Request, RequestStatus
 from megatron_distkv.rmanager import Move, RManager
-from megatron_distkv.transport import is_elsewhere
 
 logger = get_logger(__name__)
 # Where no successor has room, all are looked at again after this.
@@ -154,7 +153,7 @@ class Sender:
         others = [x for x in picture.up if x.instance != self._identity.instance]
         others = [x for x in others if not self._client.has_lost(x.instance)]
         num_lendable = sum(x.lendable_at_most for x in others)
-        able = [x for x in others if x.takes_requests and not is_elsewhere(x.address)]
+        able = [x for x in others if x.takes_requests_here]
         able.sort(key=lambda member: member.free, reverse=True)
         return [_Successor(x, x.total + x.host_rblocks + num_lendable - x.lendable_at_most) for x in able]
 

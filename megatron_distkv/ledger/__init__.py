@@ -1,9 +1,11 @@
-"""The debt ledger: who lent how many rBlocks to whom. The only room that talks to Redis."""
+"""The debt ledger: who lent how many rBlocks to whom. The only room that talks to Redis.
+
+Not from here, but from `opening` and `url`, composition roots get what needs the client of Redis.
+"""
 
 from megatron_distkv.ledger.debt_ledger import DebtLedger
 from megatron_distkv.ledger.history import render_history
 from megatron_distkv.ledger.memory_ledger import MemoryLedger
-from megatron_distkv.ledger.open_ledger import open_ledger
 from megatron_distkv.ledger.pool_snapshot import MemberChange, PoolChanges, PoolReader, PoolSnapshot
 from megatron_distkv.ledger.records import (
     Creditor,
@@ -19,7 +21,6 @@ from megatron_distkv.ledger.records import (
     Registration,
     RequestPlacementEntry,
 )
-from megatron_distkv.ledger.url import shown
 
 __all__ = [
     "Creditor",
@@ -40,7 +41,5 @@ __all__ = [
     "Recall",
     "Registration",
     "RequestPlacementEntry",
-    "open_ledger",
     "render_history",
-    "shown",
 ]

@@ -1,7 +1,7 @@
 """The event stream for a person: one line per event, with what all instances owed each other after it."""
 
-import time
 from collections.abc import Iterable, Mapping
+from datetime import datetime
 
 from megatron_distkv.rblock import loan_name
 
@@ -53,4 +53,4 @@ def _sentence(event: Mapping[str, str]) -> str:
 
 def _time(event: Mapping[str, str]) -> str:
     at_s = int(event.get("at_ms", "0")) / 1000
-    return f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(at_s)):<20}"
+    return f"{datetime.fromtimestamp(at_s).strftime('%Y-%m-%d %H:%M:%S'):<20}"

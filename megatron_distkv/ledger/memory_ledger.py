@@ -7,10 +7,10 @@ share is in pool_state.py.
 import contextlib
 import heapq
 import threading
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from megatron_distkv.clock import SystemClock
 from megatron_distkv.errors import LedgerUnavailable, SupersededError
 from megatron_distkv.ledger.pool_snapshot import PoolChanges, PoolReader, PoolSnapshot, ReadPosition
 from megatron_distkv.ledger.pool_state import PoolState, StoredMember
@@ -32,10 +32,10 @@ from megatron_distkv.rblock import InstanceId, LoanKey
 
 
 class MemoryLedger:
-    """Thread-safe. `clock_ms` is injected by tests."""
+    """Thread-safe. `clock_ms`: the time by the calendar, as a server has it; by default the system's."""
 
     def __init__(self, clock_ms: Callable[[], int] | None = None) -> None:
-        self._clock_ms = clock_ms or (lambda: time.time_ns() // 1_000_000)
+        self._clock_ms = clock_ms or SystemClock().unix_ms
         self._lock = threading.RLock()
         self._state = PoolState(self._clock_ms)
 

@@ -10,7 +10,6 @@ from megatron_distkv.ledger import (
     InstanceState,
     Move,
     RequestPlacementEntry,
-    open_ledger,
 )
 from megatron_distkv.pool.audit import check_instance, check_picture
 from megatron_distkv.pool.candidates import Candidates
@@ -66,7 +65,6 @@ __all__ = [
     "check_instance",
     "check_picture",
     "link_cost",
-    "open_ledger",
     "picture_of",
     "read_info",
     "read_member",

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from megatron_distkv.address import is_elsewhere
 from megatron_distkv.kvcache.rblock_shape import RBlockShape
 from megatron_distkv.ledger import InstanceRecord, MemberCounts
 from megatron_distkv.messages import Counted
@@ -100,6 +101,11 @@ class Member(MemberCounts):
     def takes_requests(self) -> bool:
         """False: a memory-only lender."""
         return self.info.role == "instance"
+
+    @property
+    def takes_requests_here(self) -> bool:
+        """Gateways speak to instances through their unix sockets: those of other hosts only lend to this one's."""
+        return self.takes_requests and not is_elsewhere(self.address)
 
     @property
     def rblock_size(self) -> int:

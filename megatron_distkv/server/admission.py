@@ -6,14 +6,11 @@ important. Other gateways have queues of their own, and instances have the last 
 again, at its old place.
 """
 
-import asyncio
 import bisect
-import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from typing import NamedTuple, Protocol
 
 from megatron_distkv import metrics
-from megatron_distkv.clock import SystemClock
+from megatron_distkv.clock import Clock
 from megatron_distkv.config.admission import AdmissionConfig
 from megatron_distkv.pool import Member, PoolCapacity
 from megatron_distkv.server.attempt import Attempt
@@ -23,27 +20,34 @@ from megatron_distkv.server.errors import ApiError
 from megatron_distkv.server.pool_view import GatewayView
 from megatron_distkv.server.routing import RoutingPolicy
 
-# A request that was refused by instances asks them again after this.
-ASK_AGAIN_AFTER_S = 0.25
+
+class Place(Protocol):
+    """Where a request hears of its instance: a future of the event loop, or of virtual time."""
+
+    def done(self) -> bool:
+        """It has heard, or does not wait any more."""
+        ...
+
+    def set_result(self, member: Member, /) -> None: ...
 
 
-class Waiting:
-    """One request in the queue; `record` is set when there is room for it."""
-
-    def __init__(self, attempt: Attempt) -> None:
-        self.attempt = attempt
-        self.record: asyncio.Future[Member] = asyncio.get_running_loop().create_future()
+class Waiting(NamedTuple):
+    attempt: Attempt
+    place: Place
 
 
 class Admission:
-    def __init__(self, config: AdmissionConfig, view: GatewayView) -> None:
+    """Waits for nothing itself: each look at the pool, and each request that ends, may give room to others."""
+
+    def __init__(self, config: AdmissionConfig, view: GatewayView, clock: Clock) -> None:
         self._config = config
+        self._clock = clock
         self._view = view
         self._in_flight = InFlight()
         self._routing = RoutingPolicy(view, self._in_flight)
-        self._longest = LongestContexts(config.max_queue_wait_s, SystemClock())
+        self._longest = LongestContexts(config.max_queue_wait_s, clock)
         self._queue: list[Waiting] = []  # most important, then oldest first
-        self._departures = Departures()
+        self._departures = Departures(clock)
         view.when_looked.append(self._look)
         metrics.QUEUED_REQUESTS.set_function(lambda: len(self._queue))
 
@@ -55,48 +59,40 @@ class Admission:
         if attempt.num_tokens_at_most > longest and not self._view.ledger_is_away:
             raise _refused(self._too_long(attempt))
 
-    @asynccontextmanager
-    async def place(self, attempt: Attempt) -> AsyncIterator[Member]:
-        """An instance with room for it. Raises ApiError past the queue's bounds, or when nobody takes it."""
-        try:
-            yield await (self._for_lost(attempt) if attempt.has_lost else self._queued(attempt))
-        finally:
-            self._in_flight.remove(attempt)
-            self._serve()
+    def place_at_once(self, attempt: Attempt) -> Member | None:
+        """One that has lost its instance has waited once, and its client sees a pause: the first that takes it.
 
-    # ------------------------------------------------------------------ who lost an instance
+        None: nobody for now. Raises ApiError when its patience is over.
+        """
+        for member in self._routing.order(attempt):
+            if attempt.may_ask(member):
+                self._in_flight.add(attempt, member)
+                return member
+        if not attempt.is_patient:
+            raise attempt.failure()
+        return None
 
-    async def _for_lost(self, attempt: Attempt) -> Member:
-        """It has waited once, and its client sees a pause: it takes the first that takes it."""
-        while True:
-            for record in self._routing.order(attempt):
-                if attempt.may_ask(record):
-                    self._in_flight.add(attempt, record)
-                    return record
-            if not attempt.is_patient:
-                raise attempt.failure()
-            await asyncio.sleep(ASK_AGAIN_AFTER_S)
-            attempt.forget_refusals()
+    def end(self, attempt: Attempt) -> None:
+        """It needs no instance any more, or another one: its room is for others."""
+        self._in_flight.remove(attempt)
+        self._serve()
 
     # ------------------------------------------------------------------ the queue
 
-    async def _queued(self, attempt: Attempt) -> Member:
-        waiting = Waiting(attempt)
-        bisect.insort(self._queue, waiting, key=lambda other: other.attempt.rank)
-        try:
-            self._serve()
-            if not waiting.record.done() and attempt.refusal is None:
-                self._require_place()
-            async with asyncio.timeout(attempt.arrival_s + self._config.max_queue_wait_s - time.monotonic()):
-                record = await waiting.record
-        except TimeoutError:
-            raise _refused(self._too_late(attempt)) from None
-        finally:
-            if waiting in self._queue:
-                self._queue.remove(waiting)
-        if attempt.refusal is None:
-            metrics.QUEUE_SECONDS.observe(time.monotonic() - attempt.arrival_s)
-        return record
+    def enter(self, attempt: Attempt, place: Place) -> None:
+        """It waits until `place` names its instance, which may be at once. Raises ApiError in a full queue."""
+        bisect.insort(self._queue, Waiting(attempt, place), key=lambda other: other.attempt.rank)
+        self._serve()
+        if not place.done() and attempt.refusal is None:
+            self._require_place()
+
+    def may_wait_s(self, attempt: Attempt) -> float:
+        """For how much longer; not above 0: it is too late."""
+        return attempt.arrival_s + self._config.max_queue_wait_s - self._clock.monotonic_s()
+
+    def leave(self, attempt: Attempt) -> None:
+        """It waits no more."""
+        self._queue = [waiting for waiting in self._queue if waiting.attempt is not attempt]
 
     def _look(self) -> None:
         if self._view.picture is not None and not self._view.ledger_is_away:
@@ -111,9 +107,9 @@ class Admission:
             return
         memory = self._memory()
         kept_for_pinned: set[str] = set()
-        for waiting in [waiting for waiting in self._queue if not waiting.record.done()]:
+        for waiting in [waiting for waiting in self._queue if not waiting.place.done()]:
             attempt = waiting.attempt
-            has_waited = time.monotonic() - attempt.arrival_s >= self._config.overtake_within_s
+            has_waited = self._clock.monotonic_s() - attempt.arrival_s >= self._config.overtake_within_s
             record = self._find_room(attempt, memory, kept_for_pinned, may_claim=has_waited)
             if record is not None:
                 self._give(waiting, record, memory)
@@ -123,14 +119,16 @@ class Admission:
                 return  # memory gathers for it
 
     def _give(self, waiting: Waiting, record: Member, memory: PoolCapacity | None) -> None:
-        self._queue.remove(waiting)
+        self.leave(waiting.attempt)
         self._in_flight.add(waiting.attempt, record)
         self._departures.note()
+        if waiting.attempt.refusal is None:
+            metrics.QUEUE_SECONDS.observe(self._clock.monotonic_s() - waiting.attempt.arrival_s)
         if memory is None:
             waiting.attempt.doubt_afresh()
         else:
             memory.promise(record, waiting.attempt.num_tokens_now)
-        waiting.record.set_result(record)
+        waiting.place.set_result(record)
 
     def _memory(self) -> PoolCapacity | None:
         """None: the ledger is away, and its last picture too old to count with; instances decide."""
@@ -154,7 +152,11 @@ class Admission:
         if len(self._queue) > self._config.max_queued_requests:
             raise _refused(self._busy(f"{len(self._queue) - 1} requests wait for memory already", "queue_full"))
 
-    def _too_late(self, attempt: Attempt) -> ApiError:
+    def too_late(self, attempt: Attempt) -> ApiError:
+        """Why it has waited in vain."""
+        return _refused(self._why_too_late(attempt))
+
+    def _why_too_late(self, attempt: Attempt) -> ApiError:
         longest = self._longest.now(attempt.pinned)
         if longest == 0:
             return attempt.failure()

@@ -3,12 +3,11 @@
 import asyncio
 import contextlib
 import json
-import time
-import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from megatron_distkv.clock import Clock
 from megatron_distkv.messages import TokenLogprobs
 from megatron_distkv.server.errors import ApiError
 from megatron_distkv.server.generation import Piece
@@ -58,13 +57,14 @@ class Answer:
     model: str
     num_prompt_tokens: int
     streams: Sequence[PieceStream]
+    clock: Clock
     with_token_ids: bool = False
     id: str = ""
     created: int = 0
 
     def __post_init__(self) -> None:
-        self.id = f"{self.shape.id_prefix}-{uuid.uuid4().hex}"
-        self.created = int(time.time())
+        self.id = f"{self.shape.id_prefix}-{self.clock.random.getrandbits(128):032x}"
+        self.created = self.clock.unix_ms() // 1000
         self._choices = [Choice(index) for index in range(len(self.streams))]
 
     async def whole(self) -> dict[str, Any]:

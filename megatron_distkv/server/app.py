@@ -13,28 +13,33 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from megatron_distkv import metrics
+from megatron_distkv.clock import Clock
 from megatron_distkv.config.admission import AdmissionConfig
 from megatron_distkv.errors import UserError
-from megatron_distkv.log import calm_shortages, get_logger
+from megatron_distkv.log import get_logger
 from megatron_distkv.pool import DebtLedger, render_debts
 from megatron_distkv.server.answer import Answer, PieceStream, Shape, or_disconnect
 from megatron_distkv.server.errors import ApiError, bad_request
 from megatron_distkv.server.generation import generate
+from megatron_distkv.server.pool_looks import PoolLooks
 from megatron_distkv.server.pool_metrics import STATUS_WITHIN_S, PoolMetrics
 from megatron_distkv.server.pool_view import GatewayView
 from megatron_distkv.server.protocol import ChatRequest, CompletionRequest, GenerationRequest, parse_body
 from megatron_distkv.server.router import Router
 from megatron_distkv.server.shapes import ChatShape, CompletionShape
 from megatron_distkv.server.tokenizer import Tokenizer, load_tokenizer
+from megatron_distkv.shortages import calm_shortages
 
 logger = get_logger(__name__)
 
 
 class Gateway:
-    def __init__(self, ledger: DebtLedger, served_model_name: str, admission: AdmissionConfig) -> None:
+    def __init__(self, ledger: DebtLedger, served_model_name: str, admission: AdmissionConfig, clock: Clock) -> None:
         self._name = served_model_name
-        self._view = GatewayView(ledger)
-        self._router = Router(self._view, admission)
+        self._clock = clock
+        self._view = GatewayView(ledger, clock)
+        self._looks = PoolLooks(self._view)
+        self._router = Router(self._view, admission, clock)
         self._tokenizer: Tokenizer | None = None
 
     def app(self) -> Starlette:
@@ -52,10 +57,10 @@ class Gateway:
     @asynccontextmanager
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
         calm_shortages(asyncio.get_running_loop(), logger)
-        await self._view.start()
+        await self._looks.start()
         yield
         await self._router.close()
-        await self._view.stop()
+        await self._looks.stop()
 
     # ------------------------------------------------------------------ generation
 
@@ -102,14 +107,17 @@ class Gateway:
         assert self._tokenizer is not None
         sampling = body.sampling(max_tokens, logprobs, choice)
         return generate(
-            self._router, self._tokenizer, prompt, sampling, body.stop_strings, choice=choice, pinned=body.instance
-        )
+            self._router, self._tokenizer, prompt, sampling, body.stop_strings, self._clock,
+            choice=choice, pinned=body.instance,
+        )  # fmt: skip
 
     async def _respond(
         self, http: Request, body: GenerationRequest, shape: Shape, num_prompt_tokens: int, streams: list[PieceStream]
     ) -> Response:
         assert self._tokenizer is not None
-        answer = Answer(shape, self._tokenizer, self._name, num_prompt_tokens, streams, body.return_token_ids)
+        answer = Answer(
+            shape, self._tokenizer, self._name, num_prompt_tokens, streams, self._clock, body.return_token_ids
+        )
         if body.stream:
             begun = asyncio.ensure_future(_begun(answer.events(with_usage=body.wants_usage)))
             events = await or_disconnect(begun, http.is_disconnected)

@@ -1,12 +1,10 @@
 """What has become of one sequence so far: whom it was given to, and which of its tokens are out."""
 
-import random
-import time
-import uuid
 from typing import NamedTuple
 
 import msgspec
 
+from megatron_distkv.clock import Clock
 from megatron_distkv.messages import NewRequest, RequestKV, TokenOutput
 from megatron_distkv.pool import Member
 from megatron_distkv.sampling_params import SamplingParams
@@ -35,8 +33,14 @@ def life_of(record: Member) -> Life:
 
 class Attempt:
     def __init__(
-        self, prompt_token_ids: list[int], sampling: SamplingParams, pinned: str | None, patience_s: float = PATIENCE_S
+        self,
+        prompt_token_ids: list[int],
+        sampling: SamplingParams,
+        pinned: str | None,
+        clock: Clock,
+        patience_s: float = PATIENCE_S,
     ) -> None:
+        self._clock = clock
         self._pinned = pinned
         self._patience_s = patience_s
         self._patient_until_s = float("-inf")
@@ -45,13 +49,13 @@ class Attempt:
         self._handover_id = ""
         self._prompt_token_ids = prompt_token_ids
         # Every instance that computes a part of it must draw alike.
-        seed = sampling.seed if sampling.seed is not None else random.getrandbits(63)
+        seed = sampling.seed if sampling.seed is not None else clock.random.getrandbits(63)
         self._sampling = msgspec.structs.replace(sampling, seed=seed)
         self._sent: list[int] = []
         self._lost: set[Life] = set()
         self._refused: set[Life] = set()
         self._refusal: ApiError | None = None
-        self.arrival_s = time.monotonic()
+        self.arrival_s = self._clock.monotonic_s()
         self.receipt = Receipt()
         self._told: RequestKV | None = None
         self.request_id = ""  # of its present life
@@ -60,7 +64,7 @@ class Attempt:
     @property
     def pinned(self) -> str | None:
         """The one instance that may take it: the successor, for a moment, or whom the client named."""
-        return self._successor if time.monotonic() < self._successor_until_s else self._pinned
+        return self._successor if self._clock.monotonic_s() < self._successor_until_s else self._pinned
 
     @property
     def num_sent(self) -> int:
@@ -95,13 +99,13 @@ class Attempt:
     @property
     def is_patient(self) -> bool:
         """It has lost an instance, and others that refuse it now will be asked again."""
-        return time.monotonic() < self._patient_until_s
+        return self._clock.monotonic_s() < self._patient_until_s
 
     def request(self, record: Member) -> NewRequest:
         """What this instance is asked: to go on from the tokens that are out."""
         handover_id = self._handover_id if record.instance == self._successor else ""
         self._successor_until_s = float("-inf")
-        self.request_id = uuid.uuid4().hex[:16]
+        self.request_id = f"{self._clock.random.getrandbits(64):016x}"
         return NewRequest(
             self.request_id,
             self._prompt_token_ids,
@@ -135,14 +139,14 @@ class Attempt:
         self._pinned = None
         self._lost.add(life_of(record))
         self.note_part(record)
-        self._patient_until_s = time.monotonic() + self._patience_s
+        self._patient_until_s = self._clock.monotonic_s() + self._patience_s
 
     def note_handed_over(self, record: Member, left: HandedElsewhere) -> None:
         """The successor is asked first, and tells this instance's part with its own; without one, anybody."""
         self._told = self._told or RequestKV()
         self.note_lost(record)
         self._successor, self._handover_id = left.successor, left.handover_id
-        self._successor_until_s = time.monotonic() + (SUCCESSOR_PATIENCE_S if left.successor else 0.0)
+        self._successor_until_s = self._clock.monotonic_s() + (SUCCESSOR_PATIENCE_S if left.successor else 0.0)
 
     def note_refused(self, record: Member, error: ApiError) -> None:
         """Raises `error` unless another instance, or a later time, may answer differently.
@@ -154,8 +158,8 @@ class Attempt:
         if error.status not in (429, 503) and not is_too_long:
             raise error
         if is_too_long and not self._lost:
-            self._doubted_since_s = min(self._doubted_since_s, time.monotonic())
-            if time.monotonic() - self._doubted_since_s > DOUBT_S:
+            self._doubted_since_s = min(self._doubted_since_s, self._clock.monotonic_s())
+            if self._clock.monotonic_s() - self._doubted_since_s > DOUBT_S:
                 raise error
         self._refused.add(life_of(record))
         self._refusal = error

@@ -8,7 +8,6 @@ from megatron_distkv.clock import Clock
 from megatron_distkv.pool import Member, Picture
 from megatron_distkv.rblock import InstanceId, num_rblocks_for
 from megatron_distkv.server.attempt import Attempt
-from megatron_distkv.server.pool_view import takes_requests_here
 
 
 class InFlight:
@@ -58,7 +57,7 @@ class LongestContexts:
         self._seen: deque[_Seen] = deque()
 
     def note(self, picture: Picture) -> None:
-        here = {x: tokens for x, tokens in picture.longest_contexts.items() if takes_requests_here(picture.members[x])}
+        here = {x: tokens for x, tokens in picture.longest_contexts.items() if picture.members[x].takes_requests_here}
         seen = _Seen(self._clock.monotonic_s(), here)
         if self._seen and self._seen[-1].longest == seen.longest:
             self._seen.pop()

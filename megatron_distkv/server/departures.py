@@ -1,9 +1,9 @@
 """How quickly a queue moves, and so how long one more would wait."""
 
 import math
-import time
 from collections import deque
-from collections.abc import Callable
+
+from megatron_distkv.clock import Clock
 
 # Departures longer ago say little of the load now.
 WINDOW_S = 30.0
@@ -12,13 +12,13 @@ RETRY_AT_MOST_S = 60
 
 
 class Departures:
-    def __init__(self, clock_s: Callable[[], float] = time.monotonic) -> None:
-        self._clock_s = clock_s
-        self._start_s = clock_s()
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._start_s = clock.monotonic_s()
         self._left_s: deque[float] = deque()
 
     def note(self) -> None:
-        self._left_s.append(self._clock_s())
+        self._left_s.append(self._clock.monotonic_s())
         self._forget_old()
 
     def retry_after_s(self, num_queued: int) -> int:
@@ -26,7 +26,7 @@ class Departures:
         self._forget_old()
         if not self._left_s:
             return RETRY_AT_MOST_S
-        rate = len(self._left_s) / max(1.0, min(WINDOW_S, self._clock_s() - self._start_s))
+        rate = len(self._left_s) / max(1.0, min(WINDOW_S, self._clock.monotonic_s() - self._start_s))
         return max(1, min(RETRY_AT_MOST_S, math.ceil((num_queued + 1) / rate)))
 
     def __len__(self) -> int:
@@ -34,5 +34,5 @@ class Departures:
         return len(self._left_s)
 
     def _forget_old(self) -> None:
-        while self._left_s and self._left_s[0] < self._clock_s() - WINDOW_S:
+        while self._left_s and self._left_s[0] < self._clock.monotonic_s() - WINDOW_S:
             self._left_s.popleft()

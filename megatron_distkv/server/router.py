@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator
 from typing import NamedTuple
 
 from megatron_distkv import metrics
+from megatron_distkv.clock import Clock
 from megatron_distkv.config.admission import AdmissionConfig
 from megatron_distkv.log import get_logger
 from megatron_distkv.messages import InstanceStatus, NewRequest, TokenOutput
@@ -15,6 +16,7 @@ from megatron_distkv.server.admission import Admission
 from megatron_distkv.server.attempt import PATIENCE_S, Attempt, Life, life_of
 from megatron_distkv.server.engine_client import EngineClient
 from megatron_distkv.server.errors import ApiError, HandedElsewhere, InstanceLost
+from megatron_distkv.server.placement import placed
 from megatron_distkv.server.pool_view import GatewayView, request_socket_of
 from megatron_distkv.server.receipt import Receipt
 
@@ -29,9 +31,12 @@ class Routed(NamedTuple):
 
 
 class Router:
-    def __init__(self, view: GatewayView, config: AdmissionConfig, patience_s: float = PATIENCE_S) -> None:
+    def __init__(
+        self, view: GatewayView, config: AdmissionConfig, clock: Clock, patience_s: float = PATIENCE_S
+    ) -> None:
         self._view = view
-        self._admission = Admission(config, view)
+        self._clock = clock
+        self._admission = Admission(config, view, clock)
         self._patience_s = patience_s
         self._clients: dict[Life, EngineClient] = {}
         view.when_looked.append(self._give_up_the_dead)
@@ -44,10 +49,10 @@ class Router:
         When an instance is lost, another goes on from the tokens that are out already: a draw depends on the request's
         seed and the position only, so the client sees a pause. `pinned` names the instance that must take it.
         """
-        attempt = Attempt(prompt_token_ids, sampling, pinned, self._patience_s)
+        attempt = Attempt(prompt_token_ids, sampling, pinned, self._clock, self._patience_s)
         self._admission.require_possible(attempt)
         while True:
-            async with self._admission.place(attempt) as record:
+            async with placed(attempt, self._admission) as record:
                 try:
                     async with contextlib.aclosing(self._ask(record, attempt.request(record))) as outputs:
                         async for output in outputs:

@@ -3,7 +3,6 @@
 Every wait has a deadline.
 """
 
-from megatron_distkv.transport.address import Address, is_elsewhere, parse_address, this_host
 from megatron_distkv.transport.channel import Channel, Reply, connect
 from megatron_distkv.transport.hello import PROTOCOL_VERSION, Hello
 from megatron_distkv.transport.listener import Answer, Handler, Listener, OnFatal, Request
@@ -16,7 +15,6 @@ from megatron_distkv.transport.tls import Tls, load_tls
 __all__ = [
     "OPEN_POOL",
     "PROTOCOL_VERSION",
-    "Address",
     "Answer",
     "Channel",
     "Handler",
@@ -29,12 +27,9 @@ __all__ = [
     "TensorSpec",
     "Tls",
     "connect",
-    "is_elsewhere",
     "load_tls",
     "pack_tensors",
-    "parse_address",
     "read_secret",
     "read_tensors",
-    "this_host",
     "write_new_secret",
 ]

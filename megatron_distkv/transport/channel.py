@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import torch
 
+from megatron_distkv.address import Address, parse_address
 from megatron_distkv.config.endpoint import Endpoint
 from megatron_distkv.errors import DistkvError, PeerLost
-from megatron_distkv.transport.address import Address, parse_address
 from megatron_distkv.transport.frame import ERROR_KIND
 from megatron_distkv.transport.handshake import introduce
 from megatron_distkv.transport.hello import Hello

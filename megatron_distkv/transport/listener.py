@@ -11,10 +11,11 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 
+from megatron_distkv.address import Address, parse_address
 from megatron_distkv.config.endpoint import Endpoint
 from megatron_distkv.errors import DistkvError, FatalError, UserError
-from megatron_distkv.log import Seldom, get_logger
-from megatron_distkv.transport.address import Address, parse_address
+from megatron_distkv.log import get_logger
+from megatron_distkv.shortages import Seldom
 from megatron_distkv.transport.frame import ALIGNMENT, ERROR_KIND, Frame
 from megatron_distkv.transport.handshake import Greeting, HelloRefused
 from megatron_distkv.transport.hello import Hello

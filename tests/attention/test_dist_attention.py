@@ -23,6 +23,7 @@ from megatron_distkv.attention import (
     build_metadata,
     forward_context,
 )
+from megatron_distkv.clock import SystemClock
 from megatron_distkv.errors import DistkvError, IntegrityError
 from megatron_distkv.messages import Holder, MessageKind, QueryHeader, QueryShare, Scoring, StoreHeader, decode
 from megatron_distkv.rblock import InstanceId, LoanId, LocalSpan, RemoteSpan, Span
@@ -55,7 +56,7 @@ class Lender:
         self.pool = pool(num_rblocks, dtype)
         self.loans = LoanTable()
         self.asked: list[QueryHeader] = []
-        self.creditor = Creditor(self.pool, self.loans, H, dtype, SCALE)
+        self.creditor = Creditor(self.pool, self.loans, H, dtype, SCALE, SystemClock())
         self.address = f"unix:{path}"
         self.listener = Listener(self.address, "p", self._answer)
 
@@ -148,13 +149,13 @@ def test_a_mixed_batch_over_three_holders_is_dense_attention(
     two.run({"a": (24, 44)}, None)
 
     # When the first full rBlocks of `a` move to x and y, those of `b` to y
-    verification = Verification(1, TensorSpec((L, K, 2, N, D), torch.float32), SCALE, 1, 5)
+    verification = Verification(1, TensorSpec((L, K, 2, N, D), torch.float32), SCALE, 1, 5, SystemClock())
     with ExitStack() as stack:
         channels = {name: lender.channel() for name, lender in lenders.items()}
         for channel in channels.values():
             stack.callback(channel.close)
         two.move_out(lenders, channels, verification)
-        debtor = Debtor(channels, deadline_s=5, verification=verification)
+        debtor = Debtor(channels, 5, SystemClock(), verification=verification)
         outs = two.run({"a": (44, 45), "b": (10, 20)}, debtor)
 
     # Then a decode of `a` and a chunk of `b` in one step are dense attention
@@ -288,7 +289,7 @@ def prepared_question(lenders: dict[str, Lender], debtor_name: str = "me") -> tu
         RemoteSpan(1, (3,), InstanceId("y"), LoanId("loan-1")),
         LocalSpan(2, (0,)),
     ]
-    debtor = Debtor(channels, deadline_s=0.5)
+    debtor = Debtor(channels, 0.5, SystemClock())
     metadata = build_metadata([Slice(16, 17, spans)], N)
     debtor.begin_step(1, metadata.remote)
     return debtor, torch.randn(1, H, D), list(channels.values())
@@ -348,7 +349,7 @@ def test_half_precision_wire_is_within_its_rounding(tmp_path: Path) -> None:
     lender.loans.grant("1", Holder("me"), [2])
     channel = lender.channel()
     store(lender, channel, "1", [2], data)
-    debtor = Debtor({"x": channel}, deadline_s=5)
+    debtor = Debtor({"x": channel}, 5, SystemClock())
     spans: list[Span] = [RemoteSpan(0, (2,), InstanceId("x"), LoanId("1")), LocalSpan(1, (0,))]
     debtor.begin_step(0, build_metadata([Slice(N, N + 1, spans)], N).remote)
     q = torch.randn(1, H, D).to(torch.bfloat16)

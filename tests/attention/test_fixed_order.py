@@ -24,6 +24,7 @@ from megatron_distkv.attention.fixed_order import plan
 from megatron_distkv.attention.fixed_order.fixed_attention import OwnKeys
 from megatron_distkv.attention.fixed_order.kept_plans import KeptPlans
 from megatron_distkv.attention.fixed_order.tree import FAN_IN, Node, cover
+from megatron_distkv.clock import SystemClock
 from megatron_distkv.errors import DistkvError
 from megatron_distkv.messages import Holder, MessageKind, QueryHeader, QueryShare, Scoring
 from megatron_distkv.rblock import HOST, HOST_LOAN, InstanceId, LoanId, LocalSpan, RemoteSpan, Span
@@ -70,7 +71,7 @@ class World:
             stack.callback(lender.listener.close)
             self.channels[name] = lender.channel()
             stack.callback(self.channels[name].close)
-        self.debtor = Debtor(self.channels, 5, HostMemory(self.pools[HOST], SCALE))
+        self.debtor = Debtor(self.channels, 5, SystemClock(), HostMemory(self.pools[HOST], SCALE))
         self.step = 0
 
     def attend(

@@ -16,9 +16,9 @@ from megatron_distkv.kvcache.rblock_pool import rank_pool
 from megatron_distkv.kvcache.rblock_shape import RBlockShape
 from megatron_distkv.messages import Acknowledge, FetchHeader, Holder, MessageKind, QueryHeader, QueryShare, StoreHeader
 from megatron_distkv.ops import pack_rblocks
-from megatron_distkv.pool import Identity, Peer, Quarantine
+from megatron_distkv.peers import MailboxSizes, Peers
+from megatron_distkv.pool import Identity, Peer
 from megatron_distkv.rblock import InstanceId
-from megatron_distkv.rmanager import MailboxSizes, Peers
 from megatron_distkv.transport import (
     PROTOCOL_VERSION,
     Answer,
@@ -54,8 +54,9 @@ class CreditorRanks:
     def _listen(self, directory: Path, rank: int, num_ranks: int) -> Listener:
         pool = rank_pool(shape(num_ranks, self.kv_dtype), 8).tensor_BLK2ND
         creditor = Creditor(
-            pool, self.loans[rank], H // num_ranks, torch.float32, SCALE, rank=rank, num_ranks=num_ranks, head_dim=D
-        )
+            pool, self.loans[rank], H // num_ranks, torch.float32, SCALE, SystemClock(),
+            rank=rank, num_ranks=num_ranks, head_dim=D,
+        )  # fmt: skip
 
         def answer(hello: Hello, request: Request) -> Answer:
             kind = MessageKind(request.kind)
@@ -83,9 +84,7 @@ def shape(num_ranks: int, kv_dtype: KVDtype = "auto") -> RBlockShape:
 
 
 def peers(rank: int, num_ranks: int, kv_dtype: KVDtype = "auto") -> Peers:
-    return Peers(
-        "p", Identity(InstanceId("me")), Quarantine(SystemClock()), rank, SIZES, 5.0, shape=shape(num_ranks, kv_dtype)
-    )
+    return Peers("p", Identity(InstanceId("me")), SystemClock(), rank, SIZES, 5.0, shape=shape(num_ranks, kv_dtype))
 
 
 def heads_of(rank: int, num_ranks: int, num_heads: int) -> slice:
@@ -124,7 +123,7 @@ def test_what_ranks_of_any_number_store_they_ask_and_fetch(
         data = sent[:, :, heads_of(rank, debtors, K)].contiguous()
         channel.call(MessageKind.STORE, msgspec.msgpack.encode(StoreHeader("loan", IDS)), [data], deadline_s=5)
     for rank, mine in lent.items():
-        debtor, rows = Debtor(mine, deadline_s=5), heads_of(rank, debtors, H)
+        debtor, rows = Debtor(mine, 5, SystemClock()), heads_of(rank, debtors, H)
         debtor.begin_step(1, {"c": RemoteShare(torch.arange(5), [QueryShare(["loan"], IDS, 5)])})
         for layer in range(L):
             debtor.ask(layer, q_THD[:, rows])
@@ -224,7 +223,7 @@ def test_in_fixed_order_no_bit_depends_on_the_ranks(kv_dtype: KVDtype, start: St
             mine.reach(Peer("c", 1, creditor.address)).call(MessageKind.STORE, header, [data], deadline_s=5)
 
             # When each rank of a debtor asks for partials in fixed order
-            debtor = Debtor(mine, deadline_s=5)
+            debtor = Debtor(mine, 5, SystemClock())
             debtor.begin_step(1, {"c": RemoteShare(torch.arange(5), [share])})
             assert debtor.post("c", QueryHeader(1, 1, [share], num_partials=15), q_THD[:, heads])
             answer = debtor.partials_of(Question("c", 1, q_THD[:, heads], [share], torch.float32, num_partials=15))

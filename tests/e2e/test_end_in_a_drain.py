@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from megatron_distkv.launch.local_cluster import LocalCluster
 
-from megatron_distkv.ledger import open_ledger
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
+from megatron_distkv.ledger.opening import open_ledger
 from tests.e2e.conftest import cluster_config, openai_client
 from tests.e2e.up_process import wait_until
 

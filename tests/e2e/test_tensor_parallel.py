@@ -6,8 +6,8 @@ from pathlib import Path
 from megatron_distkv.launch.local_cluster import LocalCluster
 
 from megatron_distkv.cli.main import main
-from megatron_distkv.ledger import open_ledger
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
+from megatron_distkv.ledger.opening import open_ledger
 from tests.e2e.conftest import OWN_TOKENS, Reference, cluster_config, openai_client
 from tests.e2e.test_api import GREEDY, as_text, random_prompt, wait_for_no_debts
 

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from megatron_distkv.ledger import open_ledger
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
+from megatron_distkv.ledger.opening import open_ledger
 from tests.e2e.conftest import OWN_TOKENS, Reference
 from tests.e2e.members import Members
 from tests.e2e.test_api import random_prompt

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from megatron_distkv.cli.main import main
-from megatron_distkv.ledger import open_ledger
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
+from megatron_distkv.ledger.opening import open_ledger
 from tests.e2e.conftest import cluster_config
 from tests.e2e.up_process import PATIENCE_S, Up, wait_until
 

@@ -13,8 +13,8 @@ from megatron_distkv.engine.lender import Lender, num_rblocks_to_lend
 from megatron_distkv.engine.llm import LLM, Completion
 from megatron_distkv.kvcache.rblock_pool import rank_pool
 from megatron_distkv.kvcache.rblock_shape import RBlockShape
-from megatron_distkv.ledger import open_ledger
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
+from megatron_distkv.ledger.opening import open_ledger
 from megatron_distkv.messages import HandedOver, TokenLogprobs
 from megatron_distkv.request import Request
 from megatron_distkv.sampling_params import SamplingParams

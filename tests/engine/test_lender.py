@@ -15,8 +15,8 @@ from megatron_distkv.engine.lender import Lender, num_rblocks_to_lend, shape_of_
 from megatron_distkv.engine.llm import LLM
 from megatron_distkv.errors import IntegrityError, SupersededError, UserError
 from megatron_distkv.kvcache.rblock_shape import RBlockShape
-from megatron_distkv.ledger import open_ledger
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
+from megatron_distkv.ledger.opening import open_ledger
 from megatron_distkv.pool import picture_of, render_debts
 from megatron_distkv.request import Request
 from megatron_distkv.sampling_params import SamplingParams

@@ -23,9 +23,9 @@ class HastyClock(SystemClock):
         return self.now_s
 
 
-def request(name: str, priority: int, arrival_s: float, length: int = 40) -> Request:
+def request(name: str, priority: int, length: int = 40) -> Request:
     sampling = msgspec.structs.replace(GREEDY, priority=priority)
-    return Request(name, [5 + len(name)] * length, sampling, arrival_s=arrival_s)
+    return Request(name, [5 + len(name)] * length, sampling)
 
 
 def run(instance: Instance, requests: list[Request]) -> list[str]:
@@ -45,7 +45,7 @@ def test_the_least_important_is_preempted_and_of_equals_the_latest(
 ) -> None:
     # Given three requests that fit now, and not with all of their output
     names = ("first", "second", "third")
-    requests = [request(names[i], priority, float(i)) for i, priority in enumerate(priorities)]
+    requests = [request(names[i], priority) for i, priority in enumerate(priorities)]
     with LLM(make_config(num_rblocks=24), HastyClock()) as llm:
         for one in requests:
             llm.instance.add(one)
@@ -58,7 +58,7 @@ def test_an_important_request_does_not_wait_for_a_less_important_one(make_config
     # Given an instance that is full, of memory or of requests
     places = {"scheduler": {"max_running_requests": 1}} if limit == "places" else {}
     with LLM(make_config(num_rblocks=12 if limit == "memory" else 64, **places), HastyClock()) as llm:
-        low, equal, high = request("low", 5, 0.0), request("equal", 5, 1.0), request("high", 0, 2.0)
+        low, equal, high = request("low", 5), request("equal", 5), request("high", 0)
         llm.instance.add(low)
         llm.instance.step()
         # When one that is as important comes, and then a more important one

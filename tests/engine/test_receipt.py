@@ -15,16 +15,17 @@ from megatron_distkv.rblock import HOST, InstanceId, LoanId
 from megatron_distkv.request import Request
 from megatron_distkv.sampling_params import SamplingParams
 from tests.conftest import MakeConfig
+from tests.virtual_time.clock import VirtualClock
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
-Meter = tuple[KVMeter, list[float]]
+Meter = tuple[KVMeter, VirtualClock]
 
 
 @pytest.fixture
 def meter() -> Meter:
     """With a clock that a test sets."""
-    now_s = [100.0]
-    return KVMeter(lambda: now_s[0]), now_s
+    clock = VirtualClock()
+    return KVMeter(clock), clock
 
 
 def request(name: str = "r") -> Request:
@@ -43,17 +44,17 @@ def table(num_rblocks: int, *lent: tuple[str, int]) -> BlockTable:
 
 def test_each_count_holds_until_the_next_one(meter: Meter) -> None:
     # Given a request that holds 4 rBlocks here for 2 s, then 3 here, 4 in own host memory, 2 at b and 1 at c for 5 s
-    clocked, now_s = meter
+    clocked, clock = meter
     one = request()
     clocked.note(one, table(4))
-    now_s[0] += 2
+    clock.now_s += 2
     clocked.note(one, table(10, ("b", 2), ("c", 1), (HOST, 4)))
-    now_s[0] += 5
+    clock.now_s += 5
     clocked.settle(one)
     # And then nothing, for a while (it is preempted), and 1 here again for 3 s
-    now_s[0] += 1000
+    clock.now_s += 1000
     clocked.note(one, table(1))
-    now_s[0] += 3
+    clock.now_s += 3
     clocked.settle(one)
     clocked.settle(one)
     assert one.local_rblock_s == 4 * 2 + 3 * 5 + 1 * 3

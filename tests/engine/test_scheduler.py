@@ -28,6 +28,9 @@ class StillClock:
     def monotonic_s(self) -> float:
         return self.now_s
 
+    def unix_ms(self) -> int:
+        return 1_700_000_000_000 + int(self.now_s * 1000)
+
     def sleep(self, seconds: float) -> None:
         pass
 
@@ -36,7 +39,7 @@ def test_a_request_keeps_the_patience_that_it_drew(make_config: MakeConfig) -> N
     # Given a running request whose instance has lent the rest of its memory, and a long patience drawn first
     clock = StillClock()
     with LLM(make_config(num_rblocks=16, scheduler={"max_batched_tokens": 8}), clock) as llm:
-        request = Request("one", [5] * 100, GREEDY, arrival_s=0.0)
+        request = Request("one", [5] * 100, GREEDY)
         llm.instance.add(request)
         llm.instance.step()
         assert llm.instance.parts.allocator.lend(LoanId("all"), 14) is not None

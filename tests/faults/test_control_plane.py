@@ -14,7 +14,8 @@ import pytest
 import redis
 
 from megatron_distkv.gmanager import GManager
-from megatron_distkv.ledger import DebtLedger, open_ledger
+from megatron_distkv.ledger import DebtLedger
+from megatron_distkv.ledger.opening import open_ledger
 from megatron_distkv.ledger.redis_ledger import RedisLedger
 from megatron_distkv.request import Request
 from megatron_distkv.sampling_params import SamplingParams

@@ -16,9 +16,9 @@ from megatron_distkv.attention.deadlines import FACTOR, NUM_LEARNT
 from megatron_distkv.attention.metadata import RemoteShare
 from megatron_distkv.clock import SystemClock
 from megatron_distkv.messages import QueryShare
-from megatron_distkv.pool import Identity, Peer, Quarantine
+from megatron_distkv.peers import MailboxSizes, Peers
+from megatron_distkv.pool import Identity, Peer
 from megatron_distkv.rblock import InstanceId
-from megatron_distkv.rmanager import MailboxSizes, Peers
 
 LEAST_S, MOST_S = 0.3, 30.0
 # Answers at once; told to be slow, takes longer than any learnt patience.
@@ -52,7 +52,7 @@ def creditor(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 @pytest.fixture
 def peers() -> Iterator[Peers]:
     """The debtor's channels."""
-    made = Peers("p", Identity(InstanceId("d"), 1), Quarantine(SystemClock()), 0, MailboxSizes(8192, 8192), MOST_S)
+    made = Peers("p", Identity(InstanceId("d"), 1), SystemClock(), 0, MailboxSizes(8192, 8192), MOST_S)
     yield made
     made.close()
 
@@ -61,7 +61,7 @@ def peers() -> Iterator[Peers]:
 def debtor(tmp_path: Path, creditor: subprocess.Popen[str], peers: Peers) -> Debtor:
     """Has had so many answers that it knows what is usual."""
     peers.reach(at(tmp_path))
-    debtor = Debtor(peers, MOST_S, deadlines=Deadlines(LEAST_S, MOST_S, peers.is_alive))
+    debtor = Debtor(peers, MOST_S, SystemClock(), deadlines=Deadlines(LEAST_S, MOST_S, peers.is_alive))
     for _ in range(NUM_LEARNT):
         assert ask(debtor, 0) == 1
     return debtor

@@ -3,8 +3,8 @@
 import pytest
 
 from megatron_distkv.cli.main import main
-from megatron_distkv.ledger import open_ledger
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
+from megatron_distkv.ledger.opening import open_ledger
 from megatron_distkv.rblock import InstanceId
 from tests.pool.members import info
 

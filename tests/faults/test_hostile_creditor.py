@@ -19,6 +19,7 @@ from megatron_distkv.config.instance import LedgerConfig
 from megatron_distkv.errors import DistkvError, PeerLost, UnreadableMessage
 from megatron_distkv.ledger import Creditor, MemoryLedger
 from megatron_distkv.messages import Acknowledge, MessageKind, QueryShare, decode
+from megatron_distkv.peers import ControlChannels, MailboxSizes, Migration, Peers
 from megatron_distkv.pool import (
     Candidates,
     EndedLoans,
@@ -34,7 +35,7 @@ from megatron_distkv.pool import (
     RequestOwner,
 )
 from megatron_distkv.rblock import InstanceId, LoanId
-from megatron_distkv.rmanager import ControlChannels, MailboxSizes, Migration, Move, Peers
+from megatron_distkv.rmanager import Move
 from megatron_distkv.transport import OPEN_POOL, Answer, Hello, Listener, Request, connect
 from megatron_distkv.transport.frame import FRAME_BYTES, Frame
 from megatron_distkv.transport.hello import MAX_HELLO_BYTES, Challenge, Welcome, new_nonce
@@ -65,7 +66,7 @@ class HostileCreditor:
         self.membership = Membership(self.ledger, self.identity, config, "unix:x", 8, 0, me, self.clock)
         self.membership.join()
         self.ledger.register(InstanceId("h"), self.address, 64, 0, 600.0, info=info())
-        self.peers = Peers("p", self.identity, Quarantine(self.clock), 0, SIZES, DEADLINE_S)
+        self.peers = Peers("p", self.identity, self.clock, 0, SIZES, DEADLINE_S)
         self.control = ControlChannels(self.peers, DEADLINE_S, self.clock)
 
     def loans(self) -> Loans:
@@ -118,7 +119,7 @@ def test_a_query_is_answered_in_the_right_shape_or_its_creditor_is_lost(
 ) -> None:
     creditor.header, creditor.payload = header, payload
     creditor.peers.reach(creditor.peer)
-    debtor = Debtor(creditor.peers, DEADLINE_S)
+    debtor = Debtor(creditor.peers, DEADLINE_S, creditor.clock)
     debtor.begin_step(1, {"h": RemoteShare(torch.tensor([0, 1]), [QueryShare(["l"], [0], 2)])})
     debtor.ask(0, torch.zeros(2, 2, 4))
     partials = debtor.answers()

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from megatron_distkv.config.instance import InstanceConfig
 from megatron_distkv.engine.llm import LLM
-from megatron_distkv.ledger import DebtLedger, open_ledger
+from megatron_distkv.ledger import DebtLedger
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
+from megatron_distkv.ledger.opening import open_ledger
 from megatron_distkv.messages import (
     Acknowledge,
     LendHeader,

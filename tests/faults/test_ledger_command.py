@@ -10,8 +10,9 @@ import redis
 from megatron_distkv.cli.main import main
 from megatron_distkv.engine.llm import LLM
 from megatron_distkv.engine.serving import Serving
-from megatron_distkv.ledger import DebtLedger, open_ledger
+from megatron_distkv.ledger import DebtLedger
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
+from megatron_distkv.ledger.opening import open_ledger
 from megatron_distkv.ledger.redis_ledger import RedisLedger
 from tests.conftest import MakeConfig
 from tests.pool.members import info

@@ -11,8 +11,9 @@ from prometheus_client import generate_latest
 
 from megatron_distkv.cli.main import main
 from megatron_distkv.engine.llm import LLM
-from megatron_distkv.ledger import DebtLedger, open_ledger
+from megatron_distkv.ledger import DebtLedger
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
+from megatron_distkv.ledger.opening import open_ledger
 from megatron_distkv.messages import Refusal
 from megatron_distkv.metrics import INSTANCE_REGISTRY, REGISTRY
 from megatron_distkv.pool import HeldLoan, RequestOwner, picture_of, render_debts

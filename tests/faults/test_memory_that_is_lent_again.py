@@ -11,8 +11,9 @@ import torch
 from megatron_distkv.config.lender import LenderConfig
 from megatron_distkv.engine.lender import Lender
 from megatron_distkv.kvcache.rblock_shape import RBlockShape
-from megatron_distkv.ledger import DebtLedger, open_ledger
+from megatron_distkv.ledger import DebtLedger
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
+from megatron_distkv.ledger.opening import open_ledger
 from megatron_distkv.messages import Refusal
 from megatron_distkv.metrics import INSTANCE_REGISTRY
 from megatron_distkv.rblock import new_loan_id

@@ -8,8 +8,9 @@ import msgspec
 import pytest
 
 from megatron_distkv.engine.llm import LLM
-from megatron_distkv.ledger import InstanceReport, open_ledger
+from megatron_distkv.ledger import InstanceReport
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
+from megatron_distkv.ledger.opening import open_ledger
 from megatron_distkv.messages import Acknowledge, LendReply, MessageKind, PrepareHeader, Refusal, decode
 from megatron_distkv.pool import MemberInfo, write_info
 from megatron_distkv.rblock import InstanceId

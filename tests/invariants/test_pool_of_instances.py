@@ -19,8 +19,9 @@ from megatron_distkv.engine.addresses import rank_address
 from megatron_distkv.engine.instance import Instance
 from megatron_distkv.engine.llm import LLM
 from megatron_distkv.engine.rank import build_rank
-from megatron_distkv.ledger import DebtLedger, open_ledger
+from megatron_distkv.ledger import DebtLedger
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
+from megatron_distkv.ledger.opening import open_ledger
 from megatron_distkv.messages import HandedOver, Holder, TokenOutput
 from megatron_distkv.model import init_tensor_parallel
 from megatron_distkv.rblock import HOST, RemoteSpan, loan_key

@@ -6,8 +6,9 @@ import pytest
 from megatron_distkv.launch.member_names import require_free_names
 
 from megatron_distkv.errors import UserError
-from megatron_distkv.ledger import InstanceReport, open_ledger
+from megatron_distkv.ledger import InstanceReport
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
+from megatron_distkv.ledger.opening import open_ledger
 from megatron_distkv.rblock import InstanceId
 
 NAME = InstanceId("instance-0")

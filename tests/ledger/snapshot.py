@@ -1,7 +1,8 @@
 """What a ledger server says of the pool that tests have, from a connection of its own."""
 
-from megatron_distkv.ledger import PoolSnapshot, open_ledger
+from megatron_distkv.ledger import PoolSnapshot
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
+from megatron_distkv.ledger.opening import open_ledger
 
 
 def snapshot(server: EmbeddedServer) -> PoolSnapshot:

@@ -12,8 +12,9 @@ from urllib.parse import urlsplit
 import pytest
 
 from megatron_distkv.errors import LedgerUnavailable, UserError
-from megatron_distkv.ledger import embedded_server, open_ledger
+from megatron_distkv.ledger import embedded_server
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
+from megatron_distkv.ledger.opening import open_ledger
 from megatron_distkv.ledger.redis_ledger import RedisLedger
 from megatron_distkv.rblock import InstanceId
 

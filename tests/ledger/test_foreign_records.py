@@ -18,9 +18,9 @@ from megatron_distkv.ledger import (
     InstanceReport,
     Move,
     RequestPlacementEntry,
-    open_ledger,
 )
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
+from megatron_distkv.ledger.opening import open_ledger
 from megatron_distkv.ledger.redis_ledger import RedisLedger
 from megatron_distkv.messages import Counted
 from megatron_distkv.pool import check_picture, picture_of

@@ -10,9 +10,9 @@ import pytest
 from megatron_distkv.launch.commands import free_port
 
 from megatron_distkv.errors import UserError
-from megatron_distkv.ledger import open_ledger, shown
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
-from megatron_distkv.ledger.url import warning_about
+from megatron_distkv.ledger.opening import open_ledger
+from megatron_distkv.ledger.url import shown, warning_about
 from megatron_distkv.rblock import InstanceId
 from tests.ledger.tls_server import TlsTerminator, make_authority, make_certificate
 

@@ -1,8 +1,8 @@
 """A release that the creditor did not hear reaches it all the same, however late it wakes."""
 
 from megatron_distkv.clock import SystemClock
-from megatron_distkv.ledger import open_ledger
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
+from megatron_distkv.ledger.opening import open_ledger
 from megatron_distkv.pool import EndedLoans, Identity, LoanBook
 from megatron_distkv.rblock import InstanceId, LoanId, loan_key
 

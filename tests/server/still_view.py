@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_distkv.clock import SystemClock
 from megatron_distkv.ledger import InstanceState, MemoryLedger, RequestPlacementEntry
 from megatron_distkv.pool import Member, MemberInfo, Picture
 from megatron_distkv.rblock import InstanceId
@@ -15,7 +16,7 @@ RBLOCK_SIZE = SHAPE.rblock_size
 
 class StillView(GatewayView):
     def __init__(self) -> None:
-        super().__init__(MemoryLedger())
+        super().__init__(MemoryLedger(), SystemClock())
         self._shown: Picture | None = None
         self._is_away = False
 

@@ -2,20 +2,21 @@
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 
+from megatron_distkv.clock import SystemClock
 from megatron_distkv.config.admission import AdmissionConfig
 from megatron_distkv.metrics import REGISTRY
 from megatron_distkv.sampling_params import SamplingParams
-from megatron_distkv.server import attempt as attempts
 from megatron_distkv.server.admission import Admission
-from megatron_distkv.server.attempt import Attempt
+from megatron_distkv.server.attempt import DOUBT_S, Attempt
 from megatron_distkv.server.errors import ApiError, from_refusal
+from megatron_distkv.server.placement import placed
 from tests.server.still_view import RBLOCK_SIZE, StillView, member
+from tests.virtual_time.clock import VirtualClock
 
 
 class Pool:
@@ -23,7 +24,7 @@ class Pool:
 
     def __init__(self, **config: Any) -> None:
         self.view = StillView()
-        self.admission = Admission(AdmissionConfig(**{"overtake_within_s": 1000, **config}), self.view)
+        self.admission = Admission(AdmissionConfig(**{"overtake_within_s": 1000, **config}), self.view, SystemClock())
 
     def ask(self, num_rblocks: int, pinned: str | None = None, priority: int = 0) -> "Visitor":
         return Visitor(self, num_rblocks, pinned, priority)
@@ -35,14 +36,14 @@ class Visitor:
     def __init__(self, pool: Pool, num_rblocks: int, pinned: str | None, priority: int) -> None:
         self._pool = pool
         sampling = SamplingParams(max_tokens=2, priority=priority)
-        self.attempt = Attempt([1] * (num_rblocks * RBLOCK_SIZE - 1), sampling, pinned)
+        self.attempt = Attempt([1] * (num_rblocks * RBLOCK_SIZE - 1), sampling, pinned, SystemClock())
         self.at: str | None = None
         self._may_leave = asyncio.Event()
         self.task = asyncio.create_task(self._visit())
 
     async def _visit(self) -> None:
         self._pool.admission.require_possible(self.attempt)
-        async with self._pool.admission.place(self.attempt) as record:
+        async with placed(self.attempt, self._pool.admission) as record:
             self.at = record.instance
             self.attempt.request(record)
             await self._may_leave.wait()
@@ -282,13 +283,13 @@ def test_whom_an_instance_refuses_waits_again_at_its_place() -> None:
         # Given an instance that is fuller than the gateway's picture shows: another gateway's requests
         pool = Pool()
         pool.view.show(member("a", 8))
-        attempt = Attempt([1] * 10, SamplingParams(max_tokens=2), None)
-        async with pool.admission.place(attempt) as record:
+        attempt = Attempt([1] * 10, SamplingParams(max_tokens=2), None, SystemClock())
+        async with placed(attempt, pool.admission) as record:
             attempt.note_refused(record, from_refusal("queue_full", "all full"))
 
         # When it refuses, then the request is not lost: it waits, before younger ones, and asks again
         async def place() -> str:
-            async with pool.admission.place(attempt) as record:
+            async with placed(attempt, pool.admission) as record:
                 return record.instance
 
         again = asyncio.create_task(place())
@@ -302,13 +303,13 @@ def test_whom_an_instance_refuses_waits_again_at_its_place() -> None:
     play(story)
 
 
-def test_too_long_for_an_instance_is_believed_when_it_is_said_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_long_for_an_instance_is_believed_when_it_is_said_again() -> None:
     too_long = from_refusal("too_long", "the longest that the pool's memory holds now is 3")
-    attempt = Attempt([1] * 10, SamplingParams(max_tokens=2), None)
+    clock = VirtualClock()
+    attempt = Attempt([1] * 10, SamplingParams(max_tokens=2), None, clock)
     attempt.note_refused(member("a", 8), too_long)
-    # When it is said for longer than it is doubted
-    monkeypatch.setattr(attempts, "DOUBT_S", 0.0)
-    time.sleep(0.001)
+    attempt.note_refused(member("a", 8), too_long)
+    clock.now_s += 2 * DOUBT_S
     with pytest.raises(ApiError, match="memory holds now is 3"):
         attempt.note_refused(member("a", 8), too_long)
 

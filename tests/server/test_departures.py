@@ -1,19 +1,12 @@
 """How quickly a queue moves: remembered for a while, however many there were."""
 
 from megatron_distkv.server.departures import RETRY_AT_MOST_S, WINDOW_S, Departures
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now_s = 1000.0
-
-    def __call__(self) -> float:
-        return self.now_s
+from tests.virtual_time.clock import VirtualClock
 
 
 def test_departures_of_long_ago_are_not_kept() -> None:
     # Given a gateway that serves ten requests a second and never refuses one
-    clock = Clock()
+    clock = VirtualClock()
     departures = Departures(clock)
     for _ in range(20_000):
         departures.note()
@@ -24,4 +17,4 @@ def test_departures_of_long_ago_are_not_kept() -> None:
 
 
 def test_without_departures_it_takes_long() -> None:
-    assert Departures(Clock()).retry_after_s(0) == RETRY_AT_MOST_S
+    assert Departures(VirtualClock()).retry_after_s(0) == RETRY_AT_MOST_S

@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from megatron_distkv import framing
+from megatron_distkv.clock import SystemClock
 from megatron_distkv.config.admission import AdmissionConfig
 from megatron_distkv.messages import NewRequest, RequestKV, RequestRefused, ToInstance, TokenOutput
 from megatron_distkv.sampling_params import SamplingParams
@@ -65,7 +66,7 @@ async def ask(
     ]
     # Neither holds it alone, so the one with more free memory comes first
     view = StillView()
-    router = Router(view, AdmissionConfig(), patience_s)
+    router = Router(view, AdmissionConfig(), SystemClock(), patience_s)
     view.show(member("a", 6, requests=sockets[0]), member("b", 5, requests=sockets[1]))
     try:
         return [routed async for routed in router.generate([1] * 64, SamplingParams(max_tokens=8), pinned)]

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator
 from typing import Any, cast
 
+from megatron_distkv.clock import SystemClock
 from megatron_distkv.messages import RequestKV
 from megatron_distkv.server.answer import Answer
 from megatron_distkv.server.generation import Piece
@@ -35,7 +36,7 @@ def test_each_choice_has_a_receipt() -> None:
     # Given two choices, one with loans, one whose instance sent no receipt
     async def usage() -> dict[str, Any]:
         streams = [one_piece(0, Receipt().add("a", RECEIPT)), one_piece(1, None)]
-        answer = Answer(cast(Any, BareShape()), cast(Tokenizer, None), "m", 5, streams)
+        answer = Answer(cast(Any, BareShape()), cast(Tokenizer, None), "m", 5, streams, SystemClock())
         body: dict[str, Any] = (await answer.whole())["usage"]
         return body
 

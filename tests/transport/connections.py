@@ -7,7 +7,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from megatron_distkv.transport import parse_address
+from megatron_distkv.address import parse_address
 
 
 def break_connections(address: str) -> None:

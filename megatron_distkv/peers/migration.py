@@ -9,9 +9,9 @@ from megatron_distkv.attention import HostMemory, Verification
 from megatron_distkv.errors import DistkvError, PeerLost
 from megatron_distkv.messages import Acknowledge, FetchHeader, MessageKind, StoreHeader, decode
 from megatron_distkv.ops import gather_rblocks, scatter_rblocks
+from megatron_distkv.peers.peers import Peers
 from megatron_distkv.rblock import HOST, loan_name
-from megatron_distkv.rmanager.move import Move, Pull
-from megatron_distkv.rmanager.peers import Peers
+from megatron_distkv.rmanager import Move, Pull
 from megatron_distkv.transport import Reply, TensorSpec, read_tensors
 
 

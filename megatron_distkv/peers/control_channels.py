@@ -8,8 +8,8 @@ import msgspec
 from megatron_distkv.clock import Clock
 from megatron_distkv.errors import PeerLost
 from megatron_distkv.messages import MessageKind, decode
+from megatron_distkv.peers.peers import MailboxSizes, Peers
 from megatron_distkv.pool import Peer, Quarantine
-from megatron_distkv.rmanager.peers import MailboxSizes, Peers
 from megatron_distkv.transport import Channel
 
 _Reply = TypeVar("_Reply")

@@ -8,7 +8,7 @@ ranks:N          tensor-parallel ranks of the instance; without it: 1
 """
 
 import functools
-import socket
+import os
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote, unquote
@@ -85,4 +85,4 @@ def this_host() -> str:
     try:
         return _BOOT_ID.read_text().strip()
     except OSError:
-        return socket.gethostname()
+        return os.uname().nodename

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from megatron_distkv.address import Address, parse_address, this_host
 from megatron_distkv.config.endpoint import Endpoint
-from megatron_distkv.transport import Address, parse_address, this_host
 
 NAMES = st.text("abc.-%é 1{}:/", min_size=1, max_size=20)
 ENDPOINTS = st.builds(

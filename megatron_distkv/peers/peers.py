@@ -3,13 +3,15 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from megatron_distkv.address import parse_address
 from megatron_distkv.attention import CreditorChannel, HeadShare, Part, SplitChannel
+from megatron_distkv.clock import Clock
 from megatron_distkv.errors import PeerLost
 from megatron_distkv.kvcache.rblock_pool import rank_pool
 from megatron_distkv.kvcache.rblock_shape import RBlockShape
 from megatron_distkv.log import get_logger
 from megatron_distkv.pool import Identity, Peer, Quarantine
-from megatron_distkv.transport import OPEN_POOL, Channel, Hello, TensorSpec, Tls, connect, parse_address
+from megatron_distkv.transport import OPEN_POOL, Channel, Hello, TensorSpec, Tls, connect
 from megatron_distkv.transport.hello import PROTOCOL_VERSION
 
 logger = get_logger(__name__)
@@ -37,7 +39,7 @@ class Peers(Mapping[str, CreditorChannel]):
         self,
         pool: str,
         identity: Identity,
-        lost: Quarantine,
+        clock: Clock,
         rank: int,
         sizes: MailboxSizes,
         deadline_s: float,
@@ -54,7 +56,8 @@ class Peers(Mapping[str, CreditorChannel]):
         self._tls = tls
         self._shape = shape
         self._deadline_s = deadline_s
-        self.lost = lost
+        self._clock = clock
+        self.lost = Quarantine(clock)
         """Peers that were lost a short while ago: one that hangs must not cost a deadline at every attempt."""
         self._channels: dict[str, CreditorChannel] = {}
         self._lives: dict[str, Peer] = {}  # whose channels they are
@@ -99,7 +102,7 @@ class Peers(Mapping[str, CreditorChannel]):
             if isinstance(error, OSError | ValueError):
                 raise PeerLost(peer, f"cannot connect: {error}") from error
             raise
-        return parts[0].channel if len(parts) == 1 else SplitChannel(parts, self._rblock)
+        return parts[0].channel if len(parts) == 1 else SplitChannel(parts, self._rblock, self._clock)
 
     def _ranks_of(self, address: str) -> Iterator[tuple[int, slice]]:
         """The peer's ranks that hold some of this rank's KV heads, and which; raises ValueError."""
