@@ -151,7 +151,7 @@ class VirtualInstance:
         model = cast(ModelConfig, SimpleNamespace(max_context_tokens=None, vocab_size=1 << 30))
         self.admission = Admission(model, self.scheduler, self.rmanager, lambda _: False)
         self._unplaceable = Unplaceable(self.admission, self.scheduler, clock)
-        self._reporting = Reporting(me.instance, self.allocator, host, self.loans, self.rmanager, self.scheduler)
+        self._reporting = Reporting(me.instance, self.allocator, host, self.loans, self.rmanager, self.scheduler, list)
         self.membership.report = lambda: self._reporting.report
         self.membership.follow_ups = (lambda _: ended.tell(), self.lending.reconcile)
         self.membership.join()
