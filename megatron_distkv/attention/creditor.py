@@ -28,7 +28,7 @@ from megatron_distkv.messages import (
     decode,
 )
 from megatron_distkv.ops import Int8RBlocks, gather_rblocks, readable, scatter_rblocks
-from megatron_distkv.transport import Answer, Hello, Request, TensorSpec, read_tensors
+from megatron_distkv.transport import Answer, ChannelRequest, Hello, TensorSpec, read_tensors
 
 logger = get_logger(__name__)
 
@@ -91,7 +91,7 @@ class Creditor:
             self._pool, self._num_query_heads, self._head_dim, self._model_dtype, self._scale, self._clock
         )
 
-    def query(self, hello: Hello, request: Request) -> Answer:
+    def query(self, hello: Hello, request: ChannelRequest) -> Answer:
         """MicroAttention of one layer over the debtor's rBlocks here (contract: messages.QueryHeader)."""
         header = decode(request.header, QueryHeader)
         if header.layer >= self._pool.shape[1]:
@@ -109,7 +109,7 @@ class Creditor:
         dtype = torch.float32 if header.num_partials else wire_dtype(self._model_dtype)
         return Answer(msgspec.msgpack.encode(Acknowledge(None, throttled_s)), [out.to(dtype), lse])
 
-    def store(self, hello: Hello, request: Request) -> Answer:
+    def store(self, hello: Hello, request: ChannelRequest) -> Answer:
         """Take in migrated rBlocks (contract: messages.StoreHeader)."""
         header = decode(request.header, StoreHeader)
         if len(set(header.block_ids)) < len(header.block_ids):
@@ -126,7 +126,7 @@ class Creditor:
             self._loans.note_stored(header.loan_id, header.block_ids, heads, self._pool.shape[2])
         return _acknowledge(None)
 
-    def fetch(self, hello: Hello, request: Request) -> Answer:
+    def fetch(self, hello: Hello, request: ChannelRequest) -> Answer:
         """Give borrowed rBlocks back (contract: messages.FetchHeader)."""
         header = decode(request.header, FetchHeader)
         asker, heads = asker_of(hello, request), self._heads_of(hello)
@@ -180,7 +180,7 @@ class Creditor:
         return all(_is_granted(access, "query", asker) for access in each)
 
 
-def asker_of(hello: Hello, request: Request) -> Holder:
+def asker_of(hello: Hello, request: ChannelRequest) -> Holder:
     """Who asks, as the loans know it."""
     return Holder(hello.instance_id, request.certificate)
 

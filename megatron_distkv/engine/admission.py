@@ -11,7 +11,7 @@ from megatron_distkv.rmanager import RManager
 _HOLDS = "the longest that the pool's memory holds now is"
 
 
-class Admission:
+class InstanceAdmission:
     """With `draining` True nothing is taken any more."""
 
     def __init__(

@@ -8,13 +8,13 @@ import torch.distributed as dist
 from megatron_distkv.background import Fatal, Periodic
 from megatron_distkv.config.instance import LONELY_LEDGER
 from megatron_distkv.engine.addresses import rank_address, request_socket
-from megatron_distkv.engine.admission import Admission
-from megatron_distkv.engine.doors import Doors, advertised_address, warn_of_open_doors
+from megatron_distkv.engine.admission import InstanceAdmission
 from megatron_distkv.engine.followers import FollowerRanks
 from megatron_distkv.engine.host_lender import open_host_lender
 from megatron_distkv.engine.instance_secret import share_instance_secret
 from megatron_distkv.engine.lender import Lender
 from megatron_distkv.engine.lender_handler import LenderHandler
+from megatron_distkv.engine.listeners import Listeners, advertised_address, warn_of_open_listeners
 from megatron_distkv.engine.rank import Rank
 from megatron_distkv.engine.rank_memory import num_own_open_slots
 from megatron_distkv.engine.reporting import Reporting
@@ -66,7 +66,7 @@ class Parts:
         self._make_rmanager()
         self._make_engine()
         self._make_handover()
-        self.doors = self._open_doors()
+        self.listeners = self._open_listeners()
         self.heartbeat = Periodic("heartbeat", self.membership.beat, self.membership.interval_s, self.fatal)
         self.link_probes = Periodic("links", self._probe_links, lambda: PROBE_INTERVAL_S, self.fatal)
         self.pool_looks = Periodic("pool view", self.view.look, lambda: LOOK_INTERVAL_S, self.fatal)
@@ -111,7 +111,7 @@ class Parts:
         """What it computes, and for whom."""
         rank = self.rank
         self.scheduler = Scheduler(rank.config.scheduler, self.rmanager, self.clock)
-        self.admission = Admission(
+        self.admission = InstanceAdmission(
             rank.model, self.scheduler, self.rmanager, lambda request_id: self.receiver.is_arriving(request_id)
         )
         self.reporting = Reporting(
@@ -193,11 +193,11 @@ class Parts:
             self.ledger, rank.identity, config.ledger, address, total, total - self.allocator.max_lent, info, self.clock
         )
 
-    def _open_doors(self) -> Doors:
+    def _open_listeners(self) -> Listeners:
         rank, config = self.rank, self.rank.config
         if not self.is_lonely:
-            warn_of_open_doors(config.network, rank.secret, config.ledger.pool)
-        return Doors(
+            warn_of_open_listeners(config.network, rank.secret, config.ledger.pool)
+        return Listeners(
             config.network,
             rank_address(config.run_dir, config.instance_id, 0),
             0,

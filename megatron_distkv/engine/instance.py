@@ -11,7 +11,7 @@ from megatron_distkv.engine.sampler import sample
 from megatron_distkv.engine.scheduler import Scheduled
 from megatron_distkv.log import get_logger
 from megatron_distkv.messages import HandedOver, InstanceStatus, RequestRefused, TokenOutput
-from megatron_distkv.pool import DebtLedger, Move, Peer, RequestOwner
+from megatron_distkv.pool import DebtLedger, MoveOrder, Peer, RequestOwner
 from megatron_distkv.request import FinishReason, Request
 
 logger = get_logger(__name__)
@@ -197,7 +197,7 @@ class Instance:
     def _follow_orders(self) -> None:
         while not self.parts.membership.orders.empty():
             order = self.parts.membership.orders.get()
-            if isinstance(order, Move):
+            if isinstance(order, MoveOrder):
                 self.rmanager.move_to(order.request_id, order.num_rblocks, order.destination)
             else:
                 self.rmanager.recall(order.key)
@@ -233,7 +233,7 @@ class Instance:
                 lambda: parts.loans.flush(RETURN_WITHIN_S),
                 *([parts.host_lender.close] if parts.host_lender is not None else []),
                 parts.membership.leave,
-                parts.doors.close,
+                parts.listeners.close,
                 *([parts.followers.stop] if parts.followers is not None else []),
                 lambda: parts.jobs.shutdown(wait=False, cancel_futures=True),
                 parts.control.close,

@@ -11,8 +11,8 @@ from megatron_distkv.clock import Clock, SystemClock
 from megatron_distkv.config.lender import LenderConfig
 from megatron_distkv.engine.addresses import rank_address
 from megatron_distkv.engine.closing import close_in_order
-from megatron_distkv.engine.doors import Doors, advertised_address, warn_of_open_doors
 from megatron_distkv.engine.lender_handler import LenderHandler
+from megatron_distkv.engine.listeners import Listeners, advertised_address, warn_of_open_listeners
 from megatron_distkv.errors import LedgerUnavailable, UserError
 from megatron_distkv.kvcache.rblock_allocator import RBlockAllocator
 from megatron_distkv.kvcache.rblock_pool import rank_pool, torch_dtype
@@ -96,7 +96,7 @@ class Lender:
         self.lending = Lending(
             self.allocator, LoanBook(ledger, identity), self.loan_table, NoFollowers(), lambda: False, self._jobs, clock
         )
-        self._doors = self._open_doors(config, creditor)
+        self._listeners = self._open_listeners(config, creditor)
         self._counted = counted
         membership.report = self._report
         membership.follow_ups = (self.lending.reconcile,)
@@ -138,7 +138,7 @@ class Lender:
             [
                 self._heartbeat.stop,
                 self._membership.leave,
-                self._doors.close,
+                self._listeners.close,
                 lambda: self._jobs.shutdown(wait=False, cancel_futures=True),
                 self._ledger.close,
             ]
@@ -155,10 +155,10 @@ class Lender:
         num_heads, dtype, head_dim = shape.query_heads_per_rank, torch_dtype(shape), shape.head_dim
         return Creditor(pool.tensor_BLK2ND, self.loan_table, num_heads, dtype, scale, self._clock, head_dim=head_dim)
 
-    def _open_doors(self, config: LenderConfig, creditor: Creditor) -> Doors:
+    def _open_listeners(self, config: LenderConfig, creditor: Creditor) -> Listeners:
         secret = read_secret(config.ledger.secret_file)
-        warn_of_open_doors(config.network, secret, config.ledger.pool)
-        return Doors(
+        warn_of_open_listeners(config.network, secret, config.ledger.pool)
+        return Listeners(
             config.network,
             rank_address(config.run_dir, config.lender_id, 0),
             0,

@@ -18,7 +18,7 @@ from megatron_distkv.messages import (
 )
 from megatron_distkv.rblock import LoanId
 from megatron_distkv.rmanager import Lending
-from megatron_distkv.transport import Answer, Hello, Request
+from megatron_distkv.transport import Answer, ChannelRequest, Hello
 
 
 class LenderHandler:
@@ -32,7 +32,7 @@ class LenderHandler:
         self._creditor = creditor
         self._incoming = incoming
 
-    def answer(self, hello: Hello, request: Request) -> Answer:
+    def answer(self, hello: Hello, request: ChannelRequest) -> Answer:
         asker = asker_of(hello, request)
         match MessageKind(request.kind):
             case MessageKind.QUERY:
@@ -62,7 +62,7 @@ class LenderHandler:
         return Acknowledge(self._lending.release(LoanId(header.loan_id), asker))
 
     @staticmethod
-    def _own(hello: Hello, request: Request) -> LendHeader:
+    def _own(hello: Hello, request: ChannelRequest) -> LendHeader:
         header = decode(request.header, LendHeader)
         if header.debtor != hello.instance_id:
             raise DistkvError(f"{hello.instance_id} asks for a loan in the name of {header.debtor}")

@@ -15,7 +15,7 @@ from megatron_distkv.attention import (
 from megatron_distkv.clock import Clock, SystemClock
 from megatron_distkv.config.instance import InstanceConfig
 from megatron_distkv.config.model import ModelConfig
-from megatron_distkv.engine.doors import tls_of
+from megatron_distkv.engine.listeners import tls_of
 from megatron_distkv.engine.mailbox_sizes import mailbox_sizes, most_answers, rblocks_per_message
 from megatron_distkv.engine.model_runner import ModelRunner
 from megatron_distkv.engine.rank_memory import RankMemory, make_rank_memory, memory_in_words, rblock_shape

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from megatron_distkv.clock import Clock
-from megatron_distkv.engine.admission import Admission
+from megatron_distkv.engine.admission import InstanceAdmission
 from megatron_distkv.engine.scheduler import Scheduler
 from megatron_distkv.log import get_logger
 from megatron_distkv.messages import RequestRefused
@@ -28,7 +28,7 @@ class _Progress(NamedTuple):
 class Unplaceable:
     """The engine's thread calls it."""
 
-    def __init__(self, admission: Admission, scheduler: Scheduler, clock: Clock) -> None:
+    def __init__(self, admission: InstanceAdmission, scheduler: Scheduler, clock: Clock) -> None:
         self._admission = admission
         self._scheduler = scheduler
         self._clock = clock

@@ -8,8 +8,8 @@ import torch.distributed as dist
 
 from megatron_distkv.engine.addresses import control_address, rank_address
 from megatron_distkv.engine.batch import StepPlan, StepReply
-from megatron_distkv.engine.doors import Doors
 from megatron_distkv.engine.instance_secret import share_instance_secret
+from megatron_distkv.engine.listeners import Listeners
 from megatron_distkv.engine.rank import Rank
 from megatron_distkv.errors import DistkvError
 from megatron_distkv.log import get_logger
@@ -24,7 +24,7 @@ from megatron_distkv.messages import (
     decode,
     happened_here,
 )
-from megatron_distkv.transport import Answer, Hello, Listener, Request
+from megatron_distkv.transport import Answer, ChannelRequest, Hello, Listener
 
 logger = get_logger(__name__)
 _DONE = msgspec.msgpack.encode(Acknowledge())
@@ -39,7 +39,7 @@ class Worker:
         self._replies: queue.SimpleQueue[StepReply] = queue.SimpleQueue()
         self._has_ended = threading.Event()
         config = rank.config
-        self._doors = Doors(
+        self._listeners = Listeners(
             config.network,
             rank_address(config.run_dir, config.instance_id, rank.parallel.rank),
             rank.parallel.rank,
@@ -69,11 +69,11 @@ class Worker:
                 self._replies.put(StepReply(result.lost, sorted(result.wrong)))
         finally:
             self._has_ended.set()
-            self._doors.close()
+            self._listeners.close()
             self._control.close()
             self._rank.peers.close()
 
-    def _answer(self, hello: Hello, request: Request) -> Answer:
+    def _answer(self, hello: Hello, request: ChannelRequest) -> Answer:
         kind = MessageKind(request.kind)
         if kind is MessageKind.QUERY:
             return self._rank.creditor.query(hello, request)
@@ -83,7 +83,7 @@ class Worker:
             return self._rank.creditor.fetch(hello, request)
         raise DistkvError(f"a follower takes no {kind.name} from {hello.instance_id}")
 
-    def _obey(self, _: Hello, request: Request) -> Answer:
+    def _obey(self, _: Hello, request: ChannelRequest) -> Answer:
         """The leader's orders: they come over the control channel only, from who knows this instance's secret."""
         kind = MessageKind(request.kind)
         if kind is MessageKind.STEP:

@@ -5,7 +5,7 @@ batch gains most from room). Each debtor's longest request is paired with the fr
 Ours, and simpler than the paper's: the gain is counted in rBlocks made free, not by a fitted model of step times.
 """
 
-from megatron_distkv.ledger import InstanceState, Move, RequestPlacementEntry
+from megatron_distkv.ledger import InstanceState, MoveOrder, RequestPlacementEntry
 from megatron_distkv.pool import Member, Picture
 
 # Below this share of free memory an instance with waiting requests is a debtor.
@@ -16,7 +16,7 @@ CREDITOR_KEEPS_SHARE = 0.25
 MIN_MOVED_RBLOCKS = 4
 
 
-def plan(picture: Picture) -> list[Move]:
+def plan(picture: Picture) -> list[MoveOrder]:
     """At most one move per debtor and per creditor and plan."""
     creditors = sorted(filter(_may_lend, picture.live), key=lambda record: -record.free_to_lend)
     moves = []
@@ -27,7 +27,7 @@ def plan(picture: Picture) -> list[Move]:
             continue
         count = min(entry.num_rblocks // 2, int(creditor.free_to_lend * (1 - CREDITOR_KEEPS_SHARE)))
         if count >= MIN_MOVED_RBLOCKS:
-            moves.append(Move(entry.request_id, debtor.instance, creditor.instance, count))
+            moves.append(MoveOrder(entry.request_id, debtor.instance, creditor.instance, count))
             creditors.remove(creditor)
     return moves
 

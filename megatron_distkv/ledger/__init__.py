@@ -8,7 +8,7 @@ from megatron_distkv.ledger.history import render_history
 from megatron_distkv.ledger.memory_ledger import MemoryLedger
 from megatron_distkv.ledger.pool_snapshot import MemberChange, PoolChanges, PoolReader, PoolSnapshot
 from megatron_distkv.ledger.records import (
-    Creditor,
+    CreditorOffer,
     HeartbeatReply,
     InstanceRecord,
     InstanceReport,
@@ -16,14 +16,14 @@ from megatron_distkv.ledger.records import (
     Loan,
     LoanState,
     MemberCounts,
-    Move,
+    MoveOrder,
     Recall,
     Registration,
     RequestPlacementEntry,
 )
 
 __all__ = [
-    "Creditor",
+    "CreditorOffer",
     "DebtLedger",
     "HeartbeatReply",
     "InstanceRecord",
@@ -34,7 +34,7 @@ __all__ = [
     "MemberChange",
     "MemberCounts",
     "MemoryLedger",
-    "Move",
+    "MoveOrder",
     "PoolChanges",
     "PoolReader",
     "PoolSnapshot",

@@ -13,11 +13,11 @@ from typing import Protocol
 
 from megatron_distkv.ledger.pool_snapshot import PoolChanges, PoolSnapshot
 from megatron_distkv.ledger.records import (
-    Creditor,
+    CreditorOffer,
     HeartbeatReply,
     InstanceReport,
     Loan,
-    Move,
+    MoveOrder,
     Recall,
     Registration,
 )
@@ -51,7 +51,7 @@ class DebtLedger(Protocol):
         `known` False also where somebody else has written into this member's record: registering again heals it.
         """
 
-    def recommend(self, debtor: InstanceId, limit: int, skip: int = 0) -> list[Creditor]:
+    def recommend(self, debtor: InstanceId, limit: int, skip: int = 0) -> list[CreditorOffer]:
         """Up to `limit` live, debt-free instances that would lend, freest first.
 
         After the first `skip` of them: whoever wants more than one answer holds asks again for the rest.
@@ -139,7 +139,7 @@ class DebtLedger(Protocol):
     def lead(self, candidate: str, lease_s: float) -> bool:
         """Take or keep the gManager's leader lease."""
 
-    def publish_moves(self, leader: str, moves: Sequence[Move]) -> bool:
+    def publish_moves(self, leader: str, moves: Sequence[MoveOrder]) -> bool:
         """Hand moves to their sources' next heartbeats; False when `leader` does not lead."""
 
     def events(self, count: int) -> list[dict[str, str]]:

@@ -15,14 +15,14 @@ from megatron_distkv.errors import LedgerUnavailable, SupersededError
 from megatron_distkv.ledger.pool_snapshot import PoolChanges, PoolReader, PoolSnapshot, ReadPosition
 from megatron_distkv.ledger.pool_state import PoolState, StoredMember
 from megatron_distkv.ledger.records import (
-    Creditor,
+    CreditorOffer,
     HeartbeatReply,
     InstanceRecord,
     InstanceReport,
     InstanceState,
     Loan,
     LoanState,
-    Move,
+    MoveOrder,
     Recall,
     Registration,
     heartbeat_interval_s,
@@ -115,14 +115,14 @@ class MemoryLedger:
 
     # Loans
 
-    def recommend(self, debtor: InstanceId, limit: int, skip: int = 0) -> list[Creditor]:
+    def recommend(self, debtor: InstanceId, limit: int, skip: int = 0) -> list[CreditorOffer]:
         with self._operation() as state:
             state.expire_a_few()
             able = [x for x in state.members.values() if x.offered > 0 and x.record.instance != debtor]
             able = [x for x in able if x.lease_end_ms > state.now_ms]
             able.sort(key=lambda member: (member.offered, member.record.instance), reverse=True)
             records = [member.record for member in able[skip : skip + limit]]
-            return [Creditor(x.instance, x.epoch, x.address, x.free_to_lend, x.info) for x in records]
+            return [CreditorOffer(x.instance, x.epoch, x.address, x.free_to_lend, x.info) for x in records]
 
     def borrow(
         self, loan_id: LoanKey, debtor: InstanceId, debtor_epoch: int, creditor: InstanceId, creditor_epoch: int,
@@ -263,7 +263,7 @@ class MemoryLedger:
             state.leader = (candidate, state.now_ms + int(lease_s * 1000))
             return True
 
-    def publish_moves(self, leader: str, moves: Sequence[Move]) -> bool:
+    def publish_moves(self, leader: str, moves: Sequence[MoveOrder]) -> bool:
         with self._operation() as state:
             if state.leader[0] != leader or state.leader[1] <= state.now_ms:
                 return False

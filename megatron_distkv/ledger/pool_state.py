@@ -10,7 +10,7 @@ from megatron_distkv.ledger.records import (
     InstanceReport,
     InstanceState,
     Loan,
-    Move,
+    MoveOrder,
     Recall,
     RequestPlacementEntry,
     in_order,
@@ -29,7 +29,7 @@ class StoredMember:
     lease_end_ms: int
     version: int
     placements: tuple[RequestPlacementEntry, ...] = ()
-    moves: list[Move] = field(default_factory=list)
+    moves: list[MoveOrder] = field(default_factory=list)
 
     @property
     def offered(self) -> int:

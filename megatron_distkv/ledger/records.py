@@ -76,7 +76,7 @@ class Recall:
 
 
 @dataclass(frozen=True)
-class Move:
+class MoveOrder:
     """A move of KV that the gManager has planned (the paper's move_kvcache)."""
 
     request_id: str
@@ -102,11 +102,11 @@ class HeartbeatReply:
     num_members: int = 0  # this one too
     interval_s: float = 0.0  # the ledger asks for no more than one heartbeat in this time
     recalls: tuple[Recall, ...] = ()
-    moves: tuple[Move, ...] = ()
+    moves: tuple[MoveOrder, ...] = ()
 
 
 @dataclass(frozen=True)
-class Creditor:
+class CreditorOffer:
     """An instance that would lend `free_rblocks` rBlocks now; `info` is empty where it cannot be read."""
 
     instance: InstanceId

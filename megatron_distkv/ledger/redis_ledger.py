@@ -17,11 +17,11 @@ from megatron_distkv.errors import LedgerUnavailable, SupersededError
 from megatron_distkv.ledger.keys import prefix
 from megatron_distkv.ledger.pool_snapshot import PoolChanges, PoolReader, PoolSnapshot, ReadPosition
 from megatron_distkv.ledger.records import (
-    Creditor,
+    CreditorOffer,
     HeartbeatReply,
     InstanceReport,
     Loan,
-    Move,
+    MoveOrder,
     Recall,
     Registration,
     heartbeat_interval_s,
@@ -165,7 +165,7 @@ class RedisLedger:
     # Loans
 
     @reading
-    def recommend(self, debtor: InstanceId, limit: int, skip: int = 0) -> list[Creditor]:
+    def recommend(self, debtor: InstanceId, limit: int, skip: int = 0) -> list[CreditorOffer]:
         return [read_creditor(row) for row in self._run("recommend", debtor, limit, skip)]
 
     @reading
@@ -247,7 +247,7 @@ class RedisLedger:
         return bool(self._run("lead", candidate, to_ms(lease_s)))
 
     @reading
-    def publish_moves(self, leader: str, moves: Sequence[Move]) -> bool:
+    def publish_moves(self, leader: str, moves: Sequence[MoveOrder]) -> bool:
         flat = [
             part for move in moves for part in (move.source, f"{move.request_id}|{move.destination}|{move.num_rblocks}")
         ]

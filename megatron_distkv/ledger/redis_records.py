@@ -8,12 +8,12 @@ import msgspec
 
 from megatron_distkv.ledger.pool_snapshot import MemberChange
 from megatron_distkv.ledger.records import (
-    Creditor,
+    CreditorOffer,
     InstanceRecord,
     InstanceState,
     Loan,
     LoanState,
-    Move,
+    MoveOrder,
     RequestPlacementEntry,
     in_order,
 )
@@ -66,21 +66,21 @@ def _read_placements(text: str) -> tuple[RequestPlacementEntry, ...]:
     return tuple(RequestPlacementEntry(request, InstanceId(holder), num, local) for request, holder, num, local in rows)
 
 
-def read_moves(source: InstanceId, texts: Sequence[str]) -> Iterator[Move]:
+def read_moves(source: InstanceId, texts: Sequence[str]) -> Iterator[MoveOrder]:
     """A plan is advice: one that cannot be read is left out."""
     for text in texts:
         request_id, *rest = text.rsplit("|", 2)
         if len(rest) == 2 and rest[1].isdecimal():
-            yield Move(request_id, source, InstanceId(rest[0]), int(rest[1]))
+            yield MoveOrder(request_id, source, InstanceId(rest[0]), int(rest[1]))
 
 
-def read_creditor(row: Sequence[str]) -> Creditor:
+def read_creditor(row: Sequence[str]) -> CreditorOffer:
     name, epoch, address, free, info = row
     try:
         facts = _read_info(info)
     except UNREADABLE:
         facts = {}
-    return Creditor(InstanceId(name), int(epoch), address, int(free), facts)
+    return CreditorOffer(InstanceId(name), int(epoch), address, int(free), facts)
 
 
 def read_loan(row: Sequence[str]) -> Loan:

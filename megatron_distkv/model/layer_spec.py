@@ -6,7 +6,7 @@ from megatron_distkv.attention import DistAttention, RotaryConfig
 from megatron_distkv.config.model import ModelConfig
 from megatron_distkv.model.families import family_of
 from megatron_distkv.model.megatron_gpt import LocalLayer
-from megatron_distkv.model.mixture import Mixture, Router
+from megatron_distkv.model.mixture import ExpertRouter, Mixture
 
 
 def layers_of(model: ModelConfig) -> list[LocalLayer]:
@@ -25,6 +25,6 @@ def _layer(model: ModelConfig, number: int) -> LocalLayer:
     )
     if num_experts is not None:
         layer.use_mlp(Mixture)
-        layer.mlp.router = Router
+        layer.mlp.router = ExpertRouter
     family_of(model).parts.change_layer(layer, model, number)
     return layer

@@ -15,7 +15,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher
 
 
-class Router(TopKRouter):
+class ExpertRouter(TopKRouter):
     def gating(self, input: torch.Tensor) -> torch.Tensor:
         """Megatron's moves the weight to CUDA and multiplies by Transformer Engine."""
         return F.linear(input, self.weight)

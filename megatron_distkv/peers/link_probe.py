@@ -7,7 +7,7 @@ from megatron_distkv.clock import Clock
 from megatron_distkv.kvcache.rblock_shape import RBlockShape
 from megatron_distkv.messages import MessageKind
 from megatron_distkv.peers.peers import MailboxSizes, Peers
-from megatron_distkv.pool import Creditor, LinkCost, Peer, link_cost
+from megatron_distkv.pool import CreditorOffer, LinkCost, Peer, link_cost
 
 # The best of so many: what the link costs, not what else the other side did.
 ROUND_TRIPS, LOADS = 20, 4
@@ -26,7 +26,7 @@ class LinkProbe:
         self._deadline_s = deadline_s
         self._clock = clock
 
-    def __call__(self, creditor: Creditor) -> LinkCost:
+    def __call__(self, creditor: CreditorOffer) -> LinkCost:
         line = self._peers.dial(Peer(creditor.instance, creditor.epoch, creditor.address), _SIZES)
         try:
             return measure_link(line, self._shape, self._deadline_s, self._clock)

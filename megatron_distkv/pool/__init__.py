@@ -4,11 +4,11 @@ Engine, rManager and server reach the ledger through this room only: its records
 """
 
 from megatron_distkv.ledger import (
-    Creditor,
+    CreditorOffer,
     DebtLedger,
     InstanceReport,
     InstanceState,
-    Move,
+    MoveOrder,
     RequestPlacementEntry,
 )
 from megatron_distkv.pool.audit import check_instance, check_picture
@@ -38,7 +38,7 @@ __all__ = [
     "COOLDOWN_S",
     "Candidates",
     "Control",
-    "Creditor",
+    "CreditorOffer",
     "DebtLedger",
     "EndedLoans",
     "HeldLoan",
@@ -53,7 +53,7 @@ __all__ = [
     "MemberInfo",
     "MemberUnreadable",
     "Membership",
-    "Move",
+    "MoveOrder",
     "Peer",
     "Picture",
     "PoolCapacity",

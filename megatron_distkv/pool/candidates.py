@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_distkv.ledger import Creditor, DebtLedger
+from megatron_distkv.ledger import CreditorOffer, DebtLedger
 from megatron_distkv.log import get_logger
 from megatron_distkv.pool.links import Links
 from megatron_distkv.pool.member import MemberInfo, MemberUnreadable, read_info
@@ -23,7 +23,7 @@ PAGE = 64
 class Candidate:
     """A creditor, and what it says of itself."""
 
-    creditor: Creditor
+    creditor: CreditorOffer
     info: MemberInfo
 
     @property
@@ -66,7 +66,7 @@ class Candidates:
         Those whose answers would take much longer than the quickest one's, the link included, come last; before them
         lenders, which have no requests of their own to slow down, then instances; the freest of each first.
         """
-        named: list[Creditor] = []
+        named: list[CreditorOffer] = []
         readable: list[Candidate] = []
         num_lendable = 0
         while True:
@@ -134,11 +134,11 @@ class Candidates:
         return ASKED_RBLOCKS * (candidate.info.query_us or 0.0) + (0.0 if link is None else link.ask_us)
 
 
-def _num_free(creditors: Sequence[Creditor]) -> int:
+def _num_free(creditors: Sequence[CreditorOffer]) -> int:
     return sum(creditor.free_rblocks for creditor in creditors)
 
 
-def _read(creditor: Creditor) -> Candidate | None:
+def _read(creditor: CreditorOffer) -> Candidate | None:
     """None: another version, or garbage; nobody lends from whom nothing is understood."""
     try:
         return Candidate(creditor, read_info(creditor.info))

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from megatron_distkv.clock import Clock
 from megatron_distkv.errors import DistkvError
 from megatron_distkv.kvcache.rblock_shape import RBlockShape
-from megatron_distkv.ledger import Creditor
+from megatron_distkv.ledger import CreditorOffer
 from megatron_distkv.log import get_logger
 
 logger = get_logger(__name__)
@@ -67,7 +67,7 @@ class Links:
     def __init__(
         self,
         clock: Clock,
-        measure: Callable[[Creditor], LinkCost],
+        measure: Callable[[CreditorOffer], LinkCost],
         publish: Callable[[dict[str, LinkCost]], None],
     ) -> None:
         self._clock = clock
@@ -86,7 +86,7 @@ class Links:
         """Whether as many are known as shall be before any is used."""
         return len(self._known) >= NUM_PROBED
 
-    def learn(self, creditors: Sequence[Creditor], about_to_use: Collection[str] = ()) -> None:
+    def learn(self, creditors: Sequence[CreditorOffer], about_to_use: Collection[str] = ()) -> None:
         """Measure those that are about to be used, and some others until a few are known; forget those that are gone.
 
         `creditors`: all that this member knows of at the moment.
@@ -102,12 +102,12 @@ class Links:
             latest = list(self._known.items())[-NUM_PUBLISHED:]
             self._publish({member: known.cost for member, known in latest})
 
-    def _is_new(self, creditor: Creditor) -> bool:
+    def _is_new(self, creditor: CreditorOffer) -> bool:
         known = self._known.get(creditor.instance)
         is_known = known is not None and known.epoch == creditor.epoch
         return not is_known and self._failures.get((creditor.instance, creditor.epoch), 0) < ATTEMPTS
 
-    def _try(self, creditor: Creditor) -> bool:
+    def _try(self, creditor: CreditorOffer) -> bool:
         life = (creditor.instance, creditor.epoch)
         try:
             cost = self._measure(creditor)
@@ -119,7 +119,7 @@ class Links:
             self._failures[life] = self._failures.get(life, 0) + 1
             return False
 
-    def _prune(self, creditors: Sequence[Creditor]) -> None:
+    def _prune(self, creditors: Sequence[CreditorOffer]) -> None:
         """Creditors that lend nothing now may come back; what is kept of them is bounded."""
         present = {(x.instance, x.epoch) for x in creditors}
         for member, _ in _too_old([(member, known.epoch) for member, known in self._known.items()], present):

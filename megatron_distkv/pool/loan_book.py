@@ -7,7 +7,7 @@ reads, gets only a key made of it, from which the id cannot be found.
 from collections.abc import Collection
 
 from megatron_distkv.errors import LedgerUnavailable
-from megatron_distkv.ledger import Creditor, DebtLedger, Loan, Recall
+from megatron_distkv.ledger import CreditorOffer, DebtLedger, Loan, Recall
 from megatron_distkv.messages import Refusal
 from megatron_distkv.pool.member import Identity
 from megatron_distkv.rblock import InstanceId, LoanId, LoanKey, loan_key
@@ -25,7 +25,7 @@ class LoanBook:
 
     # ------------------------------------------------------------------ as debtor
 
-    def reserve(self, loan_id: LoanId, creditor: Creditor, num_rblocks: int) -> Refusal | None:
+    def reserve(self, loan_id: LoanId, creditor: CreditorOffer, num_rblocks: int) -> Refusal | None:
         me = self.identity
         return self._ledger.borrow(
             loan_key(loan_id), me.instance, me.epoch, creditor.instance, creditor.epoch, num_rblocks, PENDING_S

@@ -14,7 +14,7 @@ import msgspec
 
 from megatron_distkv.clock import Clock
 from megatron_distkv.errors import DistkvError, LedgerUnavailable
-from megatron_distkv.ledger import Creditor
+from megatron_distkv.ledger import CreditorOffer
 from megatron_distkv.log import get_logger
 from megatron_distkv.messages import (
     Acknowledge,
@@ -302,7 +302,7 @@ class Loans:
             self._jobs.submit(self._candidates.learn_links, tuple(loan.creditor for loan in loans))
         return loans
 
-    def _borrow_from(self, creditor: Creditor, owner: RequestOwner, count: int) -> HeldLoan | None:
+    def _borrow_from(self, creditor: CreditorOffer, owner: RequestOwner, count: int) -> HeldLoan | None:
         loan_id, peer = self._next_id(), Peer(creditor.instance, creditor.epoch, creditor.address)
         refusal = self._book.reserve(loan_id, creditor, count)
         reply = LendReply(refusal=refusal) if refusal else self._lend(loan_id, peer, count)

@@ -10,7 +10,15 @@ import msgspec
 from megatron_distkv.clock import Clock
 from megatron_distkv.config.instance import LedgerConfig
 from megatron_distkv.errors import LedgerUnavailable, UserError
-from megatron_distkv.ledger import DebtLedger, HeartbeatReply, InstanceRecord, InstanceReport, Move, PoolReader, Recall
+from megatron_distkv.ledger import (
+    DebtLedger,
+    HeartbeatReply,
+    InstanceRecord,
+    InstanceReport,
+    MoveOrder,
+    PoolReader,
+    Recall,
+)
 from megatron_distkv.log import get_logger
 from megatron_distkv.pool.links import LinkCost
 from megatron_distkv.pool.member import Identity, MemberInfo, MemberUnreadable, read_info, write_info
@@ -68,7 +76,7 @@ class Membership:
         self.round_trip_s = 0.0
         """Of the last heartbeat: how far away the ledger is."""
         self.totals = PoolTotals()
-        self.orders: queue.SimpleQueue[Recall | Move] = queue.SimpleQueue()
+        self.orders: queue.SimpleQueue[Recall | MoveOrder] = queue.SimpleQueue()
         self.report: Callable[[], InstanceReport] = lambda: InstanceReport(0)
         self.follow_ups: Sequence[Callable[[int], None]] = ()
         self.when_forgotten: Callable[[float], None] = lambda lease_s: None

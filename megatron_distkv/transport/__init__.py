@@ -5,7 +5,7 @@ Every wait has a deadline.
 
 from megatron_distkv.transport.channel import Channel, Reply, connect
 from megatron_distkv.transport.hello import PROTOCOL_VERSION, Hello
-from megatron_distkv.transport.listener import Answer, Handler, Listener, OnFatal, Request
+from megatron_distkv.transport.listener import Answer, ChannelRequest, Handler, Listener, OnFatal
 from megatron_distkv.transport.mailbox import pack_tensors
 from megatron_distkv.transport.pool_secret import OPEN_POOL, read_secret, write_new_secret
 from megatron_distkv.transport.socket_file import SocketFile
@@ -17,12 +17,12 @@ __all__ = [
     "PROTOCOL_VERSION",
     "Answer",
     "Channel",
+    "ChannelRequest",
     "Handler",
     "Hello",
     "Listener",
     "OnFatal",
     "Reply",
-    "Request",
     "SocketFile",
     "TensorSpec",
     "Tls",

@@ -41,7 +41,7 @@ _BROKEN = {errno.EBADF, errno.EINVAL, errno.ENOTSOCK}
 MAX_SOCKET_PATH_BYTES = 107
 
 
-class Request(NamedTuple):
+class ChannelRequest(NamedTuple):
     """`payload` is a view into the mailbox, valid until the answer is returned.
 
     `certificate`: the fingerprint of the one that its sender has shown; "" where channels show none.
@@ -62,7 +62,7 @@ class _Failed(DistkvError):
     """A message that cannot be answered; the peer gets the sentence, and may send another message."""
 
 
-Handler: TypeAlias = Callable[[Hello, Request], Answer]
+Handler: TypeAlias = Callable[[Hello, ChannelRequest], Answer]
 OnFatal: TypeAlias = Callable[[BaseException], None]
 
 
@@ -237,7 +237,7 @@ class Listener:
         except ValueError as error:
             raise _Failed(f"{type(error).__name__}: {error}") from error
         try:
-            return self._handler(hello, Request(frame.kind, header, payload, certificate))
+            return self._handler(hello, ChannelRequest(frame.kind, header, payload, certificate))
         except FatalError:
             raise
         except Exception as error:

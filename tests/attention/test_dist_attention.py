@@ -27,7 +27,16 @@ from megatron_distkv.clock import SystemClock
 from megatron_distkv.errors import DistkvError, IntegrityError
 from megatron_distkv.messages import Holder, MessageKind, QueryHeader, QueryShare, Scoring, StoreHeader, decode
 from megatron_distkv.rblock import InstanceId, LoanId, LocalSpan, RemoteSpan, Span
-from megatron_distkv.transport import PROTOCOL_VERSION, Answer, Channel, Hello, Listener, Request, TensorSpec, connect
+from megatron_distkv.transport import (
+    PROTOCOL_VERSION,
+    Answer,
+    Channel,
+    ChannelRequest,
+    Hello,
+    Listener,
+    TensorSpec,
+    connect,
+)
 from tests.ops.dense import dense_attention, relative_error
 
 H, K, D, N, L, SCALE = 4, 2, 16, 8, 3, 16**-0.5
@@ -60,7 +69,7 @@ class Lender:
         self.address = f"unix:{path}"
         self.listener = Listener(self.address, "p", self._answer)
 
-    def _answer(self, hello: Hello, request: Request) -> Answer:
+    def _answer(self, hello: Hello, request: ChannelRequest) -> Answer:
         kind = {
             MessageKind.QUERY: self.creditor.query,
             MessageKind.STORE: self.creditor.store,

@@ -22,9 +22,9 @@ from megatron_distkv.rblock import InstanceId
 from megatron_distkv.transport import (
     PROTOCOL_VERSION,
     Answer,
+    ChannelRequest,
     Hello,
     Listener,
-    Request,
     TensorSpec,
     connect,
     read_tensors,
@@ -58,7 +58,7 @@ class CreditorRanks:
             rank=rank, num_ranks=num_ranks, head_dim=D,
         )  # fmt: skip
 
-        def answer(hello: Hello, request: Request) -> Answer:
+        def answer(hello: Hello, request: ChannelRequest) -> Answer:
             kind = MessageKind(request.kind)
             self.asked.append((rank, kind))
             if kind is MessageKind.RELEASE:

@@ -77,7 +77,7 @@ def answers_of(pool: Pool) -> dict[str, Answer]:
         seen.update(held)
         if losses and losses[0](request):
             losses.pop(0)
-            creditors[max(held, key=lambda name: held[name])].instance.parts.doors.close()
+            creditors[max(held, key=lambda name: held[name])].instance.parts.listeners.close()
 
     found["borrowed, and lost in prefill and again in decode"] = answer(small, during=lose_some)
     assert len(seen) > 1

@@ -123,7 +123,7 @@ def test_it_is_full_before_anything_is_borrowed_and_outlives_a_lost_creditor(
         a.instance.parts.membership.beat()
         assert "6 of 6 used in host memory" in render_debts(picture_of(a.instance.parts.ledger.snapshot()))
         # When the creditor is lost, then only what lay there is computed again
-        {"b": b, "c": c}[creditor].instance.parts.doors.close()
+        {"b": b, "c": c}[creditor].instance.parts.listeners.close()
         while not a.instance.scheduler.is_idle:
             a.instance.step()
         lost = held[creditor]

@@ -63,7 +63,7 @@ def test_a_successor_lost_before_it_has_all_costs_nothing(pool: Pool, server: Em
     client = decoding(pool, 60)
     first = begin_to_leave(pool, client)
     # When nobody reaches the successor any more
-    pool[first].parts.doors.close()
+    pool[first].parts.listeners.close()
     # Then another one gets it
     client.until(lambda: client.notice is not None)
     assert client.notice is not None
@@ -119,7 +119,7 @@ def test_a_creditor_lost_before_the_successor_has_its_loan(pool: Pool, server: E
     assert client.notice is not None
     assert client.notice.successor == "s"
     # When that one is lost before the successor has taken over the loan
-    pool[third].parts.doors.close()
+    pool[third].parts.listeners.close()
     assert client.follow()
     client.finish()
     # Then what lay there, and nothing else, is computed again

@@ -17,7 +17,7 @@ from megatron_distkv.attention.metadata import RemoteShare
 from megatron_distkv.clock import SystemClock
 from megatron_distkv.config.instance import LedgerConfig
 from megatron_distkv.errors import DistkvError, PeerLost, UnreadableMessage
-from megatron_distkv.ledger import Creditor, MemoryLedger
+from megatron_distkv.ledger import CreditorOffer, MemoryLedger
 from megatron_distkv.messages import Acknowledge, MessageKind, QueryShare, decode
 from megatron_distkv.peers import ControlChannels, MailboxSizes, Migration, Peers
 from megatron_distkv.pool import (
@@ -36,7 +36,7 @@ from megatron_distkv.pool import (
 )
 from megatron_distkv.rblock import InstanceId, LoanId
 from megatron_distkv.rmanager import Move
-from megatron_distkv.transport import OPEN_POOL, Answer, Hello, Listener, Request, connect
+from megatron_distkv.transport import OPEN_POOL, Answer, ChannelRequest, Hello, Listener, connect
 from megatron_distkv.transport.frame import FRAME_BYTES, Frame
 from megatron_distkv.transport.hello import MAX_HELLO_BYTES, Challenge, Welcome, new_nonce
 from megatron_distkv.transport.mailbox import create_memory
@@ -79,14 +79,14 @@ class HostileCreditor:
         return Loans(book, candidates, self.control, ended, cooldown, AtOnce(), self.clock, enabled=True)
 
     @staticmethod
-    def _no_link(creditor: Creditor) -> LinkCost:
+    def _no_link(creditor: CreditorOffer) -> LinkCost:
         raise PeerLost(creditor.instance, "its link is not measured here")
 
     @property
     def peer(self) -> Peer:
         return Peer("h", 1, self.address)
 
-    def _answer(self, _: Hello, request: Request) -> Answer:
+    def _answer(self, _: Hello, request: ChannelRequest) -> Answer:
         return Answer(self.header, [self.payload])
 
 

@@ -62,7 +62,7 @@ class Run:
 
     def cut(self, creditor: str) -> None:
         """Break all channels that others have to this instance, for good."""
-        self.pool[creditor].instance.parts.doors.close()
+        self.pool[creditor].instance.parts.listeners.close()
 
     def creditors(self) -> list[str]:
         return list(self.a.rmanager.table(self.request).remote_by_creditor())

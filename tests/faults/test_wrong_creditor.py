@@ -19,8 +19,7 @@ from megatron_distkv.metrics import INSTANCE_REGISTRY
 from megatron_distkv.rblock import RemoteSpan, loan_key
 from megatron_distkv.request import Request
 from megatron_distkv.sampling_params import SamplingParams
-from megatron_distkv.transport import Answer, Hello
-from megatron_distkv.transport import Request as Message
+from megatron_distkv.transport import Answer, ChannelRequest, Hello
 from tests.conftest import MakeConfig
 
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
@@ -178,7 +177,7 @@ def forge_answers(pool: Pool, name: str, forge: Forge, monkeypatch: pytest.Monke
     creditor = pool.lender(name).instance.parts.rank.creditor
     honest = creditor.query
 
-    def forged(hello: Hello, request: Message) -> Answer:
+    def forged(hello: Hello, request: ChannelRequest) -> Answer:
         answer = honest(hello, request)
         if answer.payload:
             forge(*answer.payload)

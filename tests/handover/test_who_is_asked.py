@@ -16,8 +16,7 @@ from megatron_distkv.pool import MemberInfo, write_info
 from megatron_distkv.rblock import InstanceId
 from megatron_distkv.request import Request
 from megatron_distkv.sampling_params import SamplingParams
-from megatron_distkv.transport import Answer, Handler, Hello, Listener
-from megatron_distkv.transport import Request as Question
+from megatron_distkv.transport import Answer, ChannelRequest, Handler, Hello, Listener
 from tests.conftest import MakeConfig
 from tests.soon import wait_until
 
@@ -50,7 +49,7 @@ class FullSuccessors:
         return sum(self.asked.values())
 
     def _answer_as(self, name: str) -> Handler:
-        def answer(_: Hello, question: Question) -> Answer:
+        def answer(_: Hello, question: ChannelRequest) -> Answer:
             if question.kind == MessageKind.PREPARE:
                 assert decode(question.header, PrepareHeader).num_rblocks > 0
                 self.asked[name] += 1

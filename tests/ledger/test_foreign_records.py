@@ -16,7 +16,7 @@ from megatron_distkv.errors import LedgerUnavailable, SupersededError
 from megatron_distkv.ledger import (
     DebtLedger,
     InstanceReport,
-    Move,
+    MoveOrder,
     RequestPlacementEntry,
 )
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
@@ -78,7 +78,7 @@ def fill(ledger: DebtLedger) -> tuple[int, int]:
     ledger.accept(LoanId("l1"), B, epochs[1])
     ledger.heartbeat(A, epochs[0], InstanceReport(3, placements=(RequestPlacementEntry("r", B, 2, False),)), 60.0)
     assert ledger.lead("me", 60.0)
-    assert ledger.publish_moves("me", [Move("r", A, B, 2)])
+    assert ledger.publish_moves("me", [MoveOrder("r", A, B, 2)])
     return epochs[0], epochs[1]
 
 

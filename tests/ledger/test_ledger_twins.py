@@ -22,7 +22,7 @@ from megatron_distkv.ledger import (
     LoanState,
     MemberChange,
     MemoryLedger,
-    Move,
+    MoveOrder,
     PoolSnapshot,
     RequestPlacementEntry,
 )
@@ -245,7 +245,7 @@ class LedgerTwins(RuleBasedStateMachine):
     @rule(candidate=st.sampled_from(["g1", "g2"]), source=who, destination=who)
     def plan(self, candidate: str, source: InstanceId, destination: InstanceId) -> None:
         self.both("lead", candidate, 2.0)
-        self.both("publish_moves", candidate, [Move("req|1", source, destination, 2)])
+        self.both("publish_moves", candidate, [MoveOrder("req|1", source, destination, 2)])
 
     @rule()
     def lose_everything(self) -> None:

@@ -7,7 +7,7 @@ import pytest
 from megatron_distkv.clock import SystemClock
 from megatron_distkv.config.instance import LedgerConfig
 from megatron_distkv.errors import PeerLost
-from megatron_distkv.ledger import Creditor, MemoryLedger
+from megatron_distkv.ledger import CreditorOffer, MemoryLedger
 from megatron_distkv.pool import Candidates, Identity, LinkCost, Links, MemberInfo, Membership, Quarantine
 from megatron_distkv.pool.links import NUM_PROBED
 from megatron_distkv.rblock import InstanceId
@@ -38,7 +38,7 @@ class Pool:
         self.candidates = Candidates(self.ledger, membership, self.links, self.cooldown, self.lost, enabled=True)
         self.candidates.probe_links()
 
-    def _measure(self, creditor: Creditor) -> LinkCost:
+    def _measure(self, creditor: CreditorOffer) -> LinkCost:
         if creditor.instance not in self._costs:
             raise PeerLost(creditor.instance, "nobody is there")
         return self._costs[creditor.instance]
@@ -127,7 +127,7 @@ def test_the_ledger_is_asked_until_enough_links_are_known(monkeypatch: pytest.Mo
     pool = Pool(links=dict.fromkeys(names[:num_known], NEAR), **dict.fromkeys(names, (10, {"query_us": 5.0})))
     asked: list[int] = []
 
-    def recommend(debtor: InstanceId, limit: int, skip: int = 0) -> list[Creditor]:
+    def recommend(debtor: InstanceId, limit: int, skip: int = 0) -> list[CreditorOffer]:
         asked.append(limit)
         return []
 

@@ -10,7 +10,7 @@ from megatron_distkv.clock import SystemClock
 from megatron_distkv.engine.llm import LLM
 from megatron_distkv.errors import PeerLost
 from megatron_distkv.kvcache.rblock_shape import RBlockShape
-from megatron_distkv.ledger import Creditor
+from megatron_distkv.ledger import CreditorOffer
 from megatron_distkv.ledger.embedded_server import EmbeddedServer
 from megatron_distkv.pool import LinkCost, Links, link_cost, picture_of, render_debts
 from megatron_distkv.pool.links import MAX_ABSENT, NUM_PROBED
@@ -26,8 +26,8 @@ SHAPE = RBlockShape(4, 8, 2, 16, 32, "fp32")
 COST = LinkCost(10.0, 100.0, 40.0, 8.0)
 
 
-def creditor(name: str, epoch: int = 1) -> Creditor:
-    return Creditor(InstanceId(name), epoch, name, 8)
+def creditor(name: str, epoch: int = 1) -> CreditorOffer:
+    return CreditorOffer(InstanceId(name), epoch, name, 8)
 
 
 class Measured:
@@ -39,7 +39,7 @@ class Measured:
         self.away = away
         self.links = Links(SystemClock(seed=1), self._measure, self._publish)
 
-    def _measure(self, creditor: Creditor) -> LinkCost:
+    def _measure(self, creditor: CreditorOffer) -> LinkCost:
         self.asked.append(creditor.instance)
         if creditor.instance in self.away:
             raise PeerLost(creditor.instance, "nobody is there")

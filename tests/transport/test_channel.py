@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from megatron_distkv.errors import PeerLost, UserError
 from megatron_distkv.transport import (
     Answer,
+    ChannelRequest,
     Hello,
     Listener,
-    Request,
     TensorSpec,
     connect,
     read_tensors,
@@ -32,7 +32,7 @@ from tests.transport.ways import WAYS, Way, make_way
 ECHO, DOUBLE, FAIL = 1, 2, 3
 
 
-def answer(_: Hello, request: Request) -> Answer:
+def answer(_: Hello, request: ChannelRequest) -> Answer:
     if request.kind == FAIL:
         raise ValueError("no such thing")
     data = torch.frombuffer(request.payload, dtype=torch.uint8).clone() if len(request.payload) else torch.empty(0)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_distkv.errors import IntegrityError, PeerLost, RankLost
-from megatron_distkv.transport import Answer, Hello, Listener, Request
+from megatron_distkv.transport import Answer, ChannelRequest, Hello, Listener
 from tests.transport.raw_peer import RawPeer, hello
 from tests.transport.ways import Way, make_way
 
@@ -20,7 +20,7 @@ ECHO, BREAK, LOSE_A_RANK = 1, 2, 3
 PATIENCE_S = 30.0
 
 
-def answer(_: Hello, request: Request) -> Answer:
+def answer(_: Hello, request: ChannelRequest) -> Answer:
     if request.kind == BREAK:
         raise IntegrityError("rBlock 7 is free and lent")
     if request.kind == LOSE_A_RANK:

@@ -18,9 +18,9 @@ from megatron_distkv.errors import ConfigError, PeerLost
 from megatron_distkv.transport import (
     OPEN_POOL,
     Answer,
+    ChannelRequest,
     Hello,
     Listener,
-    Request,
     connect,
     listener,
     load_tls,
@@ -33,7 +33,7 @@ from tests.transport.raw_peer import SILENCE_S, hello
 from tests.transport.ways import free_port, make_certificates, member_tls
 
 
-def answer(_: Hello, request: Request) -> Answer:
+def answer(_: Hello, request: ChannelRequest) -> Answer:
     return Answer(request.header, [torch.zeros(4)])
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_distkv.errors import ConfigError, PeerLost
 from megatron_distkv.metrics import INSTANCE_REGISTRY
-from megatron_distkv.transport import OPEN_POOL, Answer, Hello, Listener, Request, connect, read_secret
+from megatron_distkv.transport import OPEN_POOL, Answer, ChannelRequest, Hello, Listener, connect, read_secret
 from megatron_distkv.transport.hello import Challenge, Proof, Welcome, new_nonce
 from megatron_distkv.transport.mailbox import create_memory
 from megatron_distkv.transport.pool_secret import Side, proof, write_new_secret
@@ -20,7 +20,7 @@ from tests.transport.raw_peer import RawPeer, hello
 SECRET = b"correct horse battery staple"
 
 
-def answer(_: Hello, request: Request) -> Answer:
+def answer(_: Hello, request: ChannelRequest) -> Answer:
     return Answer(request.header)
 
 

@@ -8,7 +8,7 @@ import msgspec
 
 from megatron_distkv.config.instance import LedgerConfig, LendingConfig, SchedulerConfig
 from megatron_distkv.config.model import ModelConfig
-from megatron_distkv.engine.admission import Admission
+from megatron_distkv.engine.admission import InstanceAdmission
 from megatron_distkv.engine.reporting import Reporting
 from megatron_distkv.engine.sampled_token import SampledToken
 from megatron_distkv.engine.scheduler import Scheduler
@@ -37,7 +37,7 @@ from megatron_distkv.pool import (
     Loans,
     MemberInfo,
     Membership,
-    Move,
+    MoveOrder,
     Peer,
     Quarantine,
 )
@@ -149,7 +149,7 @@ class VirtualInstance:
         )  # fmt: skip
         self.scheduler = Scheduler(SchedulerConfig(), self.rmanager, clock)
         model = cast(ModelConfig, SimpleNamespace(max_context_tokens=None, vocab_size=1 << 30))
-        self.admission = Admission(model, self.scheduler, self.rmanager, lambda _: False)
+        self.admission = InstanceAdmission(model, self.scheduler, self.rmanager, lambda _: False)
         self._unplaceable = Unplaceable(self.admission, self.scheduler, clock)
         self._reporting = Reporting(me.instance, self.allocator, host, self.loans, self.rmanager, self.scheduler, list)
         self.membership.report = lambda: self._reporting.report
@@ -172,7 +172,7 @@ class VirtualInstance:
             self.membership.beat()
         while not self.membership.orders.empty():
             order = self.membership.orders.get()
-            if isinstance(order, Move):
+            if isinstance(order, MoveOrder):
                 self.rmanager.move_to(order.request_id, order.num_rblocks, order.destination)
             else:
                 self.rmanager.recall(order.key)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_distkv.transport import PROTOCOL_VERSION, Answer, Hello, Listener, Request, Tls, connect, load_tls
+from megatron_distkv.transport import PROTOCOL_VERSION, Answer, ChannelRequest, Hello, Listener, Tls, connect, load_tls
 from megatron_distkv.transport.nixl_link import nixl_package
 from tests.ledger.tls_server import make_authority, make_certificate
 
@@ -76,7 +76,7 @@ def listen(carrier: str, directory: Path) -> None:
     listener.close()
 
 
-def echo(_: Hello, request: Request) -> Answer:
+def echo(_: Hello, request: ChannelRequest) -> Answer:
     return Answer(b"", [torch.frombuffer(request.payload, dtype=torch.uint8)] if len(request.payload) else [])
 
 

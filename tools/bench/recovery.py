@@ -85,7 +85,7 @@ def _lose(scratch: str, model: Path, url: str, prompt: list[int], share: float, 
         instance.rmanager.begin_step()
         instance.rmanager.move_to("r", int(share * PROMPT_TOKENS / RBLOCK_SIZE), "b")
         _until_tokens(instance, request, 2)
-        b.instance.parts.doors.close()
+        b.instance.parts.listeners.close()
         start_s = time.perf_counter()
         _until_tokens(instance, request, 3)
         recovery_s = time.perf_counter() - start_s

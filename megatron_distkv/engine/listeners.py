@@ -20,7 +20,7 @@ from megatron_distkv.transport import (
 logger = get_logger(__name__)
 
 
-class Doors:
+class Listeners:
     """Open until `close`. Raises UserError where nobody can listen."""
 
     def __init__(
@@ -78,7 +78,7 @@ def tls_of(network: NetworkConfig) -> Tls | None:
     return load_tls(network.certificate_file, network.key_file, network.authority_file)
 
 
-def warn_of_open_doors(network: NetworkConfig, secret: bytes, pool: str) -> None:
+def warn_of_open_listeners(network: NetworkConfig, secret: bytes, pool: str) -> None:
     """One sentence each for what an operator should not leave as it is."""
     if network.endpoint is not None and not network.is_tls:
         logger.warning(
