@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -178,12 +178,21 @@ async def merge_streams(streams: Sequence[PieceStream]) -> AsyncGenerator[Piece,
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def or_disconnect(work: "asyncio.Future[Any]", is_disconnected: Callable[[], Any]) -> Any | None:
-    """The result of `work`, or None (and `work` cancelled) when the client leaves first."""
-    while not work.done():
-        await asyncio.wait([work], timeout=0.2)
-        if not work.done() and await is_disconnected():
-            work.cancel()
-            await asyncio.gather(work, return_exceptions=True)
-            return None
-    return work.result()
+async def or_disconnect(work: "asyncio.Future[Any]", receive: Callable[[], Awaitable[Any]]) -> Any | None:
+    """The result of `work`, or None (and `work` cancelled) when the client leaves first.
+
+    `receive`: ASGI's, of a request whose body has been read: its next message is that the client has left.
+    """
+    leaving = asyncio.ensure_future(_left(receive))
+    try:
+        await asyncio.wait((work, leaving), return_when=asyncio.FIRST_COMPLETED)
+        return work.result() if work.done() else None
+    finally:
+        for waiting in (work, leaving):
+            waiting.cancel()
+        await asyncio.gather(work, leaving, return_exceptions=True)
+
+
+async def _left(receive: Callable[[], Awaitable[Any]]) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

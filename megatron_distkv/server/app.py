@@ -120,11 +120,11 @@ class Gateway:
         )
         if body.stream:
             begun = asyncio.ensure_future(_begun(answer.events(with_usage=body.wants_usage)))
-            events = await or_disconnect(begun, http.is_disconnected)
+            events = await or_disconnect(begun, http.receive)
             if events is None:
                 return Response(status_code=499)
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        whole = await or_disconnect(asyncio.ensure_future(answer.whole()), http.is_disconnected)
+        whole = await or_disconnect(asyncio.ensure_future(answer.whole()), http.receive)
         return Response(status_code=499) if whole is None else JSONResponse(whole)
 
     # ------------------------------------------------------------------ the rest

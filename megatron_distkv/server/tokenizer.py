@@ -14,6 +14,10 @@ from megatron_distkv.server.errors import bad_request
 
 Messages = list[dict[str, Any]]
 REPLACEMENT = "\ufffd"
+# The last tokens that may still become one character: UTF-8 has at most four bytes, and a token at least one.
+MOST_PER_CHARACTER = 3
+# Tokens without text of their own that wait at most.
+MOST_WAITING = 16
 
 
 class Detokenizer(Protocol):
@@ -109,22 +113,29 @@ class HFDetokenizer:
 
     def __init__(self, backend: HFBackend) -> None:
         self._backend = backend
-        self._ids: list[int] = []
-        self._context = 0  # window's start: tokens before the unsent ones, kept for their spaces
-        self._sent = 0  # tokens whose text has gone out
+        self._before: list[int] = []  # tokens that were sent last, kept for the spaces of the next ones
+        self._waiting: list[int] = []
 
     def add(self, token_id: int) -> str:
-        self._ids.append(token_id)
-        before = self._backend.decode(self._ids[self._context : self._sent])
-        now = self._backend.decode(self._ids[self._context :])
-        if now.endswith(REPLACEMENT) or len(now) <= len(before):
-            return ""
-        self._context, self._sent = self._sent, len(self._ids)
-        return str(now[len(before) :])
+        self._waiting.append(token_id)
+        before, now = self._decode(self._before), self._decode(self._before + self._waiting)
+        if len(now) > len(before) and not now.endswith(REPLACEMENT):
+            return self._send(len(self._waiting), now[len(before) :])
+        if len(self._waiting) > MOST_WAITING:  # these make no character any more, or no text at all
+            sure = len(self._waiting) - MOST_PER_CHARACTER
+            return self._send(sure, self._decode(self._before + self._waiting[:sure])[len(before) :])
+        return ""
 
     def flush(self) -> str:
-        before = self._backend.decode(self._ids[self._context : self._sent])
-        return str(self._backend.decode(self._ids[self._context :])[len(before) :])
+        before, now = self._decode(self._before), self._decode(self._before + self._waiting)
+        return self._send(len(self._waiting), now[len(before) :])
+
+    def _send(self, count: int, text: str) -> str:
+        self._before, self._waiting = self._waiting[:count], self._waiting[count:]
+        return text
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return str(self._backend.decode(token_ids))
 
 
 def _text_of(token: Any) -> str:

@@ -11,7 +11,7 @@ from megatron_distkv.errors import UserError
 from megatron_distkv.server.errors import ApiError
 from megatron_distkv.server.protocol import ChatRequest, CompletionRequest, parse_body
 from megatron_distkv.server.stop_strings import StopStrings
-from megatron_distkv.server.tokenizer import ByteTokenizer, HFTokenizer, load_tokenizer
+from megatron_distkv.server.tokenizer import MOST_WAITING, ByteTokenizer, HFDetokenizer, HFTokenizer, load_tokenizer
 
 TEXT = "Grüße, 世界 — it's 3 o'clock. 👩‍🚀 ok"
 
@@ -43,6 +43,29 @@ def test_text_streams_whole_characters_only(hf_directory: Path) -> None:
         pieces = streamed(tokenizer, tokenizer.encode(TEXT))
         assert "".join(pieces) == TEXT
         assert not any("\ufffd" in piece for piece in pieces)
+
+
+@pytest.mark.parametrize("kind", ["continuation bytes", "special tokens"])
+def test_what_makes_no_character_is_sent_on_the_way_and_costs_no_more_and_more(hf_directory: Path, kind: str) -> None:
+    tokenizer = HFTokenizer(hf_directory)
+    bad = tokenizer.encode("é")[-1] if kind == "continuation bytes" else 0
+    # Given a detokenizer that tells how many tokens it decodes
+    decoded: list[int] = []
+
+    class Counting:
+        def decode(self, ids: list[int]) -> str:
+            decoded.append(len(ids))
+            return str(Tokenizer.from_file(str(hf_directory / "tokenizer.json")).decode(ids))
+
+    detokenizer = HFDetokenizer(Counting())  # type: ignore[arg-type]
+    pieces = [detokenizer.add(bad) for _ in range(100)]
+    # Then each look is at a few tokens, and nothing waits for the end
+    assert max(decoded) <= 2 * MOST_WAITING + 2
+    text = "".join(pieces) + detokenizer.flush()
+    assert text == ("\ufffd" * 100 if kind == "continuation bytes" else "")
+    assert not text or len("".join(pieces)) >= 100 - MOST_WAITING
+    # And a character that begins after them is whole
+    assert "".join(detokenizer.add(token_id) for token_id in tokenizer.encode("世界")) == "世界"
 
 
 def test_a_broken_character_is_shown_as_such_at_the_end() -> None:
