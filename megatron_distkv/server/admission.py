@@ -77,6 +77,10 @@ class Admission:
         self._in_flight.remove(attempt)
         self._serve()
 
+    def note_prefilled(self, attempt: Attempt) -> None:
+        """Its first token has come."""
+        self._in_flight.note_prefilled(attempt)
+
     # ------------------------------------------------------------------ the queue
 
     def enter(self, attempt: Attempt, place: Place) -> None:

@@ -52,6 +52,7 @@ class Attempt:
         seed = sampling.seed if sampling.seed is not None else clock.random.getrandbits(63)
         self._sampling = msgspec.structs.replace(sampling, seed=seed)
         self._sent: list[int] = []
+        self._is_prefilled = False  # where it is now
         self._lost: set[Life] = set()
         self._refused: set[Life] = set()
         self._refusal: ApiError | None = None
@@ -93,6 +94,11 @@ class Attempt:
         return min(len(self._prompt_token_ids) + self.num_sent + 1, self.num_tokens_at_most)
 
     @property
+    def num_prefill_tokens(self) -> int:
+        """What its instance has to compute before its next token; 0 once it has given one."""
+        return 0 if self._is_prefilled else len(self._prompt_token_ids) + self.num_sent
+
+    @property
     def has_lost(self) -> bool:
         return bool(self._lost)
 
@@ -105,6 +111,7 @@ class Attempt:
         """What this instance is asked: to go on from the tokens that are out."""
         handover_id = self._handover_id if record.instance == self._successor else ""
         self._successor_until_s = float("-inf")
+        self._is_prefilled = bool(handover_id)
         self.request_id = f"{self._clock.random.getrandbits(64):016x}"
         return NewRequest(
             self.request_id,
@@ -118,6 +125,7 @@ class Attempt:
     def note(self, output: TokenOutput) -> None:
         """Tokens, and what its instance tells of its part: with the last tokens, or when it gives the request up."""
         self._sent += output.token_ids
+        self._is_prefilled = self._is_prefilled or bool(output.token_ids)
         if output.kv is not None:
             self._told = output.kv
 
@@ -137,6 +145,7 @@ class Attempt:
     def note_lost(self, record: Member) -> None:
         """Whom the client named is gone: anybody may go on."""
         self._pinned = None
+        self._is_prefilled = False
         self._lost.add(life_of(record))
         self.note_part(record)
         self._patient_until_s = self._clock.monotonic_s() + self._patience_s

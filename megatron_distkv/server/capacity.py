@@ -9,30 +9,43 @@ from megatron_distkv.pool import Member, Picture
 from megatron_distkv.rblock import InstanceId, num_rblocks_for
 from megatron_distkv.server.attempt import Attempt
 
+# A request that decodes is as much work as a prompt of so many tokens: each token to come makes a step a little longer.
+DECODE_WORK_TOKENS = 64
+
 
 class InFlight:
-    """Requests with their instances: fresher than any heartbeat.
+    """Requests with their instances, and the work that these have with them: fresher than any heartbeat.
 
     One that has been promised room counts, though it may not be sent yet.
     """
 
     def __init__(self) -> None:
         self._instances: dict[Attempt, Member] = {}
-        self._counts: Counter[str] = Counter()
+        self._prefill_tokens: dict[Attempt, int] = {}
+        self._work: Counter[str] = Counter()  # tokens, by instance
 
     def add(self, attempt: Attempt, member: Member) -> None:
         self._instances[attempt] = member
-        self._counts[member.instance] += 1
+        self._prefill_tokens[attempt] = attempt.num_prefill_tokens
+        self._work[member.instance] += attempt.num_prefill_tokens + DECODE_WORK_TOKENS
+
+    def note_prefilled(self, attempt: Attempt) -> None:
+        """Its first token has come: what is left of it is decoding."""
+        member = self._instances.get(attempt)
+        if member is not None:
+            self._work[member.instance] -= self._prefill_tokens[attempt]
+            self._prefill_tokens[attempt] = 0
 
     def remove(self, attempt: Attempt) -> None:
         member = self._instances.pop(attempt, None)
         if member is not None:
-            self._counts[member.instance] -= 1
-            if not self._counts[member.instance]:
-                del self._counts[member.instance]
+            self._work[member.instance] -= self._prefill_tokens.pop(attempt) + DECODE_WORK_TOKENS
+            if not self._work[member.instance]:
+                del self._work[member.instance]
 
-    def num_at(self, instance: str) -> int:
-        return self._counts[instance]
+    def work_at(self, instance: str) -> int:
+        """Tokens of prompts that it has to compute yet, and as many more as decoding is worth."""
+        return self._work[instance]
 
     def promised_rblocks(self, picture: Picture) -> Counter[str]:
         """By instance: what its requests still need for the tokens that they have, beside what they hold already."""

@@ -72,7 +72,10 @@ class Router:
                     attempt.note_refused(record, error)
 
     def _note(self, attempt: Attempt, record: Member, output: TokenOutput) -> Routed:
+        had_to_prefill = attempt.num_prefill_tokens > 0
         attempt.note(output)
+        if had_to_prefill and not attempt.num_prefill_tokens:
+            self._admission.note_prefilled(attempt)
         if output.finish_reason is None:
             return Routed(output, attempt.receipt.add(record.instance, None))
         attempt.note_part(record)

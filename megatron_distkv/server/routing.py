@@ -16,14 +16,15 @@ class RoutingPolicy:
         self._turn = itertools.count()
 
     def order(self, attempt: Attempt) -> list[Member]:
-        """Instances that can hold all of it alone come first, the least busy of them; then those with most free."""
+        """Instances that can hold all of it alone come first, those with least work before them; then those with most
+        free."""
         members = [member for member in self._view.instances if attempt.pinned in (None, member.instance)]
         turn = next(self._turn)
         members = members[turn % max(1, len(members)) :] + members[: turn % max(1, len(members))]
 
         def rank(member: Member) -> tuple[bool, int, int]:
             must_borrow = member.free < num_rblocks_for(attempt.num_tokens_at_most, member.rblock_size)
-            busy = self._in_flight.num_at(member.instance)
-            return must_borrow, -member.free if must_borrow else busy, busy
+            work = self._in_flight.work_at(member.instance)
+            return must_borrow, -member.free if must_borrow else work, work
 
         return sorted(members, key=rank)
