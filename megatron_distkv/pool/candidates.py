@@ -1,6 +1,6 @@
 """Who would lend to this instance, and how much the pool could give it: now, and at most."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from megatron_distkv.ledger import CreditorOffer, DebtLedger
@@ -17,6 +17,8 @@ SLOW = 4.0
 ASKED_RBLOCKS = 16
 # How many creditors one answer of the ledger names.
 PAGE = 64
+# Of how many it is known what they cost, also when they lend nothing more.
+MOST_REMEMBERED = 4 * PAGE
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Candidates:
         self._lost = lost
         self._enabled = enabled
         self._seen: tuple[Candidate, ...] = ()
+        self._latest: dict[str, Candidate] = {}  # by name, of those seen now or before
         self._num_not_understood = 0  # rBlocks of creditors of other versions
 
     # ------------------------------------------------------------------ jobs
@@ -78,8 +81,15 @@ class Candidates:
             if len(page) < PAGE or num_lendable >= num_rblocks:
                 break
         self._seen = tuple(readable)
+        self._remember(readable)
         self._num_not_understood = _num_free(named) - _num_free([x.creditor for x in readable])
         return self._in_order_of_use([x for x in readable if not self._is_left_alone(x)])
+
+    def _remember(self, readable: Sequence[Candidate]) -> None:
+        """Who has lent all is named no more by the ledger, and still holds what it has lent."""
+        new = {candidate.name: candidate for candidate in readable}
+        before = [item for item in self._latest.items() if item[0] not in new]
+        self._latest = dict([*before, *new.items()][-MOST_REMEMBERED:])
 
     def probe_links(self) -> None:
         """Know what a few links cost before any is used; nothing once they are. Raises LedgerUnavailable."""
@@ -107,12 +117,17 @@ class Candidates:
         """rBlocks that all others together may lend at most."""
         return self._membership.totals.lending_caps if self._enabled else 0
 
-    def host_memory_is_slow(self) -> bool:
-        """Whether own host memory answers so much later than some creditor that it comes after them."""
+    def host_memory_is_slow(self, lent_already: Collection[str] = ()) -> bool:
+        """Whether own host memory answers so much later than some creditor that it comes after them.
+
+        `lent_already`: creditors of loans with room in them, whatever else they would lend.
+        """
         own_us = self._membership.info.host_query_us
         if own_us is None:
             return False
-        others = [x for x in self._seen if x.info.query_us is not None and x.creditor.free_rblocks > 0]
+        have_room = [x for x in self._seen if x.creditor.free_rblocks > 0]
+        have_room += [self._latest[name] for name in lent_already if name in self._latest]
+        others = [x for x in have_room if x.info.query_us is not None]
         return ASKED_RBLOCKS * own_us > SLOW * min(map(self._answer_us, others), default=float("inf"))
 
     def _is_left_alone(self, candidate: Candidate) -> bool:

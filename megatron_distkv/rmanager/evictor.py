@@ -132,7 +132,8 @@ class Evictor:
         """For up to `count` rBlocks of the request, in the order of use."""
         if only_to is not None:
             return [loan for loan in self._borrowed(request, count, only_to) if loan.creditor == only_to]
-        if self._candidates.host_memory_is_slow():
+        have_room = [loan.creditor for loan in self._loans.usable(RequestOwner(request.request_id))]
+        if self._candidates.host_memory_is_slow(have_room):
             loans = self._borrowed(request, count, None)
             return [*loans, self._host_room(request, count - sum(len(x.unused) for x in loans))]
         room = self._host_room(request, count)
