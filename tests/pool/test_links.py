@@ -147,8 +147,8 @@ def test_rblocks_are_fetched_back_when_it_pays_and_there_is_room(
     # When they run, and the shorter one ends
     was_borrowed, back_with = 0, 0
     while not a.scheduler.is_idle:
-        if not was_borrowed:
-            time.sleep(0.1)  # a loan takes time, not steps: the longer one must not run away meanwhile
+        if not requests[1].output_token_ids:
+            time.sleep(0.1)  # loans take time, not steps: the longer one must not run away before the shorter one runs
         a.step()
         borrowed = a.status(0).borrowed_rblocks
         was_borrowed = max(was_borrowed, borrowed)
