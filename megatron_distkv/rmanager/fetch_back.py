@@ -55,16 +55,12 @@ class FetchBack:
     def find_early_ones(self, num_free: int) -> None:
         """rBlocks whose creditors do not mind, where asking for them costs more than fetching them back (paper: 5).
 
-        Only where all that runs fits here until its end: what comes back will not have to leave again for it, and a
-        loan that nothing lies under is of no more use.
+        Only where all that runs fits here until its end: what comes back will not have to leave again for it.
         """
         loans = list(self._loans.all())
         num_spare = num_free - self._tables.growth_until_the_end() if loans else 0
         for loan in loans if num_spare > 0 else ():
             request, count = self._tables.request(loan.request_id), self._num_under(loan)
-            if count == 0:
-                self._fetch_when_there_is_room(loan)
-                continue
             link = self._links.cost_of(loan.creditor)
             steps_left = request.max_total_tokens - request.num_tokens
             if link is not None and 0 < count <= num_spare and count * link.break_even_steps <= steps_left:
