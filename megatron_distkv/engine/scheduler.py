@@ -49,27 +49,30 @@ class _Step:
     """What has been chosen for a step so far, and what is left of its token budget."""
 
     def __init__(self, max_tokens: int) -> None:
-        self._max_tokens = max_tokens
+        self.left = max_tokens
         self.chosen: dict[str, Scheduled] = {}
 
-    @property
-    def left(self) -> int:
-        return self._max_tokens - sum(item.num_tokens for item in self.chosen.values())
+    def num_chosen(self, request: Request) -> int:
+        item = self.chosen.get(request.request_id)
+        return 0 if item is None else item.num_tokens
 
     def left_for(self, request: Request) -> int:
         """With what it has already."""
-        item = self.chosen.get(request.request_id)
-        return self.left + (0 if item is None else item.num_tokens)
+        return self.left + self.num_chosen(request)
 
     def share(self) -> int:
         """Of what is left, for one long prompt before others."""
-        return max(1, int(self.left * LONG_PROMPT_SHARE))
+        return min(self.left, max(1, int(self.left * LONG_PROMPT_SHARE)))
 
     def choose(self, request: Request, num_tokens: int) -> None:
+        """In place of what it has."""
+        self.drop(request)
         self.chosen[request.request_id] = Scheduled(request, num_tokens)
+        self.left -= num_tokens
 
     def drop(self, request: Request) -> None:
-        self.chosen.pop(request.request_id, None)
+        item = self.chosen.pop(request.request_id, None)
+        self.left += 0 if item is None else item.num_tokens
 
 
 class _Wait(NamedTuple):
@@ -124,7 +127,7 @@ class Scheduler:
         self.starved.clear()
         step = _Step(self._config.max_batched_tokens)
         for request in [request for request in self.running if request.num_to_compute == 1]:
-            self._choose(request, 1, step)
+            self._choose(request, min(1, step.left), step)
         self._choose_prompts(step)
         self._admit(step)
         for request in self._prompts():
@@ -155,7 +158,7 @@ class Scheduler:
 
     def _choose(self, request: Request, budget: int, step: _Step) -> None:
         wanted = min(len(request.next_range), budget)
-        if wanted <= 0 or request.status is not RequestStatus.RUNNING:
+        if wanted <= step.num_chosen(request) or request.status is not RequestStatus.RUNNING:
             return
         granted = self._rmanager.grow(request, wanted)
         if granted > 0:

@@ -97,3 +97,17 @@ def test_a_step_is_full_while_anybody_has_tokens_to_compute(make_config: MakeCon
             computed = llm.instance.status(0).num_computed_tokens - before
             assert computed >= 48 or not llm.instance.scheduler.waiting
             left -= computed
+
+
+def test_no_step_has_more_tokens_than_it_may(make_config: MakeConfig) -> None:
+    # Given prompts that come into it side by side, and decode together: more of them than a step takes tokens
+    many = SamplingParams(max_tokens=150, temperature=0.0, ignore_eos=True)
+    with LLM(make_config(num_rblocks=512, scheduler={"max_batched_tokens": 8})) as llm:
+        for number in range(20):
+            llm.instance.add(Request(str(number), [5] * 40, many))
+        most = 0
+        while not llm.instance.scheduler.is_idle:
+            before = llm.instance.status(0).num_computed_tokens
+            llm.instance.step()
+            most = max(most, llm.instance.status(0).num_computed_tokens - before)
+    assert most == 8

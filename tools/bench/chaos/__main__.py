@@ -71,7 +71,6 @@ def _arguments() -> argparse.Namespace:
     add("--mean-gap-s", type=float, default=2.5, help="mean time between two faults")
     add("--faults", type=_kinds, default=list(KINDS), metavar="KINDS", help=f"comma-separated; all: {', '.join(KINDS)}")
     add("--without", type=_kinds, default=[], metavar="KINDS", help="of --faults, leave these out")
-    add("--known", type=_kinds, default=[], metavar="KINDS", help="not survived yet: what they did is told, no failure")
     add(
         "--inject",
         metavar="MODULE",

@@ -48,8 +48,7 @@ def _row(report: dict[str, Any]) -> list[str]:
 
 def _failures(report: dict[str, Any]) -> list[str]:
     seed = f"seed {report['seed']}"
-    known = [f"{seed}, known: {sentence}" for sentence in report["known_failures"]]
-    return [f"{seed}: {sentence}" for sentence in [*report["leaks"], *report["failures"]]] + known
+    return [f"{seed}: {sentence}" for sentence in [*report["leaks"], *report["failures"]]]
 
 
 def _pool(report: dict[str, Any]) -> str:

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace, seed: int, scratch: Path) -> dict[str, Any]:
         leaks = faults.crashed + processes.leaks() + unsettled(pool)
         if not processes.has_judged(pool.instance_ids):
             leaks.append("whether an instance leaks is not known: none lived for enough requests; give more minutes")
-    return {**_of_traffic(traffic), **_of_faults(scene, args.known, leaks), **_of_processes(processes),
+    return {**_of_traffic(traffic), **_of_faults(scene, leaks), **_of_processes(processes),
             "seed": seed, "minutes": args.minutes, "clients": args.clients, "inject": args.inject,
             "machine": describe_machine(),
             "cluster": pool.config.model_dump(mode="json", exclude={"model"})}  # fmt: skip
@@ -104,15 +104,9 @@ def _of_traffic(traffic: Traffic) -> dict[str, Any]:
     }
 
 
-def _of_faults(scene: Scene, known: list[str], leaks: list[str]) -> dict[str, Any]:
-    """`known`: kinds of faults that the pool is known not to survive yet; what they did is told, and no failure."""
-    told = [(kind in known, f"{kind}: {sentence}") for kind, sentence in scene.failures]
-    return {
-        "faults": dict(scene.counts),
-        "leaks": leaks,
-        "failures": [sentence for is_known, sentence in told if not is_known],
-        "known_failures": [sentence for is_known, sentence in told if is_known],
-    }
+def _of_faults(scene: Scene, leaks: list[str]) -> dict[str, Any]:
+    failures = [f"{kind}: {sentence}" for kind, sentence in scene.failures]
+    return {"faults": dict(scene.counts), "leaks": leaks, "failures": failures}
 
 
 def _of_processes(processes: Processes) -> dict[str, Any]:
