@@ -144,8 +144,12 @@ class Candidates:
         return sorted(found, key=rank)
 
     def _answer_us(self, candidate: Candidate) -> float:
-        """Of one decode step, with a few rBlocks there."""
-        link = self._links.cost_of(candidate.name)
+        """Of one decode step, with a few rBlocks there.
+
+        A link that is not measured yet costs as much as the best that is: if it cost nothing, whoever is measured
+        would look slow beside it.
+        """
+        link = self._links.cost_of(candidate.name) or self._links.best
         return ASKED_RBLOCKS * (candidate.info.query_us or 0.0) + (0.0 if link is None else link.ask_us)
 
 

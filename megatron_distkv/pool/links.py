@@ -82,6 +82,11 @@ class Links:
         return None if known is None else known.cost
 
     @property
+    def best(self) -> LinkCost | None:
+        """Of those measured, the one that is quickest to ask; None: none is."""
+        return min((known.cost for known in list(self._known.values())), key=lambda cost: cost.ask_us, default=None)
+
+    @property
     def are_enough(self) -> bool:
         """Whether as many are known as shall be before any is used."""
         return len(self._known) >= NUM_PROBED

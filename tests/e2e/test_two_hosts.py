@@ -12,6 +12,8 @@ from tests.e2e.network_namespaces import NotHere, TwoHosts
 from tests.e2e.test_api import random_prompt
 
 PORT = 7300
+# One step may be moving so many rBlocks to the far host when the cable is cut.
+MAX_MOVED = 4
 
 
 @pytest.fixture
@@ -36,7 +38,8 @@ def test_a_bad_line_and_a_partition(
     except NotHere as why:
         print(f"without delay and loss: {why}")
     with Members(byte_llama, tmp_path, server.url) as members:
-        members.start_instance("a", within=hosts.within(0), network=network(0, PORT), lending={"deadline_s": 2.0})
+        lending = {"deadline_s": 2.0, "max_moved_rblocks_per_step": MAX_MOVED}
+        members.start_instance("a", within=hosts.within(0), network=network(0, PORT), lending=lending)
         members.start_lender("near", 40, within=hosts.within(0), network=network(0, PORT + 1))
         members.start_lender("far", 60, within=hosts.within(1), network=network(1, PORT))
         members.wait()
@@ -53,7 +56,7 @@ def test_a_bad_line_and_a_partition(
         hosts.cut()
         said = conversation.rest()
 
-        # Then what lay behind it is computed again, and no more: nor an rBlock that was on its way in that step
+        # Then what lay behind it, and what was on its way there in that step, is computed again, and no more
         assert said.token_ids == reference(prompt, 100)
-        assert 0 < said.kv.num_recomputed_tokens <= (said.kv.max_borrowed_rblocks["far"] + 1) * 8
+        assert 0 < said.kv.num_recomputed_tokens <= (said.kv.max_borrowed_rblocks["far"] + MAX_MOVED) * 8 < 150
         assert said.kv.num_preemptions == 0

@@ -70,6 +70,12 @@ def test_who_is_far_is_asked_last_however_free() -> None:
     assert pool.order() == ["near", "far"]
 
 
+def test_a_link_not_measured_yet_makes_no_other_look_slow() -> None:
+    # Given two creditors that compute alike; the freer one's link is known, of the other's nothing is
+    pool = Pool(links={"known": NEAR}, new=(10, {"query_us": 0.1}), known=(500, {"query_us": 0.1}))
+    assert pool.order() == ["known", "new"]
+
+
 @pytest.mark.parametrize(
     "said",
     [
