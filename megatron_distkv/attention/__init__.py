@@ -18,6 +18,7 @@ from megatron_distkv.attention.partial import Merges, Partial
 from megatron_distkv.attention.query_limiter import QueryLimiter
 from megatron_distkv.attention.rotary import RotaryConfig
 from megatron_distkv.attention.sequence_attention import SequenceAttention
+from megatron_distkv.attention.span_tensors import KeptSpans
 from megatron_distkv.attention.split_channel import Part, SplitChannel
 from megatron_distkv.attention.verification import Verification
 
@@ -34,6 +35,7 @@ __all__ = [
     "ForwardContext",
     "HeadShare",
     "HostMemory",
+    "KeptSpans",
     "LoanTable",
     "Merges",
     "NewKeys",

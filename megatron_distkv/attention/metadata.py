@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import NamedTuple, Protocol
 
 import torch
 
 from megatron_distkv.attention.partial import Merges
 from megatron_distkv.attention.rotary import RotaryConfig, RotaryTable, rotary_table
+from megatron_distkv.attention.span_tensors import KeptSpans, SpanTensors
 from megatron_distkv.errors import IntegrityError
 from megatron_distkv.messages import QueryShare
 from megatron_distkv.rblock import LocalSpan, RemoteSpan, Span
@@ -110,10 +112,17 @@ class AttentionMetadata:
 
 
 def build_metadata(
-    slices: Sequence[SequenceSlice], rblock_size: int, device: torch.device | None = None
+    slices: Sequence[SequenceSlice],
+    rblock_size: int,
+    device: torch.device | None = None,
+    kept: KeptSpans | None = None,
 ) -> AttentionMetadata:
-    """Raises IntegrityError when a new token has no local rBlock."""
-    build = _Build(rblock_size)
+    """`kept`: what the steps before have made of the same spans. Raises IntegrityError when a new token has no local
+    rBlock.
+    """
+    kept = kept or KeptSpans(rblock_size, device)
+    kept.begin_step()
+    build = _Build(rblock_size, kept)
     for piece in slices:
         build.add(piece)
 
@@ -124,8 +133,8 @@ def build_metadata(
         positions_T=int64(build.positions),
         slot_mapping_T=int64(build.slots),
         cu_queries=int64(build.cu_queries),
-        block_ids_M=int64(build.block_ids),
-        block_starts_M=int64(build.block_starts),
+        block_ids_M=torch.cat([int64([]), *(x.block_ids for x in build.local)]),
+        block_starts_M=torch.cat([int64([]), *(x.block_starts for x in build.local)]),
         cu_blocks=int64(build.cu_blocks),
         remote={
             name: RemoteShare(int64(build.rows[name]), [_share(piece) for piece in slices], slices, rblock_size)
@@ -135,44 +144,52 @@ def build_metadata(
 
 
 class _Build:
-    def __init__(self, rblock_size: int) -> None:
+    def __init__(self, rblock_size: int, kept: KeptSpans) -> None:
         self._rblock_size = rblock_size
+        self._kept = kept
         self.positions: list[int] = []
         self.slots: list[int] = []
         self.cu_queries = [0]
-        self.block_ids: list[int] = []
-        self.block_starts: list[int] = []
+        self.local: list[SpanTensors] = []
         self.cu_blocks = [0]
         self.rows: dict[str, list[int]] = {}
         self.slices: dict[str, list[RemoteSlice]] = {}
 
     def add(self, piece: SequenceSlice) -> None:
         first_row, num_queries = len(self.positions), piece.end - piece.start
-        local: dict[int, int] = {}
+        local: list[LocalSpan] = []
         remote: dict[str, list[RemoteSpan]] = {}
         for span in piece.spans:
             if isinstance(span, LocalSpan):
-                local.update(enumerate(span.block_ids, start=span.first))
+                local.append(span)
             else:
                 remote.setdefault(span.creditor, []).append(span)
-        self._add_tokens(piece, local)
-        self.block_ids.extend(local.values())
-        self.block_starts.extend(index * self._rblock_size for index in local)
-        self.cu_blocks.append(len(self.block_ids))
+        self.positions.extend(range(piece.start, piece.end))
+        self.slots.extend(_slots(piece, local, self._rblock_size))
+        self.local.extend(map(self._kept.of, local))
+        self.cu_blocks.append(self.cu_blocks[-1] + sum(len(span.block_ids) for span in local))
         self.cu_queries.append(len(self.positions))
         for creditor, spans in remote.items():
             self.rows.setdefault(creditor, []).extend(range(first_row, first_row + num_queries))
             self.slices.setdefault(creditor, []).append(RemoteSlice(spans, piece.start, num_queries))
 
-    def _add_tokens(self, piece: SequenceSlice, local: dict[int, int]) -> None:
-        size = self._rblock_size
-        for position in range(piece.start, piece.end):
-            if position // size not in local:
-                raise IntegrityError(f"the token at position {position} has no local rBlock")
-            self.positions.append(position)
-            self.slots.append(local[position // size] * size + position % size)
+
+def _slots(piece: SequenceSlice, local: Sequence[LocalSpan], size: int) -> list[int]:
+    """Where the KV of its new tokens goes. The newest rBlocks are in the last spans."""
+    slots: list[int] = []
+    end = piece.end  # of those that are not placed yet
+    for span in reversed(local):
+        start = max(piece.start, span.first * size)
+        if start < end <= (span.first + len(span.block_ids)) * size:
+            slots[:0] = [span.block_ids[x // size - span.first] * size + x % size for x in range(start, end)]
+            end = start
+        if end == piece.start:
+            return slots
+    if end > piece.start:
+        raise IntegrityError(f"the token at position {end - 1} has no local rBlock")
+    return slots
 
 
 def _share(piece: RemoteSlice) -> QueryShare:
-    block_ids = [block_id for span in piece.spans for block_id in span.block_ids]
+    block_ids = list(chain.from_iterable(span.block_ids for span in piece.spans))
     return QueryShare(sorted({span.loan_id for span in piece.spans}), block_ids, piece.num_queries)

@@ -3,7 +3,6 @@
 Built once per step (attention/open_rblocks.py says for what); a list of a thousand rBlocks costs no loop in Python.
 """
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -11,6 +10,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from megatron_distkv.attention.metadata import SequenceSlice
+from megatron_distkv.attention.span_tensors import KeptSpans, SpanTensors
 from megatron_distkv.errors import IntegrityError
 from megatron_distkv.rblock import LocalSpan, num_rblocks_for
 
@@ -30,7 +30,7 @@ class _Writing(NamedTuple):
     start: int
     end: int
     open_slot: int
-    past: tuple[list[int], list[int]]  # numbers and physical ids of the request's full rBlocks here before it
+    past: SpanTensors  # the request's full rBlocks here before it
 
 
 class RBlockLists(NamedTuple):
@@ -56,58 +56,66 @@ class OpenIndex:
     left_open: tuple[torch.Tensor, torch.Tensor]  # places, and the open slots that shall hold them
 
 
-def open_index(slices: Sequence[OpenSlice], size: int) -> OpenIndex:
-    """For rBlocks of `size` tokens. Raises IntegrityError when a new token has no local rBlock, or no slot."""
-    of_slices = [_writing(piece, size) for piece in slices]
+def open_index(slices: Sequence[OpenSlice], size: int, kept: KeptSpans | None = None) -> OpenIndex:
+    """For rBlocks of `size` tokens. `kept`: what the steps before have made of the same spans.
+
+    Raises IntegrityError when a new token has no local rBlock, or no slot.
+    """
+    kept = kept or KeptSpans(size)
+    kept.begin_step()
+    of_slices = [_writing(piece, size, kept) for piece in slices]
     writing = [x for of_slice in of_slices for x in of_slice]
     in_slots = len(writing) == len(slices)
     placed = [(x.open_slot if in_slots else number, x) for number, x in enumerate(writing)]
     places = (place for place, _ in placed)
+    own_places, own_starts = _pairs([(place, x.rblock * size) for place, x in placed])
     return OpenIndex(
         in_slots,
         [{x.rblock: next(places) for x in of_slice} for of_slice in of_slices],
         _int64([place * size + t % size for place, x in placed for t in range(x.start, x.end)]),
         _ends([x.end - x.start for x in writing]),
-        _lists([([x.rblock], [place]) for place, x in placed], size),
-        _lists([x.past for x in writing], size),
+        RBlockLists(own_places, own_starts, torch.arange(len(writing) + 1)),
+        _lists([x.past for x in writing]),
         _pairs([(place, x.block_id) for place, x in placed if x.end == (x.rblock + 1) * size]),
         _pairs([(place, x.open_slot) for place, x in placed if x.start % size]),
         _pairs([(place, x.open_slot) for place, x in placed if x.end % size]),
     )
 
 
-def _writing(piece: OpenSlice, size: int) -> list[_Writing]:
-    numbers: list[int] = []  # of the local rBlocks, ascending
-    block_ids: list[int] = []
-    for span in piece.spans:
-        if isinstance(span, LocalSpan):
-            numbers.extend(range(span.first, span.first + len(span.block_ids)))
-            block_ids.extend(span.block_ids)
+def _writing(piece: OpenSlice, size: int, kept: KeptSpans) -> list[_Writing]:
+    local = [span for span in piece.spans if isinstance(span, LocalSpan)]
     rblocks = range(piece.start // size, num_rblocks_for(piece.end, size))
-    first = bisect_left(numbers, rblocks.start)
-    if piece.open_slot is None or numbers[first : first + len(rblocks)] != list(rblocks):
+    written = [x for span in local for x in _within(span, rblocks)]
+    if piece.open_slot is None or len(written) < len(rblocks):
         raise IntegrityError(f"the tokens at positions {piece.start}..{piece.end} have no local rBlock, or no slot")
+    num_before = sum(min(len(span.block_ids), max(0, rblocks.start - span.first)) for span in local)
+    tensors = [kept.of(span) for span in local]
+    block_ids, starts = (torch.cat(parts) for parts in zip(*tensors, strict=True))
     return [
         _Writing(
             rblock,
-            block_ids[num_before],
+            block_id,
             max(piece.start, rblock * size),
             min(piece.end, (rblock + 1) * size),
             piece.open_slot,
-            (numbers[:num_before], block_ids[:num_before]),
+            SpanTensors(block_ids[:num_past], starts[:num_past]),
         )
-        for num_before, rblock in enumerate(rblocks, start=first)
+        for num_past, (rblock, block_id) in enumerate(zip(rblocks, written, strict=True), start=num_before)
     ]
 
 
-def _lists(lists: Sequence[tuple[list[int], list[int]]], size: int) -> RBlockLists:
-    """From numbers and physical ids."""
-    flat_numbers: list[int] = []
-    flat_ids: list[int] = []
-    for numbers, block_ids in lists:
-        flat_numbers += numbers
-        flat_ids += block_ids
-    return RBlockLists(_int64(flat_ids), _int64(flat_numbers).mul_(size), _ends([len(ids) for _, ids in lists]))
+def _within(span: LocalSpan, rblocks: range) -> tuple[int, ...]:
+    """Physical ids of those of its rBlocks."""
+    return span.block_ids[max(0, rblocks.start - span.first) : max(0, rblocks.stop - span.first)]
+
+
+def _lists(lists: Sequence[SpanTensors]) -> RBlockLists:
+    none = _int64([])
+    return RBlockLists(
+        torch.cat([none, *(x.block_ids for x in lists)]),
+        torch.cat([none, *(x.block_starts for x in lists)]),
+        _ends([len(x.block_ids) for x in lists]),
+    )
 
 
 def _pairs(pairs: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:

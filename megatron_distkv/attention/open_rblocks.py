@@ -15,6 +15,7 @@ import torch
 
 from megatron_distkv.attention.open_index import OpenIndex, OpenSlice, open_index
 from megatron_distkv.attention.rotary import RotaryTable
+from megatron_distkv.attention.span_tensors import KeptSpans
 from megatron_distkv.messages import Scoring
 from megatron_distkv.ops import (
     merge_out,
@@ -52,12 +53,13 @@ class OpenRBlocks:
         self.full = unpack_rblocks(pool_BLKX, slots_OLK2ND.shape[-1])
         self._slots = slots_OLK2ND
         self._scratch = slots_OLK2ND.new_zeros((0, 1, *slots_OLK2ND.shape[2:]))
+        self._kept_spans = KeptSpans(slots_OLK2ND.shape[4])
         self._index: OpenIndex | None = None
         self._room: _Room | None = None
 
     def begin_step(self, slices: Sequence[OpenSlice]) -> None:
         """Raises IntegrityError when a new token has no local rBlock, or no slot."""
-        self._index = index = open_index(slices, self._slots.shape[4])
+        self._index = index = open_index(slices, self._slots.shape[4], self._kept_spans)
         num_places = sum(map(len, index.places))
         if not index.in_slots and num_places > len(self._scratch):
             self._scratch = self._slots.new_zeros((num_places, 1, *self._slots.shape[2:]))

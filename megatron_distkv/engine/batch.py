@@ -10,6 +10,7 @@ from megatron_distkv.rmanager import Move, Pull
 class Slice(msgspec.Struct, frozen=True):
     """Tokens at positions `[start, end)` of one request; `spans` already covers them."""
 
+    request_id: str
     start: int
     end: int
     spans: list[Span]

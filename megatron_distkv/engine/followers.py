@@ -9,6 +9,7 @@ import msgspec
 
 from megatron_distkv.engine.addresses import control_address
 from megatron_distkv.engine.batch import StepPlan, StepReply
+from megatron_distkv.engine.plan_stream import PlanSender
 from megatron_distkv.errors import PeerLost, RankLost
 from megatron_distkv.messages import (
     Counted,
@@ -40,11 +41,12 @@ class FollowerRanks:
 
     def __init__(self, run_dir: Path, instance: InstanceId, pool: str, size: int, secret: bytes) -> None:
         self._lock = threading.Lock()  # grants come from channel threads
+        self._plans = PlanSender()
         self._steps = [_connect(run_dir, instance, pool, rank, secret) for rank in range(1, size)]
         self._grants = [_connect(run_dir, instance, pool, rank, secret) for rank in range(1, size)]
 
     def begin_step(self, plan: StepPlan) -> None:
-        header = msgspec.msgpack.encode(plan)
+        header = self._plans.encode(plan)
         with _lost_for_good():
             for channel in self._steps:
                 channel.post(MessageKind.STEP, header)

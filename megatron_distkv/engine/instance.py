@@ -132,7 +132,7 @@ class Instance:
             end = start + item.num_tokens
             token_ids.extend(request.token_ids(start, end))
             spans, open_slot = self.rmanager.spans_before(request, end), self.rmanager.open_slot(request)
-            slices.append(Slice(start, end, spans, item.needs_logits, open_slot))
+            slices.append(Slice(request.request_id, start, end, spans, item.needs_logits, open_slot))
             creditors.update({x.creditor: x.peer for x in self.parts.loans.of(RequestOwner(request.request_id))})
         return StepPlan(
             self.parts.reporting.num_steps,

@@ -9,6 +9,7 @@ from megatron_distkv.attention import (
     Debtor,
     FixedAttention,
     ForwardContext,
+    KeptSpans,
     OpenRBlocks,
     QueryLimiter,
     Verification,
@@ -58,6 +59,7 @@ class ModelRunner:
         self._migration = migration
         self._debtor = debtor
         self._verification = verification
+        self._kept_spans = KeptSpans(pool.rblock_size)
 
     def run(self, plan: StepPlan) -> StepResult:
         """The same collectives on every rank, whatever is lost on the way."""
@@ -72,7 +74,7 @@ class ModelRunner:
         lost.update(self._open_channels(plan, lost))
         if not plan.token_ids:
             return StepResult(None, lost)
-        metadata = build_metadata(plan.slices, self._pool.rblock_size)
+        metadata = build_metadata(plan.slices, self._pool.rblock_size, kept=self._kept_spans)
         if self._open_rblocks is not None:
             self._open_rblocks.begin_step(plan.slices)
         self._debtor.begin_step(plan.step, {name: r for name, r in metadata.remote.items() if name not in lost})

@@ -10,6 +10,7 @@ from megatron_distkv.engine.addresses import control_address, rank_address
 from megatron_distkv.engine.batch import StepPlan, StepReply
 from megatron_distkv.engine.instance_secret import share_instance_secret
 from megatron_distkv.engine.listeners import Listeners
+from megatron_distkv.engine.plan_stream import PlanReceiver
 from megatron_distkv.engine.rank import Rank
 from megatron_distkv.errors import DistkvError
 from megatron_distkv.log import get_logger
@@ -35,6 +36,7 @@ class Worker:
 
     def __init__(self, rank: Rank) -> None:
         self._rank = rank
+        self._stream = PlanReceiver()
         self._plans: queue.SimpleQueue[StepPlan | BaseException | None] = queue.SimpleQueue()
         self._replies: queue.SimpleQueue[StepReply] = queue.SimpleQueue()
         self._has_ended = threading.Event()
@@ -87,7 +89,7 @@ class Worker:
         """The leader's orders: they come over the control channel only, from who knows this instance's secret."""
         kind = MessageKind(request.kind)
         if kind is MessageKind.STEP:
-            self._plans.put(decode(request.header, StepPlan))
+            self._plans.put(self._stream.decode(request.header))
             return Answer(msgspec.msgpack.encode(self._replies.get()))
         if kind is MessageKind.GRANT:
             grant = decode(request.header, GrantHeader)

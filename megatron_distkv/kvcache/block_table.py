@@ -7,9 +7,13 @@ from msgspec.structs import replace
 from megatron_distkv.errors import IntegrityError
 from megatron_distkv.rblock import InstanceId, LoanId, LocalSpan, RemoteSpan, Span
 
+# rBlocks of a span at most. A full one stays as it is while its request grows, so that what was made of it, here and at
+# other ranks, still holds in the next step.
+MAX_SPAN_RBLOCKS = 1024
+
 
 class BlockTable:
-    """Spans of a request's rBlocks in order; neighbouring spans of one holder and loan are kept merged.
+    """Spans of a request's rBlocks in order; neighbouring spans of one holder and loan are kept merged, up to a size.
 
     New tokens are always local, so the table grows with local rBlocks; migration turns full local rBlocks into remote
     ones, oldest first. A loan that is lost leaves a gap, which local rBlocks fill.
@@ -178,7 +182,8 @@ def _cut(span: Span, rblocks: range) -> Span | None:
 
 
 def _join(left: Span, right: Span) -> Span | None:
-    if left.first + len(left.block_ids) != right.first:
+    num_left = len(left.block_ids)
+    if left.first + num_left != right.first or num_left + len(right.block_ids) > MAX_SPAN_RBLOCKS:
         return None
     match left, right:
         case LocalSpan(), LocalSpan():

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_distkv.errors import IntegrityError
-from megatron_distkv.kvcache.block_table import BlockTable
+from megatron_distkv.kvcache.block_table import MAX_SPAN_RBLOCKS, BlockTable
 from megatron_distkv.rblock import InstanceId, LoanId, LocalSpan, RemoteSpan
 
 CREDITOR, LOAN = InstanceId("b"), LoanId("a.1.0")
@@ -21,6 +21,16 @@ def test_appended_rblocks_form_one_span() -> None:
     table = local_table(7, 3)
     table.add_local(table.missing(range(1, 3)), [5])
     assert table.spans == [LocalSpan(0, (7, 3, 5))]
+
+
+def test_a_full_span_stays_the_very_same_while_its_request_grows() -> None:
+    table = local_table(*range(MAX_SPAN_RBLOCKS))
+    (full,) = table.before(MAX_SPAN_RBLOCKS)
+    for added in range(3):
+        table.add_local([MAX_SPAN_RBLOCKS + added], [added])
+    spans = table.before(MAX_SPAN_RBLOCKS + 3)
+    assert spans[0].block_ids is full.block_ids
+    assert spans[1:] == [LocalSpan(MAX_SPAN_RBLOCKS, (0, 1, 2))]
 
 
 def test_moving_the_oldest_gives_their_local_ids_back() -> None:
