@@ -89,6 +89,11 @@ class Request:
         return self.num_tokens - self.num_computed_tokens + self.num_lost_tokens
 
     @property
+    def num_prefill_tokens_left(self) -> int:
+        """0 while it decodes: the one token that it computes then is no prompt's."""
+        return self.num_to_compute if self.num_to_compute > 1 else 0
+
+    @property
     def next_range(self) -> range:
         """Positions whose KV is computed next; all positions before it have theirs."""
         return self.lost_ranges[0] if self.lost_ranges else range(self.num_computed_tokens, self.num_tokens)

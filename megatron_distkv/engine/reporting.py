@@ -46,6 +46,7 @@ class Reporting:
             num_running=len(running),
             num_waiting=len(self._scheduler.waiting),
             max_request_tokens=max((request.num_computed_tokens for request in running), default=0),
+            prefill_tokens_left=sum(x.num_prefill_tokens_left for x in (*running, *self._scheduler.waiting)),
             placements=tuple(entry for request in running for entry in self._placements(request)),
         )
 

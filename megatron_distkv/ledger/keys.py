@@ -12,7 +12,8 @@
     {pool}:free               zset     instance -> rBlocks it would lend now
     {pool}:caps               zset     instance -> rBlocks it lends at most; 0 where it is not up
     {pool}:instance:ID        hash     epoch address total reserved info (JSON), and the seal of these; local_used lent
-                                       borrowed state num_running num_waiting max_request_tokens placements (JSON)
+                                       borrowed state num_running num_waiting max_request_tokens
+                                       prefill_tokens_left placements (JSON)
                                        moves (planned, a line each: request|destination|num_rblocks)
                                        counted (JSON; for /metrics, of members that tell no gateway)
     {pool}:loan:ID            hash     debtor debtor_epoch creditor creditor_epoch num_rblocks state recalled

@@ -64,7 +64,7 @@ class MemoryLedger:
             new_epoch = epoch if is_survivor else state.epoch + 1
             state.epoch = max(state.epoch, new_epoch)
             record = InstanceRecord(
-                instance, new_epoch, address, total_rblocks, reserved_rblocks, 0, 0, 0, InstanceState.UP, 0, 0, 0, 0,
+                instance, new_epoch, address, total_rblocks, reserved_rblocks, 0, 0, 0, InstanceState.UP, 0, 0, 0, 0, 0,
                 dict(info or {}),
             )  # fmt: skip
             state.left.pop(instance, None)

@@ -115,6 +115,7 @@ class PoolState:
             num_running=report.num_running,
             num_waiting=report.num_waiting,
             max_request_tokens=report.max_request_tokens,
+            prefill_tokens_left=report.prefill_tokens_left,
             counted=member.record.counted if report.counted is None else report.counted,
         )
         placements = member.placements if report.placements is None else in_order(report.placements)

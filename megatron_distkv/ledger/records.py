@@ -64,6 +64,7 @@ class InstanceReport:
     max_request_tokens: int = 0
     placements: tuple[RequestPlacementEntry, ...] | None = None  # all of them; None: as in the last answered report
     counted: tuple[Counted, ...] | None = None  # for /metrics, of who tells no gateway; None: as for placements
+    prefill_tokens_left: int = 0  # of all its requests, running and waiting
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,7 @@ class MemberCounts:
     num_running: int
     num_waiting: int
     max_request_tokens: int
+    prefill_tokens_left: int
     lease_left_ms: int
 
     @property

@@ -129,8 +129,8 @@ class RedisLedger:
     def heartbeat(self, instance: InstanceId, epoch: int, report: InstanceReport, lease_s: float) -> HeartbeatReply:
         reply = self._run(
             "heartbeat", instance, epoch, to_ms(lease_s), report.local_used_rblocks, report.state.value,
-            report.num_running, report.num_waiting, report.max_request_tokens, placements_text(report.placements),
-            counted_text(report.counted),
+            report.num_running, report.num_waiting, report.max_request_tokens, report.prefill_tokens_left,
+            placements_text(report.placements), counted_text(report.counted),
         )  # fmt: skip
         if int(reply[0]) == 0:
             return HeartbeatReply(known=False)

@@ -115,7 +115,12 @@ def read_member(row: Sequence[Any], now_ms: int) -> MemberChange:
     )  # fmt: skip
 
 
-_COUNTS = ("total", "reserved", "local_used", "lent", "borrowed", "num_running", "num_waiting", "max_request_tokens")
+_COUNTS = (
+    "total", "reserved", "local_used", "lent", "borrowed", "num_running", "num_waiting", "max_request_tokens",
+    "prefill_tokens_left",
+)  # fmt: skip
+# What members of an earlier version do not tell.
+_NOT_TOLD = {"prefill_tokens_left": "0"}
 
 
 def _read_record(
@@ -124,7 +129,8 @@ def _read_record(
 ) -> InstanceRecord:  # fmt: skip
     """`values` as changes.lua names them, all but the last."""
     names = ("epoch", "address", *_COUNTS[:5], "state", *_COUNTS[5:], "info")
-    fields = {name: value for name, value in zip(names, values, strict=True) if value is not None}
+    told = {name: value for name, value in zip(names, values, strict=True) if value is not None}
+    fields = {**_NOT_TOLD, **told}
     missing = [name for name in names if name not in fields]
     if missing:
         raise ValueError(f"it has no {', '.join(missing)}")

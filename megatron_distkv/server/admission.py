@@ -1,13 +1,14 @@
 """Requests wait here, before any work, until the pool has room for their prompts.
 
-The most important first, of those the oldest. Younger ones that fit may overtake for a while; then nobody overtakes the
-first that the pool could hold, so that memory gathers for it: no request starves behind shorter ones that are no more
-important. Other gateways have queues of their own, and instances have the last word: whom they refuse waits here
-again, at its old place.
+The most important first, of those the oldest. Younger ones that fit may overtake for a while. Then memory gathers for
+the first that the pool could hold: only much shorter ones still pass it, and not many, so that no request starves.
+Other gateways have queues of their own, and instances have the last word: whom they refuse waits here again, at its old
+place.
 """
 
 import bisect
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 from megatron_distkv import metrics
 from megatron_distkv.clock import Clock
@@ -20,6 +21,13 @@ from megatron_distkv.server.errors import ApiError
 from megatron_distkv.server.pool_view import GatewayView
 from megatron_distkv.server.routing import RoutingPolicy
 
+# For a request that waits for longer, its instance takes back what it has lent.
+CLAIM_AFTER_S = 2.0
+# While memory gathers for a request, others pass it that need this part of it at most, and together no more than that:
+# they delay it by little more than the time that one of them takes.
+PASSING_SIZE = 1 / 8
+PASSING_SHARE = 1 / 2
+
 
 class Place(Protocol):
     """Where a request hears of its instance: a future of the event loop, or of virtual time."""
@@ -31,9 +39,17 @@ class Place(Protocol):
     def set_result(self, member: Member, /) -> None: ...
 
 
-class Waiting(NamedTuple):
+@dataclass
+class Waiting:
     attempt: Attempt
     place: Place
+    num_passed_tokens: int = 0
+    """Of those that have passed it while memory gathered for it."""
+
+    def lets_pass(self, other: Attempt) -> bool:
+        own = self.attempt.num_tokens_at_most
+        is_short = other.num_tokens_at_most <= own * PASSING_SIZE
+        return is_short and self.num_passed_tokens + other.num_tokens_at_most <= own * PASSING_SHARE
 
 
 class Admission:
@@ -101,6 +117,7 @@ class Admission:
     def _look(self) -> None:
         if self._view.picture is not None and not self._view.ledger_is_away:
             self._longest.note(self._view.picture)
+            self._in_flight.note_reports(self._view.picture)
         for waiting in self._queue:
             waiting.attempt.forget_refusals()
         self._serve()
@@ -111,16 +128,23 @@ class Admission:
             return
         memory = self._memory()
         kept_for_pinned: set[str] = set()
+        first: Waiting | None = None  # that memory gathers for
         for waiting in [waiting for waiting in self._queue if not waiting.place.done()]:
             attempt = waiting.attempt
-            has_waited = self._clock.monotonic_s() - attempt.arrival_s >= self._config.overtake_within_s
-            record = self._find_room(attempt, memory, kept_for_pinned, may_claim=has_waited)
+            if first is not None and not first.lets_pass(attempt):
+                continue
+            waited_s = self._clock.monotonic_s() - attempt.arrival_s
+            has_waited = waited_s >= self._config.overtake_within_s
+            may_claim = first is None and waited_s >= min(CLAIM_AFTER_S, self._config.overtake_within_s)
+            record = self._find_room(attempt, memory, kept_for_pinned, may_claim=may_claim)
             if record is not None:
+                if first is not None:
+                    first.num_passed_tokens += attempt.num_tokens_at_most
                 self._give(waiting, record, memory)
             elif has_waited and attempt.pinned is not None:
                 kept_for_pinned.add(attempt.pinned)
-            elif has_waited and attempt.num_tokens_at_most <= self._longest.now(None):
-                return  # memory gathers for it
+            elif first is None and has_waited and attempt.num_tokens_at_most <= self._longest.now(None):
+                first = waiting
 
     def _give(self, waiting: Waiting, record: Member, memory: PoolCapacity | None) -> None:
         self.leave(waiting.attempt)

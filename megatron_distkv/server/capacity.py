@@ -14,38 +14,53 @@ DECODE_WORK_TOKENS = 64
 
 
 class InFlight:
-    """Requests with their instances, and the work that these have with them: fresher than any heartbeat.
+    """Requests with their instances, and the work that these have: tokens of prompts to compute, and what decoding is
+    worth.
 
-    One that has been promised room counts, though it may not be sent yet.
+    Of each instance what it has reported and what this gateway has given and seen end since, so that gateways count
+    alike; and never less than this gateway's own requests, which are fresher than any report. One that has been
+    promised room counts, though it may not be sent yet.
     """
 
     def __init__(self) -> None:
         self._instances: dict[Attempt, Member] = {}
         self._prefill_tokens: dict[Attempt, int] = {}
-        self._work: Counter[str] = Counter()  # tokens, by instance
+        self._own = Counter[str]()  # by instance
+        self._reported: dict[str, int] = {}
+        self._since_report = Counter[str]()
+
+    def note_reports(self, picture: Picture) -> None:
+        """There has been a look at the pool."""
+        reported = {str(member.instance): _reported_work(member) for member in picture.up}
+        same = {name for name, work in reported.items() if self._reported.get(name) == work}
+        self._since_report = Counter({name: work for name, work in self._since_report.items() if name in same})
+        self._reported = reported
 
     def add(self, attempt: Attempt, member: Member) -> None:
         self._instances[attempt] = member
         self._prefill_tokens[attempt] = attempt.num_prefill_tokens
-        self._work[member.instance] += attempt.num_prefill_tokens + DECODE_WORK_TOKENS
+        self._count(member, attempt.num_prefill_tokens + DECODE_WORK_TOKENS)
 
     def note_prefilled(self, attempt: Attempt) -> None:
         """Its first token has come: what is left of it is decoding."""
         member = self._instances.get(attempt)
         if member is not None:
-            self._work[member.instance] -= self._prefill_tokens[attempt]
+            self._count(member, -self._prefill_tokens[attempt])
             self._prefill_tokens[attempt] = 0
 
     def remove(self, attempt: Attempt) -> None:
         member = self._instances.pop(attempt, None)
         if member is not None:
-            self._work[member.instance] -= self._prefill_tokens.pop(attempt) + DECODE_WORK_TOKENS
-            if not self._work[member.instance]:
-                del self._work[member.instance]
+            self._count(member, -self._prefill_tokens.pop(attempt) - DECODE_WORK_TOKENS)
 
     def work_at(self, instance: str) -> int:
-        """Tokens of prompts that it has to compute yet, and as many more as decoding is worth."""
-        return self._work[instance]
+        return max(self._own[instance], self._reported.get(instance, 0) + self._since_report[instance])
+
+    def _count(self, member: Member, tokens: int) -> None:
+        for counts in (self._own, self._since_report):
+            counts[member.instance] += tokens
+            if not counts[member.instance]:
+                del counts[member.instance]
 
     def promised_rblocks(self, picture: Picture) -> Counter[str]:
         """By instance: what its requests still need for the tokens that they have, beside what they hold already."""
@@ -54,6 +69,10 @@ class InFlight:
             needed = num_rblocks_for(attempt.num_tokens_now, member.rblock_size)
             promised[member.instance] += max(0, needed - picture.held_rblocks.get(attempt.request_id, 0))
         return promised
+
+
+def _reported_work(member: Member) -> int:
+    return member.prefill_tokens_left + DECODE_WORK_TOKENS * (member.num_running + member.num_waiting)
 
 
 class _Seen(NamedTuple):

@@ -45,10 +45,12 @@ class StillView(GatewayView):
 
 def member(
     name: str, total: int, used: int = 0, *, lent: int = 0, reserved: int = 0, borrowed: int = 0, epoch: int = 1,
-    requests: Path | str = "", address: str = "", eos_token_ids: Sequence[int] = (), **facts: Any,
+    requests: Path | str = "", address: str = "", eos_token_ids: Sequence[int] = (), running: int = 0,
+    prefill_left: int = 0, **facts: Any,
 ) -> Member:  # fmt: skip
     """An instance; `role="lender"` makes it a memory-only lender."""
     info = MemberInfo(shape=SHAPE, requests=str(requests), eos_token_ids=tuple(eos_token_ids), **facts)
     return Member(
-        InstanceId(name), epoch, address, total, reserved, used, lent, borrowed, InstanceState.UP, 0, 0, 0, 1000, info
-    )
+        InstanceId(name), epoch, address, total, reserved, used, lent, borrowed, InstanceState.UP, running, 0, 0,
+        prefill_left, 1000, info,
+    )  # fmt: skip

@@ -162,6 +162,31 @@ def test_short_ones_overtake_a_long_one_for_a_while_only(overtake_within_s: floa
     play(story)
 
 
+def test_while_memory_gathers_only_a_few_much_shorter_ones_pass() -> None:
+    async def story() -> None:
+        # Given a long request that memory gathers for
+        pool = Pool(overtake_within_s=0)
+        pool.view.show(member("a", 64, 4), member("b", 64, 64))
+        long = pool.ask(80)
+        # When one that is not much shorter comes, and many that are
+        other, short = pool.ask(12), [pool.ask(8) for _ in range(7)]
+        await settle()
+        # Then half of its size passes, with room for more
+        assert (long.at, other.at) == (None, None)
+        assert [visitor.at for visitor in short] == ["a"] * 5 + [None] * 2
+        # And those that leave make no room for others to pass
+        for visitor in short[:5]:
+            await visitor.leave()
+        await settle()
+        assert [visitor.at for visitor in short[5:]] == [None] * 2
+        # When memory has gathered, it starts
+        pool.view.show(member("a", 64, 0), member("b", 64, 40))
+        await settle()
+        assert long.at == "a"
+
+    play(story)
+
+
 def test_important_ones_come_first() -> None:
     async def story() -> None:
         pool = Pool()

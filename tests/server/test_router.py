@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import string
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -26,6 +27,10 @@ async def speak_and_die(request: NewRequest, writer: asyncio.StreamWriter) -> No
     writer.close()
 
 
+async def die(_: NewRequest, writer: asyncio.StreamWriter) -> None:
+    writer.close()
+
+
 async def refuse(request: NewRequest, writer: asyncio.StreamWriter) -> None:
     writer.write(framing.pack(RequestRefused(request.request_id, "too_long", "not now")))
 
@@ -44,10 +49,8 @@ async def go_on(request: NewRequest, writer: asyncio.StreamWriter) -> None:
     )
 
 
-async def ask(
-    directory: Path, first: Answer, second: Answer, patience_s: float = 30.0, pinned: str | None = None
-) -> list[Routed]:
-    """One request to two instances that answer like this."""
+async def ask(directory: Path, *answers: Answer, patience_s: float = 30.0, pinned: str | None = None) -> list[Routed]:
+    """One request to instances a, b, ... that answer like this."""
 
     def served(answer: Answer) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]:
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -59,15 +62,14 @@ async def ask(
 
         return serve
 
-    sockets = [directory / name for name in ("a", "b")]
+    sockets = [directory / name for name in string.ascii_lowercase[: len(answers)]]
     servers = [
-        await asyncio.start_unix_server(served(answer), path)
-        for answer, path in zip((first, second), sockets, strict=True)
+        await asyncio.start_unix_server(served(answer), path) for answer, path in zip(answers, sockets, strict=True)
     ]
-    # Neither holds it alone, so the one with more free memory comes first
+    # None holds it alone, so the one with more free memory comes first
     view = StillView()
     router = Router(view, AdmissionConfig(), SystemClock(), patience_s)
-    view.show(member("a", 6, requests=sockets[0]), member("b", 5, requests=sockets[1]))
+    view.show(*(member(socket.name, 6 - place, requests=socket) for place, socket in enumerate(sockets)))
     try:
         return [routed async for routed in router.generate([1] * 64, SamplingParams(max_tokens=8), pinned)]
     finally:
@@ -98,3 +100,24 @@ def test_where_nobody_can_go_on_the_patience_ends(tmp_path: Path) -> None:
     with pytest.raises(ApiError, match=r"lost after 1 tokens .* no other can go on: not now") as caught:
         asyncio.run(asyncio.wait_for(ask(tmp_path, speak_and_die, refuse, patience_s=0.6), 20))
     assert (caught.value.status, caught.value.code) == (502, "instance_lost")
+
+
+def test_where_two_have_died_of_it_no_third_is_risked(tmp_path: Path) -> None:
+    with pytest.raises(ApiError, match=r"2 instances in a row .* no token") as caught:
+        asyncio.run(asyncio.wait_for(ask(tmp_path, die, die, go_on), 20))
+    assert (caught.value.status, caught.value.code) == (502, "instance_lost")
+
+
+def test_with_tokens_between_two_deaths_a_third_goes_on(tmp_path: Path) -> None:
+    routed = asyncio.run(asyncio.wait_for(ask(tmp_path, die, speak_and_die, go_on), 20))
+    assert [token for x in routed for token in x.output.token_ids] == [65, 66]
+
+
+def test_who_leaves_in_order_has_not_died_of_it(tmp_path: Path) -> None:
+    async def leave_before_a_token(request: NewRequest, writer: asyncio.StreamWriter) -> None:
+        writer.write(framing.pack(TokenOutput(request.request_id, [], kv=RequestKV())))
+        await writer.drain()
+        writer.close()
+
+    routed = asyncio.run(asyncio.wait_for(ask(tmp_path, leave_before_a_token, die, go_on), 20))
+    assert [token for x in routed for token in x.output.token_ids] == [0]

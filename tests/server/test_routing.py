@@ -13,11 +13,15 @@ class Gateway:
     """Gives requests to two large instances, as long as nobody ends."""
 
     def __init__(self) -> None:
-        view = StillView()
+        self.view = StillView()
         self.clock = VirtualClock()
         self.members = {name: member(name, 100_000) for name in ("a", "b")}
-        self.admission = Admission(AdmissionConfig(), view, self.clock)
-        view.show(*self.members.values())
+        self.admission = Admission(AdmissionConfig(), self.view, self.clock)
+        self.view.show(*self.members.values())
+
+    def heartbeat(self, **reports: dict[str, int]) -> None:
+        """What the instances have from all gateways."""
+        self.view.show(*(member(name, 100_000, **reports.get(name, {})) for name in ("a", "b")))
 
     def place(self, num_tokens: int) -> tuple[Attempt, str]:
         attempt, place = Attempt([1] * num_tokens, SamplingParams(max_tokens=50), None, self.clock), Place()
@@ -77,3 +81,31 @@ def test_a_lost_request_is_a_prompt_again() -> None:
     assert taken is not None
     assert attempt.num_prefill_tokens == 5_001
     assert {gateway.place(100)[1] for _ in range(3)} == {at} != {taken.instance}
+
+
+def test_another_gateways_long_prompt_counts_as_ones_own() -> None:
+    # Given a prompt of 100k tokens that one of two gateways has given to an instance
+    one, other = Gateway(), Gateway()
+    long, busy = one.place(100_000)
+    # When the instance has told so
+    for gateway in (one, other):
+        gateway.heartbeat(**{busy: {"running": 1, "prefill_left": 90_000}})
+    # Then both send short ones to the other instance, however many
+    free = {"a": "b", "b": "a"}[busy]
+    assert {gateway.place(200)[1] for _ in range(20) for gateway in (one, other)} == {free}
+    # And when the prompt is computed, both come back
+    one.first_token(long)
+    for gateway in (one, other):
+        gateway.heartbeat(**{busy: {"running": 1}, free: {"running": 40}})
+        assert gateway.place(200)[1] == busy
+
+
+def test_what_has_ended_since_a_report_counts_no_more() -> None:
+    gateway = Gateway()
+    attempt, at = gateway.place(5_000)
+    gateway.heartbeat(**{at: {"running": 2, "prefill_left": 5_000}})
+    # When the other gateway's decodes on, and this one's ends
+    gateway.admission.end(attempt)
+    # Then this instance has one request, and the next goes to the other one before it comes back here
+    other = {"a": "b", "b": "a"}[at]
+    assert [gateway.place(1)[1] for _ in range(2)] == [other, at]

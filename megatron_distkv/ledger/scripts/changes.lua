@@ -39,7 +39,8 @@ for i, row in ipairs(page) do
     if ARGV[6] == '1' then placements = call('HGET', instance_key(id), 'placements') end
     page[i] = {id, call('ZSCORE', P .. ':leases', id),
       call('HMGET', instance_key(id), 'epoch', 'address', 'total', 'reserved', 'local_used', 'lent', 'borrowed', 'state',
-        'num_running', 'num_waiting', 'max_request_tokens', 'info', 'counted'), loans, placements, is_sealed(id) and 1 or 0}
+        'num_running', 'num_waiting', 'max_request_tokens', 'prefill_tokens_left', 'info', 'counted'),
+      loans, placements, is_sealed(id) and 1 or 0}
   end
 end
 return {known[4] or '', text(now), is_whole and 1 or 0, text(start), text(position), has_more, page}

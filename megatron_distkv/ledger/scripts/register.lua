@@ -15,7 +15,7 @@ call('HSET', STATE, 'epoch', text(math.max(last_epoch, epoch)))
 call('DEL', instance_key(id))
 call('HSET', instance_key(id), 'epoch', text(epoch), 'address', ARGV[3], 'total', ARGV[4], 'reserved', ARGV[5],
   'local_used', '0', 'lent', '0', 'borrowed', '0', 'state', 'up', 'num_running', '0', 'num_waiting', '0',
-  'max_request_tokens', '0', 'info', ARGV[9], 'placements', '[]', 'counted', '[]', 'moves', '',
+  'max_request_tokens', '0', 'prefill_tokens_left', '0', 'info', ARGV[9], 'placements', '[]', 'counted', '[]', 'moves', '',
   'seal', seal_of(id, text(epoch), ARGV[3], ARGV[4], ARGV[5], ARGV[9]))
 call('ZADD', P .. ':leases', text(now + number(ARGV[6])), id)
 call('ZREM', P .. ':left', id)
