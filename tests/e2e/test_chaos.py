@@ -36,6 +36,7 @@ def test_a_while_of_chaos_loses_and_leaks_nothing(tmp_path: Path) -> None:
     assert exit_status == 0
 
 
+@pytest.mark.nightly
 @pytest.mark.timeout(600)
 def test_a_mebibyte_and_a_file_kept_per_request_make_it_fail(tmp_path: Path) -> None:
     quiet = (
