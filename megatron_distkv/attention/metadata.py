@@ -9,7 +9,7 @@ import torch
 
 from megatron_distkv.attention.partial import Merges
 from megatron_distkv.attention.rotary import RotaryConfig, RotaryTable, rotary_table
-from megatron_distkv.attention.span_tensors import KeptSpans, SpanTensors
+from megatron_distkv.attention.span_tensors import KeptSpans
 from megatron_distkv.errors import IntegrityError
 from megatron_distkv.messages import QueryShare
 from megatron_distkv.rblock import LocalSpan, RemoteSpan, Span
@@ -122,9 +122,11 @@ def build_metadata(
     """
     kept = kept or KeptSpans(rblock_size, device)
     kept.begin_step()
-    build = _Build(rblock_size, kept)
+    build = _Build(rblock_size)
     for piece in slices:
         build.add(piece)
+
+    local = kept.joined(build.local)
 
     def int64(values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=device)
@@ -133,8 +135,8 @@ def build_metadata(
         positions_T=int64(build.positions),
         slot_mapping_T=int64(build.slots),
         cu_queries=int64(build.cu_queries),
-        block_ids_M=torch.cat([int64([]), *(x.block_ids for x in build.local)]),
-        block_starts_M=torch.cat([int64([]), *(x.block_starts for x in build.local)]),
+        block_ids_M=local.block_ids,
+        block_starts_M=local.block_starts,
         cu_blocks=int64(build.cu_blocks),
         remote={
             name: RemoteShare(int64(build.rows[name]), [_share(piece) for piece in slices], slices, rblock_size)
@@ -144,13 +146,12 @@ def build_metadata(
 
 
 class _Build:
-    def __init__(self, rblock_size: int, kept: KeptSpans) -> None:
+    def __init__(self, rblock_size: int) -> None:
         self._rblock_size = rblock_size
-        self._kept = kept
         self.positions: list[int] = []
         self.slots: list[int] = []
         self.cu_queries = [0]
-        self.local: list[SpanTensors] = []
+        self.local: list[LocalSpan] = []
         self.cu_blocks = [0]
         self.rows: dict[str, list[int]] = {}
         self.slices: dict[str, list[RemoteSlice]] = {}
@@ -166,7 +167,7 @@ class _Build:
                 remote.setdefault(span.creditor, []).append(span)
         self.positions.extend(range(piece.start, piece.end))
         self.slots.extend(_slots(piece, local, self._rblock_size))
-        self.local.extend(map(self._kept.of, local))
+        self.local.extend(local)
         self.cu_blocks.append(self.cu_blocks[-1] + sum(len(span.block_ids) for span in local))
         self.cu_queries.append(len(self.positions))
         for creditor, spans in remote.items():

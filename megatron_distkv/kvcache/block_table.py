@@ -177,6 +177,8 @@ def _pieces_around(span: LocalSpan, cut_from: int, cut_to: int) -> list[LocalSpa
 def _cut(span: Span, rblocks: range) -> Span | None:
     """The part of `span` that lies in `rblocks`."""
     start = max(rblocks.start - span.first, 0)
+    if start == 0 and span.first + len(span.block_ids) <= rblocks.stop:
+        return span
     block_ids = span.block_ids[start : max(rblocks.stop - span.first, 0)]
     return replace(span, first=span.first + start, block_ids=block_ids) if block_ids else None
 
