@@ -15,8 +15,8 @@ class SpanTensors(NamedTuple):
     block_starts: torch.Tensor
 
 
-# By identity: to compare ids one by one would cost as much as to make the tensors. The span is kept beside what was made
-# of it, so that no other one can have its identity.
+# By identity: to compare ids one by one would cost as much as to make the tensors. The span is kept beside what was
+# made of it, so that no other one can have its identity.
 _Key: TypeAlias = tuple[int, int]
 
 

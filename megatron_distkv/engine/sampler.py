@@ -30,7 +30,7 @@ def sample(logits_RV: torch.Tensor, requests: Sequence[Request]) -> list[Sampled
     token_ids: list[int] = sample_tokens(
         logits_RV,
         torch.tensor([0.0 if x.is_greedy else max(x.temperature, _COLDEST) for x in each]),
-        torch.tensor([x.top_k for x in each]),
+        torch.tensor([min(x.top_k, logits_RV.shape[1]) for x in each]),  # a client's number may have any size
         torch.tensor([x.top_p for x in each]),
         torch.tensor([x.min_p for x in each]),
         torch.tensor([0.0 if r.sampling.is_greedy else uniform(r) for r in requests], dtype=torch.float64),
@@ -55,7 +55,7 @@ def _logprobs(
     logprobs_XV = torch.log_softmax(logits_RV[rows].float(), dim=-1)
     counts = [each[row].logprobs or 0 for row in rows]
     chosen = logprobs_XV[range(len(rows)), [token_ids[row] for row in rows]].tolist()
-    top = torch.topk(logprobs_XV, max(counts), dim=-1)
+    top = torch.topk(logprobs_XV, min(max(counts), logits_RV.shape[1]), dim=-1)
     ids, values = top.indices.tolist(), top.values.tolist()
     return [
         TokenLogprobs(chosen=chosen[x], top=list(zip(ids[x][:count], values[x][:count], strict=True)))

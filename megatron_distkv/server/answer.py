@@ -2,10 +2,11 @@
 
 import asyncio
 import contextlib
-import json
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+import msgspec
 
 from megatron_distkv.clock import Clock
 from megatron_distkv.messages import TokenLogprobs
@@ -66,6 +67,8 @@ class Answer:
         self.id = f"{self.shape.id_prefix}-{self.clock.random.getrandbits(128):032x}"
         self.created = self.clock.unix_ms() // 1000
         self._choices = [Choice(index) for index in range(len(self.streams))]
+        # The same in each event of a stream, and most of it.
+        self._chunk_head = msgspec.json.encode(self._head(self.shape.chunk_name)).removesuffix(b"}")
 
     async def whole(self) -> dict[str, Any]:
         async with contextlib.aclosing(merge_streams(self.streams)) as pieces:
@@ -77,7 +80,7 @@ class Answer:
             "usage": self._usage(),
         }
 
-    async def events(self, *, with_usage: bool) -> AsyncGenerator[str, None]:
+    async def events(self, *, with_usage: bool) -> AsyncGenerator[bytes, None]:
         """Server-sent events. Raises ApiError before the first; a later error is the last event before [DONE]."""
         has_begun = False
         try:
@@ -96,21 +99,22 @@ class Answer:
         except ApiError as error:
             if not has_begun:
                 raise
-            yield f"data: {json.dumps(error.body())}\n\n"
-        yield "data: [DONE]\n\n"
+            yield b"data: %b\n\n" % msgspec.json.encode(error.body())
+        yield b"data: [DONE]\n\n"
 
     def _with_ids(self, choice: dict[str, Any], token_ids: list[int]) -> dict[str, Any]:
         return {**choice, "token_ids": token_ids} if self.with_token_ids else choice
 
-    def _first_events(self) -> list[str]:
+    def _first_events(self) -> list[bytes]:
         chunks = [self.shape.first_chunk(index) for index in range(len(self.streams))]
         return [self._event([chunk]) for chunk in chunks if chunk is not None]
 
     def _head(self, name: str) -> dict[str, Any]:
         return {"id": self.id, "object": name, "created": self.created, "model": self.model}
 
-    def _event(self, choices: list[dict[str, Any]], **more: Any) -> str:
-        return f"data: {json.dumps({**self._head(self.shape.chunk_name), 'choices': choices, **more})}\n\n"
+    def _event(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
+        tail = msgspec.json.encode({"choices": choices, **more}).removeprefix(b"{")
+        return b"data: %b,%b\n\n" % (self._chunk_head, tail)
 
     def _usage(self) -> dict[str, Any]:
         """OpenAI's counts and, ours, where the rBlocks of each choice lay."""
@@ -146,6 +150,11 @@ def _receipt(choice: Choice) -> dict[str, Any]:
 
 async def merge_streams(streams: Sequence[PieceStream]) -> AsyncGenerator[Piece, None]:
     """Pieces of all streams as they come. An error of one, or leaving early, ends them all."""
+    if len(streams) == 1:  # as nearly always: nothing to merge, and no task and queue to pay for with each token
+        async with contextlib.aclosing(streams[0]) as only:
+            async for piece in only:
+                yield piece
+        return
     queue: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue()
 
     async def pump(stream: PieceStream) -> None:

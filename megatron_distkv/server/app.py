@@ -153,12 +153,12 @@ class Gateway:
         return Response(render_debts(picture) if picture else "", media_type="text/plain")
 
 
-async def _begun(events: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+async def _begun(events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
     """Wait for the first event: a refusal then has its own HTTP status instead of an event in a 200."""
     return _chain(await anext(events), events)
 
 
-async def _chain(first: str, rest: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+async def _chain(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
     try:
         yield first
         async for event in rest:

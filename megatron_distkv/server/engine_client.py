@@ -23,6 +23,8 @@ from megatron_distkv.messages import (
 from megatron_distkv.server.errors import HandedElsewhere, InstanceLost, InstanceUnreachable, from_refusal
 
 logger = get_logger(__name__)
+# A step's messages for a few hundred streams.
+READ_BYTES = 1 << 16
 _Answer: TypeAlias = TokenOutput | RequestRefused | HandedOver
 
 
@@ -106,18 +108,13 @@ class EngineClient:
         self._writer.write(framing.pack(message))
 
     async def _read(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        decoder = msgspec.msgpack.Decoder(FromInstance)
+        frames = framing.Frames(msgspec.msgpack.Decoder(FromInstance))
         try:
-            while True:
-                message = await framing.read(reader, decoder)
-                if isinstance(message, InstanceStatus):
-                    self._status = message
-                    self._status_came.set()
-                    continue
-                answers = self._answers.get(message.request_id)
-                if answers is not None:
-                    answers.put_nowait(message)
-        except (asyncio.IncompleteReadError, ConnectionError):
+            while data := await reader.read(READ_BYTES):
+                for message in frames.add(data):
+                    self._take(message)
+            logger.warning("instance %s is gone", self.instance_id)
+        except ConnectionError:
             logger.warning("instance %s is gone", self.instance_id)
         except (ValueError, msgspec.MsgspecError) as error:
             logger.error("instance %s sent garbage: %s", self.instance_id, error)
@@ -126,3 +123,12 @@ class EngineClient:
             writer.close()
             for answers in self._answers.values():
                 answers.put_nowait(None)
+
+    def _take(self, message: _Answer | InstanceStatus) -> None:
+        if isinstance(message, InstanceStatus):
+            self._status = message
+            self._status_came.set()
+            return
+        answers = self._answers.get(message.request_id)
+        if answers is not None:
+            answers.put_nowait(message)

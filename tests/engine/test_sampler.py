@@ -56,6 +56,19 @@ def test_each_request_is_sampled_as_it_asked() -> None:
     assert with_none.logprobs.chosen == pytest.approx(float(LOGITS[with_none.token_id]))
 
 
+def test_numbers_of_any_size_end_nobodys_instance() -> None:
+    most = (1 << 64) - 1
+    strange, other = sample(
+        LOGITS.expand(2, -1),
+        [request(top_k=most, seed=most, logprobs=20), request(top_p=1e-320, min_p=1e-45, temperature=1e-300)],
+    )
+    assert strange is not None
+    assert strange.logprobs is not None
+    assert [token_id for token_id, _ in strange.logprobs.top] == [0, 1, 2, 3, 4]
+    assert other is not None
+    assert other.token_id == 0
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_logits_that_are_not_finite_are_one_requests_own(temperature: float) -> None:
     logits_RV = LOGITS.repeat(3, 1)
