@@ -45,6 +45,7 @@ class Request:
     lost_ranges: list[range] = field(default_factory=list)  # below num_computed_tokens: in order, apart, not empty
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: FinishReason | None = None
+    is_begun: bool = False  # some step of this instance has computed a part of it
     sampling_seed: int = 0
     kv_dtype: str = ""
     num_preemptions: int = 0

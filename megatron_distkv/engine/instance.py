@@ -1,5 +1,7 @@
 """One serving instance: the loop that is the architecture."""
 
+from collections.abc import Callable
+
 from megatron_distkv.config.instance import InstanceConfig
 from megatron_distkv.engine.assembly import Parts
 from megatron_distkv.engine.batch import Slice, StepPlan
@@ -34,6 +36,8 @@ class Instance:
         self.rmanager = parts.rmanager
         self.scheduler = parts.scheduler
         self._failed: list[RequestRefused] = []
+        self.when_begun: Callable[[list[TokenOutput]], None] = lambda begun: None
+        """Hears, before a step runs, which requests are computed in it for the first time."""
         parts.start()
 
     # ------------------------------------------------------------------ requests
@@ -107,6 +111,7 @@ class Instance:
         self.parts.receiver.begin_step()
         self.parts.drain.begin_step()
         scheduled = self.scheduler.schedule()
+        self._tell_begun(scheduled)
         plan = self._plan(scheduled)
         began_s = self.parts.clock.monotonic_s()
         result = self._run(plan)
@@ -121,6 +126,14 @@ class Instance:
         self.parts.drain.end_step(result.lost)
         self.parts.reporting.update()
         return outputs
+
+    def _tell_begun(self, scheduled: list[Scheduled]) -> None:
+        """If this instance dies of one of them, nobody else must."""
+        begun = [item.request for item in scheduled if not item.request.is_begun]
+        for request in begun:
+            request.is_begun = True
+        if begun:
+            self.when_begun([TokenOutput(request.request_id, []) for request in begun])
 
     def _plan(self, scheduled: list[Scheduled]) -> StepPlan:
         token_ids: list[int] = []

@@ -36,6 +36,7 @@ class Serving:
         self._io = RequestIO(request_socket(instance.config.run_dir, instance.config.instance_id))
         self._client_of: dict[str, int] = {}
         self._was_busy = False
+        instance.when_begun = self._send
 
     def run(self, stop: threading.Event) -> None:
         try:

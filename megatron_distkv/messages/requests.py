@@ -47,6 +47,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True):
 class TokenOutput(msgspec.Struct, frozen=True, tag="token"):
     """New tokens of one request. `finish_reason` is set in the last one, which also carries `kv`.
 
+    The first has no tokens: the instance begins to compute the request.
     An instance that ends before its requests sends `kv` alone: its part of a request that others go on with.
     """
 

@@ -16,7 +16,7 @@ PATIENCE_S = 30.0
 # Pictures of the pool that differ for longer than this differ not only in age.
 DOUBT_S = 5.0
 
-# An instance that dies with a request may have died of it; so many in a row, and no other is given it.
+# An instance that dies while it computes a request may have died of it; so many in a row, and no other is given it.
 MOST_DEATHS = 2
 # The successor of an instance that leaves is looked for so long; then anybody is as good.
 SUCCESSOR_PATIENCE_S = 2.0
@@ -55,6 +55,7 @@ class Attempt:
         self._sampling = msgspec.structs.replace(sampling, seed=seed)
         self._sent: list[int] = []
         self._is_prefilled = False  # where it is now
+        self._is_begun = False  # there
         self._lost: set[Life] = set()
         self._num_deaths = 0  # of instances in a row, without a new token between
         self._refused: set[Life] = set()
@@ -114,7 +115,7 @@ class Attempt:
         """What this instance is asked: to go on from the tokens that are out."""
         handover_id = self._handover_id if record.instance == self._successor else ""
         self._successor_until_s = float("-inf")
-        self._is_prefilled = bool(handover_id)
+        self._is_prefilled, self._is_begun = bool(handover_id), False
         self.request_id = f"{self._clock.random.getrandbits(64):016x}"
         return NewRequest(
             self.request_id,
@@ -128,6 +129,7 @@ class Attempt:
     def note(self, output: TokenOutput) -> None:
         """Tokens, and what its instance tells of its part: with the last tokens, or when it gives the request up."""
         self._sent += output.token_ids
+        self._is_begun = True
         if output.token_ids:
             self._is_prefilled, self._num_deaths = True, 0
         if output.kv is not None:
@@ -146,18 +148,18 @@ class Attempt:
         """The last one."""
         return self._refusal
 
-    def note_lost(self, record: Member, *, with_it: bool = True) -> None:
+    def note_lost(self, record: Member) -> None:
         """Whom the client named is gone: anybody may go on.
 
-        Raises ApiError where it was the second in a row to die `with_it`, before another token of it: a third is not
-        risked. Who leaves in good order tells its part before it goes.
+        Raises ApiError where it was the second in a row to die while it computed this request, before another token of
+        it: a third is not risked. Who leaves in good order tells its part before it goes.
         """
-        if with_it and self._told is None:
+        if self._is_begun and self._told is None:
             self._num_deaths += 1
         if self._num_deaths >= MOST_DEATHS:
             sentence = (
-                f"{self._num_deaths} instances in a row were lost while they had this request, with no token of it "
-                "between them: it is given to no other, as it may be what ended them"
+                f"{self._num_deaths} instances in a row were lost while they computed this request, with no token of "
+                "it between them: it is given to no other, as it may be what ended them"
             )
             raise ApiError(502, sentence, kind="server_error", code="instance_lost")
         self._pinned = None

@@ -20,7 +20,7 @@ from megatron_distkv.messages import (
     StatusQuery,
     TokenOutput,
 )
-from megatron_distkv.server.errors import HandedElsewhere, InstanceLost, InstanceUnreachable, from_refusal
+from megatron_distkv.server.errors import HandedElsewhere, InstanceLost, from_refusal
 
 logger = get_logger(__name__)
 # A step's messages for a few hundred streams.
@@ -44,7 +44,7 @@ class EngineClient:
     async def generate(self, request: NewRequest) -> AsyncGenerator[TokenOutput, None]:
         """Outputs until the last. Raises ApiError when refused, InstanceLost when the instance goes away.
 
-        InstanceUnreachable: it was gone before. HandedElsewhere: it leaves in good order.
+        HandedElsewhere: it leaves in good order.
 
         Leaving the iterator early aborts the request.
         """
@@ -98,13 +98,12 @@ class EngineClient:
             try:
                 reader, self._writer = await asyncio.open_unix_connection(self._socket_path)
             except OSError as error:
-                sentence = f"instance {self.instance_id} cannot be reached: {error.strerror}"
-                raise InstanceUnreachable(sentence) from None
+                raise InstanceLost(f"instance {self.instance_id} cannot be reached: {error.strerror}") from None
             self._reading = asyncio.create_task(self._read(reader, self._writer))
 
     def _send(self, message: msgspec.Struct) -> None:
         if self._writer is None or self._writer.is_closing():
-            raise InstanceUnreachable(f"instance {self.instance_id} is gone")
+            raise InstanceLost(f"instance {self.instance_id} is gone")
         self._writer.write(framing.pack(message))
 
     async def _read(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -25,10 +25,6 @@ class InstanceLost(DistkvError):
     """The instance that computed a request is gone."""
 
 
-class InstanceUnreachable(InstanceLost):
-    """It was gone before it had the request."""
-
-
 class HandedElsewhere(InstanceLost):
     """The instance leaves; its successor, if it names one, has the request's KV under `handover_id`."""
 

@@ -27,6 +27,12 @@ async def speak_and_die(request: NewRequest, writer: asyncio.StreamWriter) -> No
     writer.close()
 
 
+async def begin_and_die(request: NewRequest, writer: asyncio.StreamWriter) -> None:
+    writer.write(framing.pack(TokenOutput(request.request_id, [])))
+    await writer.drain()
+    writer.close()
+
+
 async def die(_: NewRequest, writer: asyncio.StreamWriter) -> None:
     writer.close()
 
@@ -104,12 +110,12 @@ def test_where_nobody_can_go_on_the_patience_ends(tmp_path: Path) -> None:
 
 def test_where_two_have_died_of_it_no_third_is_risked(tmp_path: Path) -> None:
     with pytest.raises(ApiError, match=r"2 instances in a row .* no token") as caught:
-        asyncio.run(asyncio.wait_for(ask(tmp_path, die, die, go_on), 20))
+        asyncio.run(asyncio.wait_for(ask(tmp_path, begin_and_die, begin_and_die, go_on), 20))
     assert (caught.value.status, caught.value.code) == (502, "instance_lost")
 
 
 def test_with_tokens_between_two_deaths_a_third_goes_on(tmp_path: Path) -> None:
-    routed = asyncio.run(asyncio.wait_for(ask(tmp_path, die, speak_and_die, go_on), 20))
+    routed = asyncio.run(asyncio.wait_for(ask(tmp_path, begin_and_die, speak_and_die, go_on), 20))
     assert [token for x in routed for token in x.output.token_ids] == [65, 66]
 
 
@@ -119,5 +125,10 @@ def test_who_leaves_in_order_has_not_died_of_it(tmp_path: Path) -> None:
         await writer.drain()
         writer.close()
 
-    routed = asyncio.run(asyncio.wait_for(ask(tmp_path, leave_before_a_token, die, go_on), 20))
+    routed = asyncio.run(asyncio.wait_for(ask(tmp_path, leave_before_a_token, begin_and_die, go_on), 20))
+    assert [token for x in routed for token in x.output.token_ids] == [0]
+
+
+def test_who_dies_before_it_has_begun_has_not_died_of_it(tmp_path: Path) -> None:
+    routed = asyncio.run(asyncio.wait_for(ask(tmp_path, die, begin_and_die, die, go_on), 20))
     assert [token for x in routed for token in x.output.token_ids] == [0]

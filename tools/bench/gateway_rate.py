@@ -19,7 +19,7 @@ import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from megatron_distkv.clock import SystemClock
 from megatron_distkv.config.instance import LedgerConfig

@@ -172,7 +172,7 @@ class Pool:
         return loans
 
     def _beat(self, member: Member) -> None:
-        """As rmanager.Heartbeat does."""
+        """As Membership does, and Lending with what it is answered."""
         told = member.report
         if self._is_busy:
             member.report = self._new_report(member.instance)
@@ -183,7 +183,8 @@ class Pool:
             lambda: member.ledger.heartbeat(member.instance, member.epoch, report, LEASE_S),
         )
         assert reply.known
-        self.time.of("loans_of", lambda: member.ledger.loans_of(member.instance, member.epoch))
+        if reply.lent:
+            self.time.of("loans_of", lambda: member.ledger.loans_of(member.instance, member.epoch))
 
     def _new_report(self, name: InstanceId) -> InstanceReport:
         placed = tuple(
