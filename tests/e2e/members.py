@@ -115,10 +115,13 @@ class Conversation:
         self._connection.close()
 
     def next(self) -> TokenOutput:
-        data, self._first = self._first or self._read(), None
-        output = decode(data, TokenOutput)
-        self._token_ids += output.token_ids
-        return output
+        """The next tokens; before the first ones the instance says that it begins."""
+        while True:
+            data, self._first = self._first or self._read(), None
+            output = decode(data, TokenOutput)
+            if output.token_ids or output.finish_reason is not None:
+                self._token_ids += output.token_ids
+                return output
 
     def _read(self) -> bytes:
         (size,) = struct.unpack(">I", self._receive(4))

@@ -1,4 +1,4 @@
-"""An instance that ends before its requests tells its part of them."""
+"""An instance says when it begins with a request, and one that ends before its requests tells its part of them."""
 
 import asyncio
 import threading
@@ -37,7 +37,8 @@ def test_an_instance_told_to_end_tells_what_its_requests_held(make_config: MakeC
         thread.start()
         asyncio.run(asyncio.wait_for(ask(), 60))
         thread.join()
-    # Then its last word is the receipt so far, and no end
+    # Then its first word was that it begins, and its last is the receipt so far, and no end
+    assert (outputs[0].token_ids, outputs[0].kv) == ([], None)
     last = outputs[-1]
     assert (last.token_ids, last.finish_reason) == ([], None)
     assert last.kv is not None
