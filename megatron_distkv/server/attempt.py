@@ -148,13 +148,13 @@ class Attempt:
         """The last one."""
         return self._refusal
 
-    def note_lost(self, record: Member) -> None:
+    def note_lost(self, record: Member, *, has_died: bool = True) -> None:
         """Whom the client named is gone: anybody may go on.
 
         Raises ApiError where it was the second in a row to die while it computed this request, before another token of
-        it: a third is not risked. Who leaves in good order tells its part before it goes.
+        it: a third is not risked. Who leaves in good order tells its part before it goes; who is silent has not died.
         """
-        if self._is_begun and self._told is None:
+        if has_died and self._is_begun and self._told is None:
             self._num_deaths += 1
         if self._num_deaths >= MOST_DEATHS:
             sentence = (

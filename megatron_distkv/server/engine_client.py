@@ -20,7 +20,7 @@ from megatron_distkv.messages import (
     StatusQuery,
     TokenOutput,
 )
-from megatron_distkv.server.errors import HandedElsewhere, InstanceLost, from_refusal
+from megatron_distkv.server.errors import HandedElsewhere, InstanceLost, InstanceSilent, from_refusal
 
 logger = get_logger(__name__)
 # A step's messages for a few hundred streams.
@@ -38,13 +38,14 @@ class EngineClient:
         self._answers: dict[str, asyncio.Queue[_Answer | None]] = {}
         self._reading: asyncio.Task[None] | None = None
         self._connecting = asyncio.Lock()
+        self._is_given_up = False
         self._status: InstanceStatus | None = None
         self._status_came = asyncio.Event()
 
     async def generate(self, request: NewRequest) -> AsyncGenerator[TokenOutput, None]:
         """Outputs until the last. Raises ApiError when refused, InstanceLost when the instance goes away.
 
-        HandedElsewhere: it leaves in good order.
+        InstanceSilent: it has not ended, as far as is known. HandedElsewhere: it leaves in good order.
 
         Leaving the iterator early aborts the request.
         """
@@ -57,6 +58,8 @@ class EngineClient:
             while not is_done:
                 answer = await answers.get()
                 is_done = not isinstance(answer, TokenOutput) or answer.finish_reason is not None
+                if answer is None and self._is_given_up:
+                    raise InstanceSilent(f"instance {self.instance_id} is silent")
                 if answer is None:
                     raise InstanceLost(f"instance {self.instance_id} is gone")
                 if isinstance(answer, HandedOver):
@@ -81,7 +84,8 @@ class EngineClient:
         return self._status
 
     def give_up(self) -> None:
-        """The instance counts as gone, whatever its socket says: all its requests raise InstanceLost."""
+        """The instance counts as gone, whatever its socket says: all its requests raise InstanceSilent."""
+        self._is_given_up = True
         if self._reading is not None:
             self._reading.cancel()
 

@@ -25,6 +25,10 @@ class InstanceLost(DistkvError):
     """The instance that computed a request is gone."""
 
 
+class InstanceSilent(InstanceLost):
+    """Its lease has ended, though its connection has not: it hangs, or the ledger does not hear it."""
+
+
 class HandedElsewhere(InstanceLost):
     """The instance leaves; its successor, if it names one, has the request's KV under `handover_id`."""
 

@@ -15,7 +15,7 @@ from megatron_distkv.sampling_params import SamplingParams
 from megatron_distkv.server.admission import Admission
 from megatron_distkv.server.attempt import PATIENCE_S, Attempt, Life, life_of
 from megatron_distkv.server.engine_client import EngineClient
-from megatron_distkv.server.errors import ApiError, HandedElsewhere, InstanceLost
+from megatron_distkv.server.errors import ApiError, HandedElsewhere, InstanceLost, InstanceSilent
 from megatron_distkv.server.placement import placed
 from megatron_distkv.server.pool_view import GatewayView, request_socket_of
 from megatron_distkv.server.receipt import Receipt
@@ -67,7 +67,7 @@ class Router:
                         "%s: %d tokens of a request are out; trying another instance", lost, attempt.num_sent
                     )
                     metrics.RESUMED.inc()
-                    attempt.note_lost(record)
+                    attempt.note_lost(record, has_died=not isinstance(lost, InstanceSilent))
                 except ApiError as error:
                     attempt.note_refused(record, error)
 
