@@ -33,6 +33,11 @@ async def begin_and_die(request: NewRequest, writer: asyncio.StreamWriter) -> No
     writer.close()
 
 
+async def begin_and_hang(request: NewRequest, writer: asyncio.StreamWriter) -> None:
+    writer.write(framing.pack(TokenOutput(request.request_id, [])))
+    await writer.drain()
+
+
 async def die(_: NewRequest, writer: asyncio.StreamWriter) -> None:
     writer.close()
 
@@ -55,8 +60,14 @@ async def go_on(request: NewRequest, writer: asyncio.StreamWriter) -> None:
     )
 
 
-async def ask(directory: Path, *answers: Answer, patience_s: float = 30.0, pinned: str | None = None) -> list[Routed]:
-    """One request to instances a, b, ... that answer like this."""
+async def ask(
+    directory: Path,
+    *answers: Answer,
+    patience_s: float = 30.0,
+    pinned: str | None = None,
+    leases_end: bool = False,
+) -> list[Routed]:
+    """One request to instances a, b, ... that answer like this. `leases_end`: of one after the other."""
 
     def served(answer: Answer) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]:
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -75,11 +86,20 @@ async def ask(directory: Path, *answers: Answer, patience_s: float = 30.0, pinne
     # None holds it alone, so the one with more free memory comes first
     view = StillView()
     router = Router(view, AdmissionConfig(), SystemClock(), patience_s)
-    view.show(*(member(socket.name, 6 - place, requests=socket) for place, socket in enumerate(sockets)))
+    members = [member(socket.name, 6 - place, requests=socket) for place, socket in enumerate(sockets)]
+    view.show(*members)
+
+    async def end_leases() -> None:
+        for place in range(1, len(members)):
+            await asyncio.sleep(0.3)
+            view.show(*members[place:])
+
+    ending = asyncio.create_task(end_leases() if leases_end else asyncio.sleep(0))
     try:
         return [routed async for routed in router.generate([1] * 64, SamplingParams(max_tokens=8), pinned)]
     finally:
         await router.close()
+        await ending
         for server in servers:
             server.close()
             await server.wait_closed()  # since Python 3.12 for its connections as well
@@ -131,4 +151,10 @@ def test_who_leaves_in_order_has_not_died_of_it(tmp_path: Path) -> None:
 
 def test_who_dies_before_it_has_begun_has_not_died_of_it(tmp_path: Path) -> None:
     routed = asyncio.run(asyncio.wait_for(ask(tmp_path, die, begin_and_die, die, go_on), 20))
+    assert [token for x in routed for token in x.output.token_ids] == [0]
+
+
+def test_who_is_only_silent_has_not_died_of_it(tmp_path: Path) -> None:
+    asked = ask(tmp_path, begin_and_hang, begin_and_hang, go_on, leases_end=True)
+    routed = asyncio.run(asyncio.wait_for(asked, 20))
     assert [token for x in routed for token in x.output.token_ids] == [0]
