@@ -59,7 +59,8 @@ def test_counts_of_instances_reach_prometheus(pool: LocalCluster) -> None:
     # Given a request that is longer than its instance: it borrows
     with openai_client(pool) as api:
         prompt = [5 + i % 200 for i in range(150)]
-        api.completions.create(model="distkv", prompt=prompt, max_tokens=20, extra_body={"instance": "instance-0"})
+        how = {"instance": "instance-0", "ignore_eos": True}
+        api.completions.create(model="distkv", prompt=prompt, max_tokens=20, extra_body=how)
     # Then its steps and tokens are instance-0's, its loans instance-1's, and they have ended
     wait_until(lambda: value(pool, "distkv_loans_ended", instance="instance-1") >= 1)
     assert value(pool, "distkv_computed_tokens", instance="instance-0") >= 169
@@ -111,7 +112,8 @@ def test_every_rank_that_refuses_a_channel_is_counted(many_ranks: LocalCluster) 
 def test_lenders_are_counted_like_instances_and_gone_when_they_are_gone(many_ranks: LocalCluster) -> None:
     # Given a request that is longer than its instance: it borrows of the lender
     with openai_client(many_ranks) as api:
-        api.completions.create(model="distkv", prompt=[5 + i % 200 for i in range(150)], max_tokens=20)
+        prompt = [5 + i % 200 for i in range(150)]
+        api.completions.create(model="distkv", prompt=prompt, max_tokens=20, extra_body={"ignore_eos": True})
     wait_until(lambda: value(many_ranks, "distkv_loans_ended", instance="lender-0") >= 1)
     assert value(many_ranks, "distkv_loans_made", instance="lender-0") >= 1
 

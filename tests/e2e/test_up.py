@@ -160,6 +160,7 @@ def test_ctrl_c_while_it_starts_ends_all_and_log_dir_keeps_the_logs(
 # ---------------------------------------------------------------------- two pools on one ledger
 
 
+@pytest.mark.nightly
 def test_two_pools_on_one_ledger(
     byte_llama: Path, tmp_path: Path, short_tmp: Path, ledger_server: EmbeddedServer
 ) -> None:

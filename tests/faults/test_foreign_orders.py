@@ -13,6 +13,7 @@ from megatron_distkv.engine import worker
 from megatron_distkv.engine.addresses import control_address, rank_address
 from megatron_distkv.engine.batch import StepPlan, StepReply
 from megatron_distkv.engine.instance_secret import share_instance_secret
+from megatron_distkv.engine.plan_stream import PlanSender
 from megatron_distkv.engine.rank import Rank, build_rank
 from megatron_distkv.errors import DistkvError, PeerLost
 from megatron_distkv.messages import (
@@ -73,7 +74,8 @@ def follower(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
 
 def give(channel: Channel, kind: MessageKind, order: msgspec.Struct) -> bytes:
-    return channel.call(kind, msgspec.msgpack.encode(order), deadline_s=10).header
+    header = PlanSender().encode(order) if isinstance(order, StepPlan) else msgspec.msgpack.encode(order)
+    return channel.call(kind, header, deadline_s=10).header
 
 
 def test_the_pools_secret_and_the_instances_name_are_not_enough(follower: Follower) -> None:

@@ -13,6 +13,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 CHECKED = "decode$|decode, int8|prefill$|prefill, (int8|window)|merge|store|rope|backward"
 
 
+@pytest.mark.nightly
 def test_no_kernel_spills_and_attention_loads_ahead(tmp_path: Path) -> None:
     # Given a compiler of its own process: this one's Triton interprets
     env = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path / "cache")}

@@ -27,6 +27,7 @@ sys.meta_path.insert(0, Lacking())
 """
 
 
+@pytest.mark.nightly
 def test_a_dry_run_checks_and_reports_every_kernel(tmp_path: Path) -> None:
     # Given a folder that is not the checkout, on a machine where nothing is installed
     site, out = tmp_path / "site", tmp_path / "out"
