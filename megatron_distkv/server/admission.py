@@ -2,8 +2,8 @@
 
 The most important first, of those the oldest. Younger ones that fit may overtake for a while. Then memory gathers for
 the first that the pool could hold: only much shorter ones still pass it, and not many, so that no request starves.
-Other gateways have queues of their own, and instances have the last word: whom they refuse waits here again, at its old
-place.
+Other gateways have queues of their own, and instances have the last word: a request that they refuse waits here
+again, at its old place.
 """
 
 import bisect

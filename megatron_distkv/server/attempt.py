@@ -149,7 +149,7 @@ class Attempt:
         return self._refusal
 
     def note_lost(self, record: Member, *, has_died: bool = True) -> None:
-        """Whom the client named is gone: anybody may go on.
+        """If the client named that instance, any other may go on now.
 
         Raises ApiError where it was the second in a row to die while it computed this request, before another token of
         it: a third is not risked. Who leaves in good order tells its part before it goes; who is silent has not died.

@@ -37,7 +37,6 @@ NUM_RBLOCKS = 1 << 20
 VOCABULARY = 300  # bytes
 TEXT = b"The quick brown fox jumps over the lazy dog. "
 GATEWAY_CORE, OTHERS_CORE = 0, 1
-STARTED_WITHIN_S = 60.0
 
 
 class Load(NamedTuple):
