@@ -18,7 +18,7 @@ from megatron_distkv.launch.evaluate import recall_by_length
 from megatron_distkv.config.base import load_config
 from megatron_distkv.config.cluster import ClusterConfig
 from megatron_distkv.errors import UserError
-from megatron_distkv.ledger import render_debts
+from megatron_distkv.pool import picture_of, render_debts
 from tools.demo.plot import plot_recall
 from tools.demo.proof import Proof, reference_tokens
 from tools.demo.serving import Observation, capacity_tokens, context_lengths, serve_and_ask
@@ -78,9 +78,9 @@ def show(config: ClusterConfig, seen: Observation, proof: Proof) -> None:
             f" {'right' if result.is_right else 'WRONG':<7} {'identical' if is_identical else 'DIFFERENT'}"
         )
     print("\nthe debt ledger at its fullest:")
-    print(render_debts(seen.fullest))
+    print(render_debts(picture_of(seen.fullest)))
     print("\nand at the end:")
-    print(render_debts(seen.at_end))
+    print(render_debts(picture_of(seen.at_end)))
     own = capacity_tokens(config).own
     longest = max(context_lengths(config))
     print(
