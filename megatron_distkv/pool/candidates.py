@@ -130,8 +130,12 @@ class Candidates:
         others = [x for x in have_room if x.info.query_us is not None]
         return ASKED_RBLOCKS * own_us > SLOW * min(map(self._answer_us, others), default=float("inf"))
 
+    def is_lost(self, creditor: str) -> bool:
+        """A channel to it was lost, a short time ago."""
+        return self._lost.holds(creditor)
+
     def _is_left_alone(self, candidate: Candidate) -> bool:
-        return self._cooldown.holds(candidate.name) or self._lost.holds(candidate.name)
+        return self._cooldown.holds(candidate.name) or self.is_lost(candidate.name)
 
     def _in_order_of_use(self, found: list[Candidate]) -> list[Candidate]:
         costs_us = {x.name: self._answer_us(x) for x in found if x.info.query_us is not None}

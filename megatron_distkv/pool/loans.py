@@ -199,9 +199,10 @@ class Loans:
         self._mean_s = NEWEST_SHARE * took_s + (1 - NEWEST_SHARE) * (self._mean_s or took_s)
         if sum(loan.num_rblocks for loan in loans) < wish.count:
             self._wish_again_at_s = now_s + RETRY_S
-        if loans:
-            self._held.setdefault(owner, []).extend(loans)
-            self.num_borrowed += sum(loan.num_rblocks for loan in loans)
+        for loan in loans:
+            self.take_over(loan)
+            if self._candidates.is_lost(loan.creditor):  # since it lent this
+                self._drop(loan)
 
     # ------------------------------------------------------------------ endings
 
@@ -218,9 +219,12 @@ class Loans:
         """End these loans; returns them. A creditor that cannot be told learns it from the ledger."""
         dropped = [loan for loan in self.all() if concerned(loan)]
         for loan in dropped:
-            self._forget(loan)
-            self._release(loan)
+            self._drop(loan)
         return dropped
+
+    def _drop(self, loan: HeldLoan) -> None:
+        self._forget(loan)
+        self._release(loan)
 
     def _forget(self, loan: HeldLoan) -> None:
         self._held[loan.owner].remove(loan)

@@ -94,6 +94,7 @@ class Lending:
         self._clock = clock
         self._lent: dict[LoanId, Lent] = {}
         self._ending: set[LoanId] = set()
+        self._renamed: dict[LoanId, LoanId] = {}  # by the new debtor's id: transfers of which the ledger may know already
         self._restore_until_s: dict[LoanId, float] = {}
         self._lock = threading.Lock()
         self._asking_back: Future[None] | None = None
@@ -146,12 +147,15 @@ class Lending:
         loan_id, new_loan_id = LoanId(header.loan_id), LoanId(header.new_loan_id)
         with self._lock:
             lent = self._lent.get(loan_id)
-            if lent is None or new_loan_id in self._lent or new_loan_id in self._ending:
+            is_taken = new_loan_id in self._lent or new_loan_id in self._ending or new_loan_id in self._renamed
+            if lent is None or is_taken:
                 return LendReply(refusal=Refusal.UNKNOWN_LOAN)
+            self._renamed[new_loan_id] = loan_id
         refusal = self._book.transfer(loan_id, new_loan_id, InstanceId(new_debtor.name), header.debtor_epoch)
-        if refusal is not None:
-            return LendReply(refusal=refusal)
         with self._lock:
+            del self._renamed[new_loan_id]
+            if refusal is not None:
+                return LendReply(refusal=refusal)
             if self._lent.pop(loan_id, None) is None:  # it ended meanwhile, and its rBlocks with it
                 return LendReply(refusal=Refusal.UNKNOWN_LOAN)
             self._ending.add(loan_id)
@@ -199,7 +203,8 @@ class Lending:
 
         `num_lent_in_ledger`: rBlocks, by the heartbeat's answer. Where neither lends anything, nothing is asked.
         Our own list is read first: whatever is in it was reserved in the ledger before, so a loan that the ledger no
-        longer names has ended there (its debtor died, or could not reach us).
+        longer names has ended there (its debtor died, or could not reach us). One that is on its way to another debtor
+        has either of two ids there, or the other: it is left alone until it has arrived.
         """
         if not num_lent_in_ledger and not self._lent and not self._restore_until_s:
             return
@@ -207,11 +212,13 @@ class Lending:
         with self._lock:
             mine = {loan_key(loan_id): loan_id for loan_id in self._lent.keys() - self._restore_until_s.keys()}
         in_ledger = self._book.lent()
-        for key in mine.keys() - in_ledger.keys():
-            logger.info("loan %s has ended in the ledger: taking its rBlocks back", loan_name(key))
-            self._end(mine[key])
         with self._lock:
-            known = {loan_key(loan_id) for loan_id in self._lent}
+            known = {loan_key(loan_id) for loan_id in (*self._lent, *self._renamed)}
+            on_their_way = {loan_key(loan_id) for loan_id in self._renamed.values()}
+        for key in mine.keys() - in_ledger.keys() - on_their_way:
+            if key in known:  # and has not ended here meanwhile
+                logger.info("loan %s has ended in the ledger: taking its rBlocks back", loan_name(key))
+                self._end(mine[key])
         for key, loan in in_ledger.items():
             if loan.is_active and key not in known:
                 self._book.release(key)
