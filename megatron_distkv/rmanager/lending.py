@@ -94,7 +94,7 @@ class Lending:
         self._clock = clock
         self._lent: dict[LoanId, Lent] = {}
         self._ending: set[LoanId] = set()
-        self._renamed: dict[LoanId, LoanId] = {}  # by the new debtor's id: transfers of which the ledger may know already
+        self._renamed: dict[LoanId, LoanId] = {}  # by the new id: transfers that the ledger may know of
         self._restore_until_s: dict[LoanId, float] = {}
         self._lock = threading.Lock()
         self._asking_back: Future[None] | None = None

@@ -39,9 +39,7 @@ class Lender:
 
     def __init__(self) -> None:
         self.ledger = Interrupted()
-        self.epochs = {
-            name: self.ledger.register(name, name, 8, 0, 60.0).epoch for name in (CREDITOR, DEBTOR, HEIR)
-        }
+        self.epochs = {name: self.ledger.register(name, name, 8, 0, 60.0).epoch for name in (CREDITOR, DEBTOR, HEIR)}
         me = Identity(CREDITOR)
         me.epoch = self.epochs[CREDITOR]
         self.allocator = RBlockAllocator(8, 8)
