@@ -10,6 +10,8 @@ import torch
 from .attention import attend_again as attend_again
 from .attention import micro_attention as micro_attention
 from .library import DTYPES, Rope, Store, check, check_indices, library
+from .linear import linear as linear
+from .linear import most_linear_rows as most_linear_rows
 from .packing import pack_into as pack_into
 from .sampling import sample as sample
 

@@ -94,11 +94,22 @@ struct DistkvSample {
   int64_t* token_ids;
 };
 
+// y = x w^T in bf16, summed in fp32: x [M, K], w [N, K], y [M, N], rows `stride` elements apart.
+struct DistkvLinear {
+  uint32_t struct_size;
+  int32_t num_threads;
+  int64_t num_rows, num_inputs, num_outputs;  // M, K, N
+  int64_t x_stride, w_stride, y_stride;
+  const void *x, *w;
+  void* y;
+};
+
 int32_t distkv_micro_attention(const DistkvAttention* args);
 int32_t distkv_store_kv(const DistkvStore* args);
 int32_t distkv_pack_rblocks(const DistkvPack* args);
 int32_t distkv_apply_rope(const DistkvRope* args);
 int32_t distkv_sample(const DistkvSample* args);
+int32_t distkv_linear(const DistkvLinear* args);
 
 // One partial out of `parts`: outs [parts, rows, D], lses [parts, rows], all contiguous fp32.
 int32_t distkv_merge(const float* outs, const float* lses, int64_t parts, int64_t rows, int64_t head_dim, float* out,

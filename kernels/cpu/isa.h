@@ -34,6 +34,10 @@ struct SampledRow {
   double uniform;
 };
 
+// Of a product: rows of x and outputs that one thread computes at a time.
+constexpr int64_t LINEAR_ROWS = 64;
+constexpr int64_t LINEAR_OUTPUTS = 48;
+
 struct Isa {
   const char* name;
   // `next` is the item that the same thread goes on with, or null.
@@ -52,6 +56,8 @@ struct Isa {
   void (*quantize)(const void* kv, int32_t dtype, int64_t tokens, int64_t head_dim, int8_t* to);
   int64_t (*sample)(const SampledRow&, char* scratch);
   size_t (*sampling_bytes)(int64_t vocabulary);
+  void (*linear)(const DistkvLinear&, int64_t m, int64_t rows, int64_t n, int64_t outputs, char* scratch);
+  size_t (*linear_bytes)();
   float (*read)(const char* from, const char* ahead, int64_t bytes);
 };
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "decode.h"
+#include "linear.h"
 #include "prefill.h"
 #include "quantize.h"
 #include "rows.h"
@@ -108,7 +109,7 @@ size_t scratch_bytes(const DistkvAttention& a) {
 const distkv::Isa& distkv::DISTKV_TABLE(DISTKV_ISA)() {
   static constexpr Isa table = {
       DISTKV_STRING(DISTKV_ISA), decode, prefill, max_decode_rows, scratch_bytes, merge_rows, rotate, cast, quantize,
-      sample_row, Row::scratch_bytes, read_once,
+      sample_row, Row::scratch_bytes, linear, Linears::scratch_bytes, read_once,
   };
   return table;
 }

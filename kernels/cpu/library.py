@@ -77,6 +77,15 @@ class Sample(Structure):
     )
 
 
+class Linear(Structure):
+    _fields_ = _fields(
+        ("struct_size", c_uint32),
+        ("num_threads", c_int32),
+        ("num_rows num_inputs num_outputs x_stride w_stride y_stride", c_int64),
+        ("x w y", c_void_p),
+    )
+
+
 def load_library(path: Path = PATH) -> ctypes.CDLL | None:
     """None where the package was installed without a C++ compiler."""
     if not path.exists():
@@ -89,6 +98,7 @@ def load_library(path: Path = PATH) -> ctypes.CDLL | None:
         "distkv_pack_rblocks": (int32, [POINTER(Pack)]),
         "distkv_apply_rope": (int32, [POINTER(Rope)]),
         "distkv_sample": (int32, [POINTER(Sample)]),
+        "distkv_linear": (int32, [POINTER(Linear)]),
         "distkv_merge": (int32, [pointer, pointer, int64, int64, int64, pointer, pointer, int32]),
         "distkv_gather": (int32, [pointer, int64, int64, pointer, int64, pointer, int32]),
         "distkv_scatter": (int32, [pointer, pointer, int64, int64, pointer, int64, int32]),

@@ -1,7 +1,6 @@
 """From a ModelConfig to Megatron-core's GPTModel, and its forward pass over a packed batch."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from megatron_distkv.model.families import family_of
 from megatron_distkv.model.layer_spec import layers_of
 from megatron_distkv.model.megatron_gpt import MegatronGPT, new_gpt
 from megatron_distkv.model.parallel import TensorParallel, gather_vocabulary
-from megatron_distkv.model.serving_layers import ServingLayers, can_walk
+from megatron_distkv.model.serving_layers import ServingLayers, can_walk, output_by_own_forward, output_product
 
 logger = get_logger(__name__)
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -104,24 +103,21 @@ class GPT:
     """The forward pass of serving: packed tokens in, logits of the wanted rows out, inside a forward context."""
 
     def __init__(self, gpt: MegatronGPT, config: ModelConfig, layers: Layers = "direct") -> None:
-        """`layers`: whether the decoder is walked by ServingLayers or by Megatron's own forward; the same bits."""
+        """`layers`: whether the decoder is walked by ServingLayers or by Megatron's own forward."""
         self._gpt = gpt.eval()
-        self._layers = self._megatrons if layers == "megatron" else self._direct()
         self._vocab_size = config.vocab_size
-        self._output_weight = gpt.shared_embedding_or_output_weight() if config.tie_embeddings else None
+        tied = gpt.shared_embedding_or_output_weight() if config.tie_embeddings else None
+        self._layers, self._output = self._megatrons, output_by_own_forward(gpt.output_layer, tied)
+        if layers == "direct" and can_walk(gpt.decoder):
+            self._layers, self._output = ServingLayers(gpt.decoder), output_product(gpt.output_layer, tied)
+        elif layers == "direct":
+            logger.info("layers: Megatron's own forward serves, as this family's are not all Megatron's")
 
     @torch.inference_mode()
     def __call__(self, ids_T: torch.Tensor, rows_R: torch.Tensor) -> torch.Tensor:
         """Logits `[R, vocabulary]`, on every rank. R = 0 still runs the layers: they write KV."""
         hidden_Th = self._layers(self._gpt.embedding(ids_T[None], None)[:, 0])
-        logits_R1V, _ = self._gpt.output_layer(hidden_Th[rows_R, None], weight=self._output_weight)
-        return gather_vocabulary(logits_R1V[:, 0])[:, : self._vocab_size]
-
-    def _direct(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        if can_walk(self._gpt.decoder):
-            return ServingLayers(self._gpt.decoder)
-        logger.info("layers: Megatron's own forward serves, as this family's are not all Megatron's")
-        return self._megatrons
+        return gather_vocabulary(self._output(hidden_Th[rows_R]))[:, : self._vocab_size]
 
     def _megatrons(self, hidden_Th: torch.Tensor) -> torch.Tensor:
         hidden_T1h: torch.Tensor = self._gpt.decoder(hidden_states=hidden_Th[:, None], attention_mask=None)

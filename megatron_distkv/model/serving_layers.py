@@ -1,9 +1,10 @@
 """The decoder as serving walks it: Megatron's own modules and weights, without autograd, hooks and module calls.
 
 Megatron's forward serves training too: an autograd function around every product, dropouts of nothing and a dozen
-Python calls per layer take a third of a decode step. What is computed here, in which order, is the same to the bit
-(tests/model/test_serving_layers.py). A part that this file does not know runs through its own forward, and a decoder
-with hooks inside, or with layers of another kind, is left to Megatron as a whole.
+Python calls per layer take a third of a decode step. What is computed here, in which order, is the same: in fp32 to the
+bit, in bf16 but for how products round (ops/linear.py; tests/model/test_serving_layers.py). A part that this file does
+not know runs through its own forward, and a decoder with hooks inside, or with layers of another kind, is left to
+Megatron as a whole.
 """
 
 from collections.abc import Callable
@@ -18,13 +19,32 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from megatron_distkv.ops import linear
+
 _Function = Callable[[torch.Tensor], torch.Tensor]
 
 
 def can_walk(decoder: Any) -> bool:
     """Whether ServingLayers computes what the decoder's own forward would."""
     are_known = all(type(layer) is TransformerLayer for layer in decoder.layers)
-    return are_known and not any(m._forward_hooks or m._forward_pre_hooks for m in decoder.modules())
+    return are_known and not any(map(_has_hooks, decoder.modules()))
+
+
+def _has_hooks(module: Any) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def output_product(module: Any, tied_weight: torch.Tensor | None) -> _Function:
+    """Logits `[R, V / TP]` out of hidden states `[R, hidden]`; `tied_weight`: of an output layer without one."""
+    weight = module.weight if tied_weight is None else tied_weight
+    if type(module) is ColumnParallelLinear and module.bias is None and not _has_hooks(module):
+        return partial(linear, w_NK=weight.detach())
+    return output_by_own_forward(module, tied_weight)
+
+
+def output_by_own_forward(module: Any, tied_weight: torch.Tensor | None) -> _Function:
+    """The same, as Megatron computes them."""
+    return partial(_by_own_forward, partial(module, weight=tied_weight))
 
 
 class ServingLayers:
@@ -97,17 +117,17 @@ def _by_own_forward(module: Any, x_Th: torch.Tensor) -> torch.Tensor:
     return out_T1h[:, 0]
 
 
-def _product(linear: Any) -> _Function:
+def _product(module: Any) -> _Function:
     """This rank's part of a parallel linear layer, the sum over ranks where Megatron has it, and a norm where NeMo has
     Gemma's."""
-    norm = getattr(linear, "post_layernorm", None)
-    if type(linear) not in (ColumnParallelLinear, RowParallelLinear) and norm is None:
-        return partial(_by_own_forward, linear)
-    steps: list[_Function] = [partial(F.linear, weight=linear.weight.detach())]
-    if isinstance(linear, RowParallelLinear) and parallel_state.get_tensor_model_parallel_world_size() > 1:
+    norm = getattr(module, "post_layernorm", None)
+    if type(module) not in (ColumnParallelLinear, RowParallelLinear) and norm is None:
+        return partial(_by_own_forward, module)
+    steps: list[_Function] = [partial(linear, w_NK=module.weight.detach())]
+    if isinstance(module, RowParallelLinear) and parallel_state.get_tensor_model_parallel_world_size() > 1:
         steps.append(_sum_over_ranks)
-    if linear.bias is not None:
-        steps.append(partial(torch.add, other=linear.bias.detach()))  # rounded twice, as Megatron does
+    if module.bias is not None:
+        steps.append(partial(torch.add, other=module.bias.detach()))  # rounded twice, as Megatron does
     if norm is not None:
         steps.append(_norm(norm))
     return steps[0] if len(steps) == 1 else partial(_in_turn, steps)

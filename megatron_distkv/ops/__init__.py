@@ -15,6 +15,7 @@ from megatron_distkv.ops.int8_kv import (
     readable,
     unpack_rblocks,
 )
+from megatron_distkv.ops.linear import linear
 from megatron_distkv.ops.micro_attention import merge, merge_out, micro_attention, micro_attention_out
 from megatron_distkv.ops.move_rblocks import gather_rblocks, scatter_rblocks
 from megatron_distkv.ops.sampling import sample_tokens
@@ -28,6 +29,7 @@ __all__ = [
     "backend_in_use",
     "gather_rblocks",
     "instruction_set",
+    "linear",
     "merge",
     "merge_out",
     "micro_attention",

@@ -49,7 +49,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item
             for item in items
             if not ("[triton" in item.name and _only_costs_time(item.name))
-            and not (item.path.stem == "test_sampling" and "[cpu" not in item.name and "[reference" not in item.name)
+            and not (
+                item.path.stem in ("test_sampling", "test_linear")
+                and "[cpu" not in item.name
+                and "[reference" not in item.name
+            )
             and not (item.path.stem == "test_triton_launch" and "[triton" not in item.name)
             and not ("[flash_attn" in item.name and not item.name.startswith(SERVED_BY_LIBRARIES))
         ]
