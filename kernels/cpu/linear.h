@@ -14,6 +14,7 @@ using distkv::LINEAR_ROWS;
 constexpr int TILE_ROWS = 4;
 constexpr int TILE_OUTPUTS = W == 16 ? 6 : 3;  // with TILE_ROWS: as many sums as registers take
 constexpr int64_t DEPTH = 1024;                // of K: TILE_ROWS rows of it, as floats, fit half of L1
+constexpr int AHEAD = 4;                        // tiles, whose weights are asked for while one is computed
 constexpr int64_t STRIDE = DEPTH + 32;           // between rows: a power of two would put them in the same sets of L1
 
 template <class X>
@@ -89,7 +90,7 @@ class Linear {
     for (; k + LINE <= length; k += LINE) {
       if (fetches) {
 #pragma GCC unroll 8
-        for (int c = 0; c < OUTPUTS; ++c) prefetch(w + (c + OUTPUTS) * p_.w_stride + k);
+        for (int c = 0; c < OUTPUTS; ++c) prefetch(w + (c + AHEAD * OUTPUTS) * p_.w_stride + k);
       }
 #pragma GCC unroll 8
       for (int i = 0; i < LINE; i += X::CHUNK) add<ROWS, OUTPUTS>(w + k + i, x_ + k + i, sum);

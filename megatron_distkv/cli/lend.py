@@ -12,7 +12,7 @@ import torch
 
 from megatron_distkv.cli.doctor import GIB, free_memory_bytes
 from megatron_distkv.cli.pool_arguments import default_ledger
-from megatron_distkv.config.base import load_config, parse_config
+from megatron_distkv.config.base import add_options, parse_config, read_config
 from megatron_distkv.config.instance import KVCacheConfig
 from megatron_distkv.config.lender import LenderConfig
 from megatron_distkv.engine.lender import Lender, num_rblocks_to_lend, shape_of_pool
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    config = _config(args)
+    config = configuration(args)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
@@ -89,8 +89,9 @@ def _shape(args: argparse.Namespace) -> RBlockShape:
     return rblock_shape(model, cache, args.tensor_parallel)
 
 
-def _config(args: argparse.Namespace) -> LenderConfig:
-    values: dict[str, Any] = load_config(LenderConfig, args.config).model_dump() if args.config else {}
+def configuration(args: argparse.Namespace) -> LenderConfig:
+    """The file's, and what the options add; raises ConfigError, or UserError where it does not say how much."""
+    values: dict[str, Any] = read_config(args.config) if args.config else {}
     if args.memory is not None or args.num_rblocks is not None:
         values.update(memory=args.memory, num_rblocks=args.num_rblocks)
     top = {key: getattr(args, key) for key in ("lender_id", "run_dir", "threads")}
@@ -98,10 +99,9 @@ def _config(args: argparse.Namespace) -> LenderConfig:
     if values.get("memory") is None and values.get("num_rblocks") is None:
         raise UserError("say how much to lend: --memory 64GiB, or --num-rblocks 1000")
     values.setdefault("run_dir", Path(tempfile.gettempdir()) / "distkv")
-    ledger = {key: value for key, value in (("url", args.ledger), ("pool", args.pool)) if value is not None}
-    values["ledger"] = {**values.get("ledger", {"url": default_ledger()}), **ledger}
-    if args.listen is not None:
-        values["network"] = {**values.get("network", {}), "listen": args.listen}
+    values.setdefault("ledger", {} if args.config else {"url": default_ledger()})
+    add_options(values, "ledger", {"url": args.ledger, "pool": args.pool})
+    add_options(values, "network", {"listen": args.listen})
     config = parse_config(LenderConfig, values, str(args.config or "command line"))
     if config.ledger.url == "memory://":
         raise UserError("a lender shares a ledger server with its pool: give one by --ledger URL")

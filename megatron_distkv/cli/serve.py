@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_distkv.cli.instance_arguments import add_instance_arguments
 from megatron_distkv.cli.pool_arguments import default_ledger
-from megatron_distkv.config.base import load_config, parse_config
+from megatron_distkv.config.base import add_options, parse_config, read_config
 from megatron_distkv.config.instance import InstanceConfig
 from megatron_distkv.launch.commands import instance_command
 from megatron_distkv.launch.processes import run_until_end
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    config = _config(args)
+    config = configuration(args)
     config.run_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", suffix=".json", prefix="distkv-") as file:
         file.write(config.model_dump_json())
@@ -41,13 +41,14 @@ def run(args: argparse.Namespace) -> int:
         return int(run_until_end(instance_command(config, Path(file.name), args.launcher)))
 
 
-def _config(args: argparse.Namespace) -> InstanceConfig:
-    values = load_config(InstanceConfig, args.config).model_dump() if args.config else {}
+def configuration(args: argparse.Namespace) -> InstanceConfig:
+    """The file's, and what the options add; raises ConfigError."""
+    values = read_config(args.config) if args.config else {}
     top = {"model": args.model, "instance_id": args.instance_id, "run_dir": args.run_dir,
            "tensor_parallel": args.tensor_parallel, "deterministic": args.deterministic}  # fmt: skip
     values.update({key: value for key, value in top.items() if value is not None})
     values.setdefault("run_dir", Path(tempfile.gettempdir()) / "distkv")
-    values.setdefault("ledger", {"url": default_ledger()})
+    values.setdefault("ledger", {} if args.config else {"url": default_ledger()})
     nested = {
         "kv_cache": {
             "num_rblocks": args.num_rblocks,
@@ -60,6 +61,5 @@ def _config(args: argparse.Namespace) -> InstanceConfig:
         "network": {"listen": args.listen},
     }
     for room, settings in nested.items():
-        given = {key: value for key, value in settings.items() if value is not None}
-        values[room] = {**values.get(room, {}), **given}
+        add_options(values, room, settings)
     return parse_config(InstanceConfig, values, str(args.config or f"distkv {' '.join(sys.argv[1:2])}"))

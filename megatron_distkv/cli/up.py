@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_distkv.cli.instance_arguments import add_instance_arguments
-from megatron_distkv.config.base import load_config, parse_config
+from megatron_distkv.config.base import add_options, parse_config, read_config
 from megatron_distkv.config.cluster import ClusterConfig
 from megatron_distkv.config.instance import KVCacheConfig
 from megatron_distkv.errors import LedgerUnavailable, UserError
@@ -58,7 +58,7 @@ def _else(key: str) -> str:
 
 def run(args: argparse.Namespace) -> int:
     setup_logging("up")
-    config = _config(args)
+    config = configuration(args)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
@@ -94,8 +94,9 @@ def _say_where(cluster: LocalCluster) -> None:
         _say(render_debts(picture_of(cluster.ledger.snapshot())))
 
 
-def _config(args: argparse.Namespace) -> ClusterConfig:
-    values: dict[str, Any] = load_config(ClusterConfig, args.config).model_dump() if args.config else {}
+def configuration(args: argparse.Namespace) -> ClusterConfig:
+    """The file's, and what the options add; raises ConfigError, or UserError where no model is named."""
+    values: dict[str, Any] = read_config(args.config) if args.config else {}
     top = ("model", "instances", "tensor_parallel", "deterministic", "lenders", "lender_rblocks", "host", "port",
            "served_model_name", "launcher", "log_dir")  # fmt: skip
     for key in top:
@@ -103,12 +104,10 @@ def _config(args: argparse.Namespace) -> ClusterConfig:
             values[key] = getattr(args, key)
     cache = {"num_rblocks": args.num_rblocks, "num_host_rblocks": args.num_host_rblocks,
              "num_lent_host_rblocks": args.num_lent_host_rblocks, "dtype": args.kv_cache_dtype}  # fmt: skip
-    if given := {key: value for key, value in cache.items() if value is not None}:
-        values["kv_cache"] = {**values.get("kv_cache", {}), **given}
-    if args.verify is not None:
-        values["lending"] = {**values.get("lending", {}), "verify_one_in": args.verify}
+    add_options(values, "kv_cache", cache)
+    add_options(values, "lending", {"verify_one_in": args.verify})
     if "model" not in values:
         raise UserError("say which checkpoint to serve: --model DIR")
-    ledger = {key: value for key, value in (("url", args.ledger), ("pool", args.pool)) if value is not None}
-    values["ledger"] = {**values.get("ledger", {"url": EMBEDDED}), **ledger}
+    values.setdefault("ledger", {"url": EMBEDDED})
+    add_options(values, "ledger", {"url": args.ledger, "pool": args.pool})
     return parse_config(ClusterConfig, values, str(args.config or "command line"))

@@ -1,5 +1,6 @@
 """What every configuration model shares: frozen, no unknown keys, one sentence for a mistake."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,16 +28,30 @@ def parse_config(kind: type[ConfigT], values: dict[str, Any], where: str) -> Con
 
 def load_config(kind: type[ConfigT], path: Path) -> ConfigT:
     """The YAML (or JSON) file at `path` (or the shipped one of that name) as a `kind`; raises ConfigError."""
+    return parse_config(kind, read_config(path), str(find_config(path)))
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The same, not looked into yet: where options are to be added. Raises ConfigError where it is no mapping."""
     path = find_config(path)
     try:
-        values = yaml.safe_load(path.read_text())
+        values: Any = yaml.safe_load(path.read_text())
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a mapping of keys to values")
-    return parse_config(kind, values, str(path))
+    return values
+
+
+def add_options(values: dict[str, Any], section: str, options: Mapping[str, Any]) -> None:
+    """Options of the command line win over the section's keys; None: not given. What is no section is left as it is,
+    for `parse_config` to say so."""
+    given = {key: value for key, value in options.items() if value is not None}
+    before = values.get(section, {})
+    if given and isinstance(before, dict):
+        values[section] = {**before, **given}
 
 
 def _first_sentence(kind: type[FrozenConfig], error: ValidationError, where: str) -> str:

@@ -100,7 +100,7 @@ class InstanceConfig(FrozenConfig):
     layers: Layers = "direct"
     """How the decoder's layers are computed. direct: Megatron's modules and weights, walked without its forward methods
     (autograd, hooks and module calls are a third of a decode step). megatron: by Megatron's own forward, as training
-    does; always with `deterministic`. The bits are the same."""
+    does; always with `deterministic`. The bits are the same in fp32; in bf16 products differ in the last one."""
     deterministic: bool = False
     """The same bits for the same request, wherever its rBlocks lie and whatever else is in the batch, at the price of
     speed: docs/determinism.md. All instances of a pool must say the same and have the same processor."""
