@@ -76,6 +76,7 @@ def test_a_record_that_cannot_be_read_is_left_out_and_said_once(cluster: LocalCl
     assert said == 1
 
 
+@pytest.mark.nightly  # a minute of waiting; tests/virtual_time has the same without the other processes
 def test_a_request_that_is_never_lent_to_ends_and_holds_up_nobody(cluster: LocalCluster) -> None:
     # Given a member that seems to have much memory to lend, and never answers
     (shape,) = {member.info.shape for member in picture_of(cluster.ledger.snapshot()).live}

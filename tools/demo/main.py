@@ -21,7 +21,7 @@ from megatron_distkv.errors import UserError
 from megatron_distkv.pool import picture_of, render_debts
 from tools.demo.plot import plot_recall
 from tools.demo.proof import Proof, reference_tokens
-from tools.demo.serving import Observation, capacity_tokens, context_lengths, serve_and_ask
+from tools.demo.serving import Observation, capacity_tokens, context_lengths, refusal_alone, serve_and_ask
 
 ROOT = Path(__file__).parents[2]
 SHARED_TEXT = ROOT / ".." / "shared" / "data" / "shakespeare.txt"
@@ -43,7 +43,7 @@ def main() -> int:
         config = load_config(ClusterConfig, ROOT / "configs" / "cluster" / "demo.yaml")
         config = config.model_copy(update={"model": checkpoint, "instances": args.instances})
         seen = serve_and_ask(config, text, args.output)
-        proof = Proof(config, seen, reference_tokens(config, seen))
+        proof = Proof(config, seen, reference_tokens(config, seen), refusal_alone(config, seen.asked))
     except UserError as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2
@@ -86,6 +86,13 @@ def show(config: ClusterConfig, seen: Observation, proof: Proof) -> None:
     print(
         f"\nlongest context {longest} tokens; one instance alone holds {own}: {longest / own:.1f} times"
         f"\nshort requests served meanwhile: {seen.num_short} ({seen.num_short_wrong} with other tokens than alone)"
+    )
+    pairs = zip(seen.results, proof.identical, strict=True)
+    is_same = all(is_identical for result, is_identical in pairs if result.context_tokens == longest)
+    print(
+        f"\n5. a prompt that the model could take, but no single server's KV cache: {longest} tokens"
+        f"\none instance alone: {'400, ' + proof.refusal if proof.refusal else 'answers it'}"
+        f"\n{config.instances} instances: the answers above, {'identical' if is_same else 'DIFFERENT'}"
     )
 
 

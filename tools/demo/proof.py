@@ -24,6 +24,7 @@ class Proof:
     config: ClusterConfig
     seen: Observation
     reference: list[list[int]]
+    refusal: str | None
 
     @property
     def identical(self) -> list[bool]:
@@ -44,6 +45,7 @@ class Proof:
             "num_short_requests": self.seen.num_short,
             "num_short_wrong": self.seen.num_short_wrong,
             "most_rblocks_on_loan": sum(loan.num_rblocks for loan in self.seen.fullest.loans),
+            "one_instance_alone_says": self.refusal,
             "prompts": [result.as_json() for result in self.seen.results],
         }
 
@@ -59,6 +61,8 @@ class Proof:
             yield f"recall at the longest context is {report['recall_at_longest']}, not {RECALL_TO_REACH}"
         if not report["ledger_empty_at_end"]:
             yield "the debt ledger is not empty at the end"
+        if self.refusal is None:
+            yield "one instance alone answers the longest prompt, too"
         if not self.seen.fullest.loans:
             yield "nothing was ever borrowed"
         if self.seen.num_short_wrong or not self.seen.num_short:

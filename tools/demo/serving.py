@@ -1,4 +1,7 @@
-"""Steps 2 and 3 of the demo: a pool of small instances, long prompts, and short ones arriving all the time."""
+"""Steps 2 and 3 of the demo: a pool of small instances, long prompts, and short ones arriving all the time.
+
+Step 5: the longest prompt again, for one such instance alone.
+"""
 
 import shutil
 import threading
@@ -77,6 +80,19 @@ def serve_and_ask(config: ClusterConfig, text: Path | None, output: Path) -> Obs
         company.stop()
         at_end = _settled(cluster.ledger, config)
         return Observation(asked, results, watch.fullest, at_end, company.num_done, company.num_wrong)
+
+
+def refusal_alone(config: ClusterConfig, asked: list[tuple[int, float, Prompt]]) -> str | None:
+    """What one instance without a pool says to the longest prompt; None: it answers."""
+    from openai import BadRequestError
+
+    longest = max(asked, key=lambda one: one[0])
+    with LocalCluster(config.model_copy(update={"instances": 1})) as cluster, openai_client(cluster.base_url) as client:
+        try:
+            ask(client, config.served_model_name, *longest)
+        except BadRequestError as error:
+            return str(error.body["message"] if isinstance(error.body, dict) else error)
+    return None
 
 
 class LedgerWatch:
