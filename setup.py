@@ -19,7 +19,12 @@ from setuptools.errors import CompileError
 
 # Folders of the project's root that are rooms of the package
 ROOMS_AT_THE_ROOT = ("kernels", "launch")
-CONFIGS = "megatron_distkv.configs"  # no Python in it: data under packages' names
+CONFIGS = "megatron_distkv.configs"
+# No Python in them: data under packages' names
+DATA = (
+    CONFIGS, *(f"{CONFIGS}.{folder.name}" for folder in sorted(Path("configs").iterdir()) if folder.is_dir()),
+    "megatron_distkv.ledger.scripts", "megatron_distkv.training.prose",
+)  # fmt: skip
 SOURCES = Path("kernels/cpu")
 FLAGS = (
     "-std=gnu++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -fno-trapping-math"
@@ -82,7 +87,7 @@ def packages() -> list[str]:
     found = find_packages(include=["megatron_distkv", "megatron_distkv.*"])
     for room in ROOMS_AT_THE_ROOT:
         found += [f"megatron_distkv.{room}", *(f"megatron_distkv.{room}.{inner}" for inner in find_packages(room))]
-    return [*found, CONFIGS, *(f"{CONFIGS}.{folder.name}" for folder in Path("configs").iterdir() if folder.is_dir())]
+    return [*found, *DATA]
 
 
 setup(
