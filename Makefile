@@ -16,8 +16,8 @@ $(VENV)/.installed: pyproject.toml setup.py $(wildcard kernels/cpu/*.h kernels/c
 demo: $(VENV)/.installed
 	$(BIN)/python -m tools.demo.main
 
-# Two files at a time: many tests wait for processes more than they compute. Threads of OpenMP sleep between two
-# products: of more threads than cores, those that look on take a fifth of the time of those that compute.
+# Two files at a time: many tests wait for processes more than they compute. OpenMP's idle
+# threads sleep: by default they spin, which took a fifth of the CPU from those that compute.
 test: $(VENV)/.installed
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile
 

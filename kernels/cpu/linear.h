@@ -14,8 +14,8 @@ using distkv::LINEAR_ROWS;
 constexpr int TILE_ROWS = 4;
 constexpr int TILE_OUTPUTS = W == 16 ? 6 : 3;  // with TILE_ROWS: as many sums as registers take
 constexpr int64_t DEPTH = 1024;                // of K: TILE_ROWS rows of it, as floats, fit half of L1
-constexpr int AHEAD = 4;                        // tiles, whose weights are asked for while one is computed
-constexpr int64_t STRIDE = DEPTH + 32;           // between rows: a power of two would put them in the same sets of L1
+constexpr int AHEAD = 4;                       // tiles whose weights are asked for while one is computed
+constexpr int64_t STRIDE = DEPTH + 32;         // between rows: a power of two would put them in the same sets of L1
 
 template <class X>
 class Linear {
@@ -65,7 +65,8 @@ class Linear {
   template <int ROWS>
   void along(const Element* w, int64_t length, int64_t outputs, bool fetches, float* sums) const {
     int64_t n = 0;
-    for (; n + TILE_OUTPUTS <= outputs; n += TILE_OUTPUTS) tile<ROWS, TILE_OUTPUTS>(w + n * p_.w_stride, length, fetches, sums + n);
+    for (; n + TILE_OUTPUTS <= outputs; n += TILE_OUTPUTS)
+      tile<ROWS, TILE_OUTPUTS>(w + n * p_.w_stride, length, fetches, sums + n);
     for (; n < outputs; ++n) tile<ROWS, 1>(w + n * p_.w_stride, length, fetches, sums + n);
   }
 

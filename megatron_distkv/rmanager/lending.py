@@ -204,7 +204,7 @@ class Lending:
         `num_lent_in_ledger`: rBlocks, by the heartbeat's answer. Where neither lends anything, nothing is asked.
         Our own list is read first: whatever is in it was reserved in the ledger before, so a loan that the ledger no
         longer names has ended there (its debtor died, or could not reach us). One that is on its way to another debtor
-        has either of two ids there, or the other: it is left alone until it has arrived.
+        may stand there under either of its ids: it is left alone until it has arrived.
         """
         if not num_lent_in_ledger and not self._lent and not self._restore_until_s:
             return

@@ -14,8 +14,8 @@ from megatron_distkv.rmanager import Lending, NoFollowers
 from tests.pool.at_once import AtOnce
 from tests.virtual_time.pool import NoTensors
 
-CREDITOR, DEBTOR, HEIR = InstanceId("creditor"), InstanceId("debtor"), InstanceId("heir")
-LOAN, HEIRS_LOAN = LoanId("debtor.1.1.secret"), LoanId("heir.1.1.secret")
+CREDITOR, DEBTOR, SUCCESSOR = InstanceId("creditor"), InstanceId("debtor"), InstanceId("successor")
+LOAN, SUCCESSORS_LOAN = LoanId("debtor.1.1.secret"), LoanId("successor.1.1.secret")
 
 
 class Interrupted(MemoryLedger):
@@ -39,7 +39,9 @@ class Lender:
 
     def __init__(self) -> None:
         self.ledger = Interrupted()
-        self.epochs = {name: self.ledger.register(name, name, 8, 0, 60.0).epoch for name in (CREDITOR, DEBTOR, HEIR)}
+        self.epochs = {
+            name: self.ledger.register(name, name, 8, 0, 60.0).epoch for name in (CREDITOR, DEBTOR, SUCCESSOR)
+        }
         me = Identity(CREDITOR)
         me.epoch = self.epochs[CREDITOR]
         self.allocator = RBlockAllocator(8, 8)
@@ -55,9 +57,9 @@ class Lender:
         self.lending.reconcile(4)
 
     def inherit(self) -> list[int]:
-        """What the heir is given."""
-        header = InheritHeader(LOAN, HEIRS_LOAN, self.epochs[HEIR])
-        return self.lending.transfer(header, Holder(HEIR)).block_ids
+        """What the successor is given."""
+        header = InheritHeader(LOAN, SUCCESSORS_LOAN, self.epochs[SUCCESSOR])
+        return self.lending.transfer(header, Holder(SUCCESSOR)).block_ids
 
     @property
     def owed_by(self) -> list[str]:
@@ -72,11 +74,11 @@ def test_a_heartbeat_in_the_midst_of_an_inheritance_takes_nothing_back(when: str
     lender = Lender()
     # When a heartbeat comes just before or after the ledger has written it down
     setattr(lender.ledger, when, lender.beat)
-    # Then the heir has all of it, here and in the ledger, and keeps it
+    # Then the successor has all of it, here and in the ledger, and keeps it
     assert lender.inherit() == lender.block_ids != []
-    assert lender.owed_by == [HEIR, HEIR]
+    assert lender.owed_by == [SUCCESSOR, SUCCESSOR]
     lender.beat()
-    assert (lender.owed_by, lender.allocator.num_lent) == ([HEIR, HEIR], 4)
+    assert (lender.owed_by, lender.allocator.num_lent) == ([SUCCESSOR, SUCCESSOR], 4)
 
 
 def test_a_loan_that_its_debtor_returns_in_the_midst_of_an_inheritance_is_nobodys() -> None:
